@@ -1,0 +1,99 @@
+"""What the root scripts share: config files, options, and errors told in one line."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from d2m_jax.config import ConfigError, check, suggestion
+
+T = TypeVar("T")
+
+
+def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+    """The exit code of main(arguments): 2 after one line for a ConfigError, 130 if interrupted."""
+    try:
+        main(arguments)
+    except ConfigError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def load_config(path: str | Path) -> Any:
+    """The value of get_config() in a Python file; a ConfigError names file and line at fault."""
+    path = Path(path)
+    check(path.is_file(), f"{path}: no such file, expected a Python file with get_config()")
+    check(path.suffix == ".py", f"{path}: expected a Python file with get_config()")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        check(hasattr(module, "get_config"), "expected a function get_config(), found none")
+        return module.get_config()
+    except Exception as error:  # whatever a user's file does wrong
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        what = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path}{f', line {line}' if line else ''}: {what}") from error
+
+
+def parse(
+    kind: type[T],
+    arguments: Sequence[str],
+    *,
+    usage: str,
+    description: str,
+    default: T | None = None,
+) -> T:
+    """Arguments as a dataclass, by tyro: a field is `--field`, one of an inner dataclass `--a.b`.
+
+    `--help` prints them all and exits. Raises ConfigError where tyro would draw a box.
+    """
+
+    def cli(arguments):
+        return tyro.cli(
+            kind,
+            args=list(arguments),
+            prog=usage,
+            description=description,
+            return_unknown_args=True,
+            use_underscores=True,
+            config=(tyro.conf.AvoidSubcommands,),
+            **({} if default is None else {"default": default}),
+        )
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, unknown = cli(arguments)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(_message(said.getvalue())) from None
+    if unknown:
+        options = io.StringIO()
+        with contextlib.redirect_stdout(options), contextlib.suppress(SystemExit):
+            cli(["--help"])
+        name = unknown[0].split("=")[0]
+        known = re.findall(r"--[\w.]+", options.getvalue())
+        raise ConfigError(f"{name}: unknown option{suggestion(name, known)}")
+    return parsed
+
+
+def _message(box: str) -> str:
+    """What a box of tyro's says, without frame, title and hints."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    end = next((i for i, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
+    return re.sub(r"^Error parsing (config\.)?", "", " ".join(lines[:end]))

@@ -1,0 +1,1 @@
+"""Training objectives: teacher and student in lockstep, and flow matching from scratch."""

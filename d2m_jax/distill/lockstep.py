@@ -1,0 +1,80 @@
+"""Teacher and student through the same scan: one step runs a group of both and emits per-layer scalars.
+
+No features are stored, so memory does not grow with depth (DESIGN.md, decision 4).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from d2m_jax.config import FluxConfig, check
+from d2m_jax.distill.losses import mean_square
+from d2m_jax.models.blocks import Context, Streams
+from d2m_jax.models.flux import Flux, Stack, join
+
+
+def check_aligned(teacher: FluxConfig, student: FluxConfig) -> None:
+    """Raise ConfigError unless both have equal stacks of groups and blocks, which lockstep pairs one to one."""
+    for kind in ("double", "single"):
+        shapes = [[(s.groups, s.blocks) for s in getattr(c, kind)] for c in (teacher, student)]
+        check(
+            shapes[0] == shapes[1],
+            f"lockstep: teacher's {kind} stacks are {shapes[0]} (groups, blocks), student's {shapes[1]};"
+            " expected the same",
+        )
+
+
+def lockstep(
+    teacher: Flux,
+    student: Flux,
+    teacher_start: tuple[Streams, Context],
+    student_start: tuple[Streams, Context],
+    *,
+    features: bool = True,
+    remat: bool = True,
+) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"], dict[str, Array], dict[str, list]]:
+    """Both velocities; per group `feature` (mean squared difference of the streams at its end) and `norm` (root
+    mean square of the teacher's), each [L]; and the student's report (see Flux.run)."""
+    (t_streams, t_context), (s_streams, s_context) = teacher_start, student_start
+    scalars, report = [], {"double": [], "single": []}
+    for kind in report:
+        if kind == "single":
+            t_streams, s_streams = join(t_streams), join(s_streams)
+        for t_stack, s_stack in zip(getattr(teacher, kind), getattr(student, kind), strict=True):
+            t_streams, s_streams, values, aux = _stacks(
+                t_stack, s_stack, t_streams, s_streams, t_context, s_context, features, remat
+            )
+            scalars.append(values)
+            report[kind].append(aux)
+    scalars = jax.tree.map(lambda *a: jnp.concatenate(a), *scalars)
+    t_velocity = jax.lax.stop_gradient(teacher.final(t_streams, t_context))
+    return t_velocity, student.final(s_streams, s_context), scalars, report
+
+
+def _stacks(
+    teacher: Stack, student: Stack, t_streams, s_streams, t_context, s_context, features, remat
+):
+    t_graphs, t_params = teacher.split()
+    s_graphs, s_params = student.split()
+    # Only the student is recomputed in the backward pass: the teacher has no gradient.
+    run_student = partial(student.run_group, s_graphs, context=s_context)
+    if remat:
+        run_student = jax.checkpoint(run_student, prevent_cse=False)
+
+    def body(streams, params):
+        t, _ = teacher.run_group(t_graphs, params[0], streams[0], t_context)
+        t = jax.lax.stop_gradient(t)
+        s, aux = run_student(params[1], streams[1])
+        scalars = _compare(t, s) if features else {}
+        return (t, s), (scalars, aux)
+
+    (t, s), (scalars, aux) = jax.lax.scan(body, (t_streams, s_streams), (t_params, s_params))
+    return t, s, scalars, aux
+
+
+def _compare(t: Streams, s: Streams) -> dict[str, Array]:
+    joined_t, joined_s = (jnp.concatenate(streams, axis=1) for streams in (t, s))
+    norm = jnp.sqrt(jnp.square(joined_t.astype(jnp.float32)).mean())
+    return {"feature": mean_square(joined_t, joined_s), "norm": norm}

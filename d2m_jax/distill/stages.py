@@ -1,0 +1,88 @@
+"""A stage's loss as a function of (params, constants, batch, key), for the training loop."""
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from d2m_jax import flow
+from d2m_jax.config import LossConfig, ModelConfig, StageConfig
+from d2m_jax.distill.lockstep import check_aligned, lockstep
+from d2m_jax.distill.losses import feature_weights, mean_square, routing
+from d2m_jax.models.flux import model_of
+from d2m_jax.sampling.encoders import Encoders
+
+Loss = Callable[[dict, Any, dict, Array], tuple[Float[Array, ""], dict[str, Array]]]
+
+
+def flow_loss(config: ModelConfig, stage: StageConfig) -> Loss:
+    """Flow matching from scratch: E ‖v(x_t, t) − (noise − data)‖²."""
+    encoders, dtype = Encoders(config), jnp.dtype(stage.dtype)
+
+    def loss(params, constants, batch, key):
+        model = model_of(config.transformer, params, dtype)
+        inputs, target = noisy_inputs(config, encoders, stage.loss, batch, key)
+        streams, context = model.embed(*inputs, top_k=stage.top_k)
+        velocity, _ = model.run(streams, context, remat=stage.remat)
+        return mean_square(velocity, target), {}
+
+    return loss
+
+
+def distill_loss(teacher: ModelConfig, student: ModelConfig, stage: StageConfig) -> Loss:
+    """Output distillation, block or group features, balance of experts and of blocks (PAPER.md, pipeline).
+
+    The loop's constants are the teacher's parameters. Raises ConfigError where the two bodies do not align.
+    """
+    check_aligned(teacher.transformer, student.transformer)
+    encoders, dtype, weight = Encoders(student), jnp.dtype(stage.dtype), stage.loss
+
+    def loss(params, constants, batch, key):
+        teacher_model = model_of(teacher.transformer, constants, dtype)
+        student_model = model_of(student.transformer, params, dtype)
+        inputs, _ = noisy_inputs(student, encoders, weight, batch, key)
+        t_velocity, s_velocity, layers, report = lockstep(
+            teacher_model,
+            student_model,
+            teacher_model.embed(*inputs),
+            student_model.embed(*inputs, top_k=stage.top_k),
+            features=weight.feature > 0,
+            remat=stage.remat,
+        )
+        output = mean_square(t_velocity, s_velocity)
+        total, metrics = weight.output * output, {"output": output}
+        if weight.feature:
+            weights = feature_weights(output, layers["feature"], layers["norm"])
+            total += weight.feature * (weights * layers["feature"]).sum()
+            metrics["feature"] = layers["feature"] / jnp.square(layers["norm"])
+        experts, blocks, health = routing(report)
+        total += weight.balance * experts + weight.block_balance * blocks
+        return total, metrics | {"balance": experts, "block_balance": blocks} | health
+
+    return loss
+
+
+def noisy_inputs(
+    config: ModelConfig, encoders: Encoders, loss: LossConfig, batch: dict, key: Array
+) -> tuple[tuple, Float[Array, "b n c"]]:
+    """A batch at random times: the arguments of Flux.embed, and the velocity that is true there."""
+    data = encoders.latents(batch["image"])
+    txt, y = encoders.text(batch["words"])
+    noise_key, time_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, data.shape)
+    t = times(loss, time_key, data.shape[0])
+    grid = encoders.grid(*batch["image"].shape[1:3])
+    guidance = jnp.full(t.shape, config.guidance) if config.transformer.guidance_embed else None
+    ids = flow.image_ids(*grid), flow.text_ids(txt.shape[1])
+    inputs = (flow.mix(data, noise, t), ids[0], txt, ids[1], t, y, guidance)
+    return inputs, flow.velocity(data, noise)
+
+
+def times(loss: LossConfig, key: Array, count: int) -> Float[Array, " b"]:
+    """Times in (0, 1): uniform and evenly spread over the batch, or the logistic of a normal."""
+    if loss.timesteps == "logit_normal":
+        return jax.nn.sigmoid(jax.random.normal(key, (count,)))
+    start, order = jax.random.split(key)
+    spread = (jnp.arange(count) + jax.random.uniform(start)) / count
+    return jax.random.permutation(order, spread)

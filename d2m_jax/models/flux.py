@@ -1,0 +1,190 @@
+"""FLUX.1 (BFL src/flux/model.py) as stacks of equal blocks: dense, MoE and Mixture of Blocks are configs of it."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from d2m_jax.config import FluxConfig, StackConfig
+from d2m_jax.models.blocks import Context, DoubleStreamBlock, SingleStreamBlock, Streams
+from d2m_jax.models.layers import Linear, MLPEmbedder, layer_norm, modulate, rope, timestep_embedding
+from d2m_jax.models.mob import BlockRouter, choose, run_chosen
+
+
+class Stack(nnx.Module):
+    """Groups of equal blocks; every parameter has the leading axes (groups, blocks), one scan runs them all."""
+
+    def __init__(self, kind: type, config: FluxConfig, stack: StackConfig, *, rngs):
+        def create(rngs):
+            return kind(config, stack, rngs=rngs)
+
+        self.block = over_axes(create, (stack.groups, stack.blocks), rngs)
+        if stack.mixes:
+
+            def create_router(rngs):
+                return BlockRouter(config.hidden_size, stack.blocks, config.mob_alpha, rngs=rngs)
+
+            self.router = over_axes(create_router, (stack.groups,), rngs)
+        self.config = stack
+
+    def split(self) -> tuple[Any, Any]:
+        """What run_group needs: the program of one group, and parameters with the leading axis of groups."""
+        block = nnx.split(self.block)
+        router = nnx.split(self.router) if self.config.mixes else (None, ())
+        return (block[0], router[0]), (block[1], router[1])
+
+    def run_group(self, graphs, params, streams: Streams, context: Context) -> tuple[Streams, dict]:
+        """One group, given its slice of the parameters; auxiliary arrays come back as [blocks, b, …]."""
+        block, router = params
+
+        def run_block(block, streams, context):
+            return nnx.merge(graphs[0], block)(streams, context)
+
+        if not self.config.mixes:
+            return jax.lax.scan(lambda s, p: run_block(p, s, context), streams, block)
+        logits = nnx.merge(graphs[1], router)(streams, context)
+        probability, chosen, weight = choose(logits, self.config.active)
+        streams, aux = run_chosen(run_block, block, streams, context, chosen, weight)
+        used = jax.nn.one_hot(chosen, self.config.blocks).sum(1)
+        return streams, aux | {"blocks": {"probability": probability, "used": used}}
+
+    def __call__(
+        self, streams: Streams, context: Context, *, remat: bool = False
+    ) -> tuple[Streams, dict]:
+        """All groups; auxiliary arrays come back as [groups, blocks, b, …] ("blocks" as [groups, b, m])."""
+        graphs, params = self.split()
+
+        def body(streams, params):
+            return self.run_group(graphs, params, streams, context)
+
+        if remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+        return jax.lax.scan(body, streams, params)
+
+
+def over_axes(create, axes: tuple[int, ...], rngs) -> nnx.Module:
+    """A module whose parameters have extra leading axes, each element initialised with its own key."""
+    for _ in axes:
+        create = nnx.vmap(create, in_axes=0, out_axes=0)
+    return create(rngs.fork(split=axes))
+
+
+class LastLayer(nnx.Module):
+    """Modulated norm and projection to the tokens' channels."""
+
+    def __init__(self, dim: int, channels: int, *, rngs):
+        self.adaLN_modulation = Linear(dim, 2 * dim, zero=True, rngs=rngs)
+        self.linear = Linear(dim, channels, zero=True, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], vec: Float[Array, "b d"]) -> Float[Array, "b n c"]:
+        shift, scale = jnp.split(self.adaLN_modulation(jax.nn.silu(vec))[:, None], 2, axis=-1)
+        return self.linear(modulate(layer_norm(x), shift, scale))
+
+
+class Flux(nnx.Module):
+    """The transformer. `dtype` is that of activations; parameters keep theirs."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        dim = config.hidden_size
+        self.config, self.dtype = config, dtype
+        self.img_in = Linear(config.in_channels, dim, rngs=rngs)
+        self.txt_in = Linear(config.context_in_dim, dim, rngs=rngs)
+        self.time_in = MLPEmbedder(256, dim, rngs=rngs)
+        self.vector_in = MLPEmbedder(config.vec_in_dim, dim, rngs=rngs)
+        if config.guidance_embed:
+            self.guidance_in = MLPEmbedder(256, dim, rngs=rngs)
+        if config.modulation_rank is not None:
+            self.modulation_basis = Linear(dim, config.modulation_rank, bias=False, rngs=rngs)
+        self.double = nnx.List([Stack(DoubleStreamBlock, config, s, rngs=rngs) for s in config.double])
+        self.single = nnx.List([Stack(SingleStreamBlock, config, s, rngs=rngs) for s in config.single])
+        self.final_layer = LastLayer(dim, config.in_channels, rngs=rngs)
+
+    def __call__(
+        self,
+        img: Float[Array, "b n c"],
+        img_ids: Float[Array, "i n 3"],
+        txt: Float[Array, "b l e"],
+        txt_ids: Float[Array, "i l 3"],
+        timesteps: Float[Array, " b"],
+        y: Float[Array, "b v"],
+        guidance: Float[Array, " b"] | None = None,
+        top_k: int | None = None,
+    ) -> Float[Array, "b n c"]:
+        """Velocity in float32. timesteps in [0, 1]; ids with one row serve the whole batch; `top_k` normal
+        experts per token, 0 to n (None: the config's)."""
+        streams, context = self.embed(img, img_ids, txt, txt_ids, timesteps, y, guidance, top_k)
+        return self.run(streams, context)[0]
+
+    def embed(
+        self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, top_k=None, collect: int = 0
+    ) -> tuple[Streams, Context]:
+        """The streams (img, txt) at the entry of the first block, and what all blocks read."""
+        vec = self.time_in(timestep_embedding(timesteps))
+        if self.config.guidance_embed:
+            if guidance is None:
+                raise ValueError("guidance: this model has a guidance embedding, found none")
+            vec = vec + self.guidance_in(timestep_embedding(guidance))
+        vec = vec + self.vector_in(y.astype(jnp.float32))
+        cond = jax.nn.silu(vec)
+        if self.config.modulation_rank is not None:
+            cond = self.modulation_basis(cond)
+        ids = jnp.concatenate([txt_ids, img_ids], axis=1)
+        context = Context(
+            vec=vec,
+            cond=cond.astype(self.dtype),
+            pe=rope(ids, self.config.axes_dim, self.config.theta),
+            text_tokens=txt.shape[1],
+            top_k=top_k,
+            collect=collect,
+        )
+        return (self.img_in(img.astype(self.dtype)), self.txt_in(txt.astype(self.dtype))), context
+
+    def run(
+        self, streams: Streams, context: Context, *, remat: bool = False
+    ) -> tuple[Float[Array, "b n c"], dict[str, list]]:
+        """Blocks and last layer: the velocity, and per stack what its blocks reported (see Stack)."""
+        report = {"double": [], "single": []}
+        for stack in self.double:
+            streams, aux = stack(streams, context, remat=remat)
+            report["double"].append(aux)
+        streams = join(streams)
+        for stack in self.single:
+            streams, aux = stack(streams, context, remat=remat)
+            report["single"].append(aux)
+        return self.final(streams, context), report
+
+    def final(self, streams: Streams, context: Context) -> Float[Array, "b n c"]:
+        """Velocity of the image tokens, float32."""
+        x = streams[0][:, context.text_tokens :]
+        return self.final_layer(x, context.vec.astype(self.dtype)).astype(jnp.float32)
+
+
+def join(streams: Streams) -> Streams:
+    """(img, txt) of the double blocks as the single blocks' (x,): text first."""
+    img, txt = streams
+    return (jnp.concatenate([txt, img], axis=1),)
+
+
+@partial(jax.jit, static_argnums=0)
+def _initialise(config: FluxConfig, key):
+    return nnx.split(Flux(config, rngs=nnx.Rngs(key)))[1]
+
+
+def initialise(config: FluxConfig, seed: int) -> dict:
+    """Fresh parameters as a pure dict, made in one compiled call."""
+    return nnx.to_pure_dict(_initialise(config, jax.random.key(seed)))
+
+
+def program(config: FluxConfig, dtype=jnp.float32):
+    """The graph definition of a model, without its parameters: nnx.merge(program(config), params) is the model."""
+    return nnx.split(nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0), dtype=dtype)))[0]
+
+
+def model_of(config: FluxConfig, params: dict, dtype=jnp.float32) -> Flux:
+    """The model with these parameters (a pure dict, as `initialise` gives)."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0), dtype=dtype)))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)

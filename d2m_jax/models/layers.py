@@ -1,0 +1,149 @@
+"""The parts of FLUX.1's blocks (BFL src/flux/modules/layers.py), with fused matrices split."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from d2m_jax.kernels.attention import attention
+
+
+class Linear(nnx.Module):
+    """x W + b in the dtype of x; parameters are float32 at birth and stay in whatever dtype they were loaded."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, zero: bool = False, rngs):
+        init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+        x = x @ self.kernel[...].astype(x.dtype)
+        return x if self.bias is None else x + self.bias[...].astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """LayerNorm without affine, eps 1e-6, computed in float32 with the two-pass variance."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
+    return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis with a scale, eps 1e-6, in float32."""
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones(dim))
+
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class QKNorm(nnx.Module):
+    """Norms of queries and keys per head."""
+
+    def __init__(self, dim: int):
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+
+class MLPEmbedder(nnx.Module):
+    """Linear, SiLU, Linear: timestep, guidance and pooled text enter the global vector through one each."""
+
+    def __init__(self, inputs: int, dim: int, *, rngs):
+        self.in_layer = Linear(inputs, dim, rngs=rngs)
+        self.out_layer = Linear(dim, dim, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b d"]:
+        return self.out_layer(jax.nn.silu(self.in_layer(x)))
+
+
+class FFN(nnx.Module):
+    """Linear, GELU (tanh form), Linear. Without `out_bias` the caller owns the bias of the output."""
+
+    def __init__(self, dim: int, width: int, *, out_bias: bool = True, rngs):
+        self.in_layer = Linear(dim, width, rngs=rngs)
+        self.out_layer = Linear(width, dim, bias=out_bias, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        return self.out_layer(jax.nn.gelu(self.in_layer(x), approximate=True))
+
+
+class Modulation(nnx.Module):
+    """lin(silu(vec)) in chunks of D: (shift, scale, gate) once or twice, each [b, 1, D].
+
+    `cond` is silu(vec), or its projection on the basis that all blocks share (Flux.modulation_basis).
+    """
+
+    def __init__(self, inputs: int, dim: int, chunks: int, *, rngs):
+        self.lin = Linear(inputs, chunks * dim, zero=True, rngs=rngs)
+        self.chunks = chunks
+
+    def __call__(self, cond: Float[Array, "b r"]) -> list[Float[Array, "b 1 d"]]:
+        return jnp.split(self.lin(cond)[:, None], self.chunks, axis=-1)
+
+
+def modulate(x: Float[Array, "b n d"], shift: Array, scale: Array) -> Float[Array, "b n d"]:
+    """x·(1 + scale) + shift."""
+    return x * (1 + scale).astype(x.dtype) + shift.astype(x.dtype)
+
+
+def timestep_embedding(
+    t: Float[Array, " b"], dim: int = 256, max_period: float = 1e4
+) -> Float[Array, "b {dim}"]:
+    """[cos, sin] of 1000·t in float32; t in [0, 1] (BFL timestep_embedding)."""
+    half = dim // 2
+    frequency = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = 1000.0 * t.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def rope(
+    ids: Float[Array, "b n a"], axes_dim: tuple[int, ...], theta: int
+) -> tuple[Float[Array, "b n 1 f"], Float[Array, "b n 1 f"]]:
+    """Cosines and sines of the rotary embedding, float32, f = half a head's width (BFL math.rope)."""
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        frequency = theta ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+        angles.append(ids[..., axis, None].astype(jnp.float32) * frequency)
+    angle = jnp.concatenate(angles, axis=-1)[:, :, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x: Float[Array, "b n h d"], pe: tuple[Array, Array]) -> Float[Array, "b n h d"]:
+    """Rotate interleaved pairs of the last axis, in float32 (BFL math.apply_rope)."""
+    cos, sin = pe
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    rotated = jnp.stack([cos * a - sin * b, sin * a + cos * b], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def heads(qkv: Float[Array, "b n e"], count: int) -> list[Float[Array, "b n h d"]]:
+    """Split [q, k, v] and their heads."""
+    return [
+        part.reshape(*part.shape[:2], count, -1) for part in jnp.split(qkv, 3, axis=-1)
+    ]
+
+
+def attend(q, k, v, pe: tuple[Array, Array]) -> Float[Array, "b n d"]:
+    """Attention with rotary positions, heads joined again."""
+    x = attention(apply_rope(q, pe), apply_rope(k, pe), v)
+    return x.reshape(*x.shape[:2], -1)
+
+
+class SelfAttention(nnx.Module):
+    """The projections of one stream of a double block."""
+
+    def __init__(self, dim: int, num_heads: int, *, rngs):
+        self.qkv = Linear(dim, 3 * dim, rngs=rngs)
+        self.norm = QKNorm(dim // num_heads)
+        self.proj = Linear(dim, dim, rngs=rngs)
+        self.num_heads = num_heads
+
+    def project(self, x: Float[Array, "b n d"]) -> list[Float[Array, "b n h c"]]:
+        """Normalised queries and keys, and values."""
+        q, k, v = heads(self.qkv(x), self.num_heads)
+        return [self.norm.query_norm(q), self.norm.key_norm(k), v]

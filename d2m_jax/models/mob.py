@@ -1,0 +1,96 @@
+"""Mixture of Blocks (PAPER.md): a router picks κ of a group's m blocks per sample; only those run, in order."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from d2m_jax.models.blocks import Context, Streams
+from d2m_jax.models.layers import Linear
+
+# Samples run side by side while copies of their blocks' weights fit in this many bytes, else one after the other
+# with weights read in place.
+GATHER_BYTES = 64 * 2**20
+
+
+class BlockRouter(nnx.Module):
+    """α · W_x [x_p, c_p] + (1 − α) · W_y y in float32: pooled image and text features, and the global vector."""
+
+    def __init__(self, dim: int, blocks: int, alpha: float, *, rngs):
+        self.features = Linear(2 * dim, blocks, rngs=rngs)
+        self.vec = Linear(dim, blocks, bias=False, rngs=rngs)
+        self.alpha = alpha
+
+    def __call__(self, streams: Streams, context: Context) -> Float[Array, "b m"]:
+        pooled = layer_pool(streams, context.text_tokens)
+        y = context.vec.astype(jnp.float32)
+        return self.alpha * self.features(pooled) + (1 - self.alpha) * self.vec(y)
+
+
+def layer_pool(streams: Streams, text_tokens: int) -> Float[Array, "b e"]:
+    """[x_p, c_p]: means over image and over text tokens, each normalised, for they grow with depth; float32."""
+    if len(streams) == 2:
+        img, txt = streams
+    else:
+        txt, img = streams[0][:, :text_tokens], streams[0][:, text_tokens:]
+    means = [part.astype(jnp.float32).mean(1) for part in (img, txt)]
+    means = [m * jax.lax.rsqrt(jnp.square(m).mean(-1, keepdims=True) + 1e-6) for m in means]
+    return jnp.concatenate(means, axis=-1)
+
+
+def choose(
+    logits: Float[Array, "b m"], active: int
+) -> tuple[Float[Array, "b m"], Int[Array, "b k"], Float[Array, "b k"]]:
+    """Probabilities, the chosen blocks in their order, and weights: exactly 1 forward, straight-through backward."""
+    probability = jax.nn.softmax(logits, axis=-1)
+    chosen = jnp.sort(jax.lax.top_k(logits, active)[1], axis=-1)
+    p = jnp.take_along_axis(probability, chosen, axis=-1)
+    return probability, chosen, 1 + (p - jax.lax.stop_gradient(p))
+
+
+def run_chosen(
+    run_block: Callable,
+    params,
+    streams: Streams,
+    context: Context,
+    chosen: Int[Array, "b k"],
+    weight: Float[Array, "b k"],
+) -> tuple[Streams, dict]:
+    """Run each sample through its chosen blocks. `params` leaves are [m, …]; `run_block(params, streams, context)`.
+
+    What a block reports per sample comes back as [m, b, …], zero where the block did not run.
+    """
+    blocks, batch = jax.tree.leaves(params)[0].shape[0], chosen.shape[0]
+    # Position tables of one row serve all samples.
+    pe_mapped = context.pe[0].shape[0] != 1
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def one(sample):
+        streams, vec, cond, pe, chosen, weight = sample
+        mine = replace(
+            context, vec=vec[None], cond=cond[None],
+            pe=jax.tree.map(lambda a: a[None], pe) if pe_mapped else context.pe,
+        )  # fmt: skip
+        streams = tuple(x[None] for x in streams)
+
+        def step(streams, choice):
+            block, w = choice
+            mine_params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, block, keepdims=False), params)
+            new, aux = run_block(mine_params, streams, mine)
+            streams = tuple(x + w.astype(x.dtype) * (y - x) for x, y in zip(streams, new))
+            return streams, aux
+
+        streams, aux = jax.lax.scan(step, streams, (chosen, weight))
+        used = jax.nn.one_hot(chosen, blocks)
+        aux = jax.tree.map(lambda a: jnp.einsum("km,k...->m...", used.astype(a.dtype), a[:, 0]), aux)
+        return tuple(x[0] for x in streams), aux
+
+    bytes_per_sample = sum(leaf[0].nbytes for leaf in jax.tree.leaves(params))
+    side_by_side = max(1, min(batch, GATHER_BYTES // bytes_per_sample))
+    samples = (streams, context.vec, context.cond, context.pe if pe_mapped else (), chosen, weight)
+    streams, aux = jax.lax.map(one, samples, batch_size=side_by_side if side_by_side > 1 else None)
+    return streams, jax.tree.map(lambda a: a.swapaxes(0, 1), aux)

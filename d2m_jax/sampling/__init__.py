@@ -1,0 +1,1 @@
+"""From noise and prompts to images."""

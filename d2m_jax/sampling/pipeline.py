@@ -1,0 +1,93 @@
+"""From prompts to images."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from d2m_jax import flow
+from d2m_jax.config import ConfigError, ModelConfig
+from d2m_jax.models.flux import model_of
+from d2m_jax.sampling.denoise import denoise
+from d2m_jax.sampling.encoders import Encoders
+from d2m_jax.weights import model_directory
+
+
+class Pipeline:
+    """A transformer and its encoders; called with prompts it gives images."""
+
+    def __init__(self, config: ModelConfig, params: dict):
+        self.config, self.params = config, params
+        self.encoders = Encoders(config)
+
+    def __call__(
+        self,
+        prompts: list[str],
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        latents: Float[Array, "b n c"] | None = None,
+        top_k: int | None = None,
+        batch_size: int = 128,
+    ) -> Float[np.ndarray, "b H W 3"]:
+        """Images in [0, 1], float32. What is None comes from the model's config; `latents` is packed noise.
+
+        The noise of prompt i depends on the seed and i alone, and a batch never changes a sample. ConfigError for
+        unknown words, sizes that the patch does not divide, top_k outside 0 to n.
+        """
+        height, width = height or self.config.image.height, width or self.config.image.width
+        rows, columns = self.encoders.grid(height, width)
+        self._check(steps, top_k)
+        times = jnp.asarray(
+            flow.schedule(steps or self.config.sample_steps, rows * columns, self.config.shift == "flux")
+        )
+        guidance = self.config.guidance if guidance is None else guidance
+        ids = self.encoders.ids(list(prompts))
+        if latents is None:
+            latents = noise(seed, len(ids), rows * columns, self.config.transformer.in_channels)
+        images = []
+        for start in range(0, len(ids), batch_size):
+            part = slice(start, min(start + batch_size, len(ids)))
+            padding = (batch_size if len(ids) > batch_size else len(ids)) - (part.stop - part.start)
+            # The last batch is filled up, so that one compiled program serves all.
+            fill = [(0, padding), (0, 0)]
+            batch = _sample(
+                self.config, (height, width), top_k, self.params,
+                np.pad(ids[part], fill), jnp.pad(latents[part], [*fill, (0, 0)]), times, guidance,
+            )  # fmt: skip
+            images.append(np.asarray(batch)[: part.stop - part.start])
+        return np.concatenate(images)
+
+    def _check(self, steps: int | None, top_k: int | None) -> None:
+        if steps is not None and steps < 1:
+            raise ConfigError(f"steps = {steps}: expected at least 1")
+        experts = self.config.transformer.moe.experts
+        if top_k is not None and not any(s.ffn == "moe" for s in self.config.transformer.stacks):
+            raise ConfigError(f"top_k = {top_k}: this model has no MoE layers, expected none")
+        if top_k is not None and not 0 <= top_k <= experts:
+            raise ConfigError(f"top_k = {top_k}: expected 0 to {experts}, the number of normal experts")
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample(config: ModelConfig, size, top_k, params, ids, latents, times, guidance):
+    encoders = Encoders(config)
+    txt, y = encoders.text(ids)
+    model = model_of(config.transformer, params)
+    x = denoise(model, latents, txt, y, encoders.grid(*size), times, guidance, top_k)
+    return encoders.images(x, *size)
+
+
+def noise(seed: int, count: int, tokens: int, channels: int) -> Float[Array, "b n c"]:
+    """Packed noise for `count` prompts, each from its own key."""
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(count))
+    return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
+
+
+def load_pipeline(path: str | Path) -> Pipeline:
+    """The pipeline of a model directory. ConfigError where it is missing or damaged."""
+    return Pipeline(*model_directory.load(path))

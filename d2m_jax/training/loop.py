@@ -1,0 +1,364 @@
+"""The training loop of one stage: a jitted step on pure trees, the host one step behind the device."""
+
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from d2m_jax.config import ConfigError, StageConfig, to_json
+from d2m_jax.sharding import batch_sharding, batch_shards, make_mesh, replicated
+from d2m_jax.training.checkpoint import Checkpoints
+from d2m_jax.training.metrics import Metrics, Window, matmul_peak, say
+from d2m_jax.training.optimizer import make_optimizer, make_schedule, merge, split
+from d2m_jax.weights.named_arrays import fingerprint, names, shapes
+
+Batch = dict[str, np.ndarray]
+
+# loss(params, constants, batch, key) → the mean over the batch, and metrics: scalars, or one value per layer.
+Loss = Callable[[dict, Any, dict, Array], tuple[Float[Array, ""], dict[str, Array]]]
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Training batches without end, that know where they are."""
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> Any:
+        """JSON; the position after the batch that was handed out last."""
+
+    def set_state(self, state: Any) -> None: ...
+
+
+def train_stage(
+    name: str,
+    stage: StageConfig,
+    *,
+    loss: Loss,
+    params: dict,
+    batches: Batches,
+    run_directory: Path | str,
+    constants: Any = (),
+    held_out: Sequence[Batch] = (),
+    seed: int = 0,
+    flops_per_example: float = 0.0,
+    sample: Callable[[dict, int], None] | None = None,
+    keep: int = 2,
+    mesh: Mesh | None = None,
+) -> dict:
+    """Train what `stage` selects of `params` and return all of them (their running average where it has one).
+
+    Continues from the newest whole checkpoint in `run_directory`, exactly: the same seed ends with the same bits,
+    however often the process was killed; a finished stage is read, not run. `params` must be the same at every
+    start. `constants` reach the loss as arguments of the compiled step; `flops_per_example` counts a whole step's
+    work for one example; `sample(params, step)` draws pictures. Raises ConfigError for a loss that is not finite,
+    and keeps the last good checkpoint. On SIGTERM or SIGINT it saves and exits with 128 + the signal's number
+    (143, 130), which schedulers read as "stopped, start me again".
+    """
+    run_directory = Path(run_directory)
+    mesh = mesh or make_mesh()
+    _check_batch(name, stage, batch_shards(mesh))
+    trainable, frozen = split(params, stage.train, stage.freeze)
+    optimizer = make_optimizer(stage.optimizer, stage.steps, trainable)
+    state, frozen, constants = _start(stage, optimizer, trainable, frozen, constants, mesh)
+    identity = {
+        "stage": to_json(stage),
+        "seed": seed,
+        "parameters": shapes(state),
+        "frozen": fingerprint(frozen),
+        "constants": fingerprint([a for a in jax.tree.leaves(constants) if hasattr(a, "dtype")]),
+    }
+    checkpoints = Checkpoints(run_directory / "checkpoints" / name, identity, keep)
+    start, progress = 0, {}
+    if restored := checkpoints.restore(state):
+        start, state, progress = restored.step, restored.state, restored.progress
+    if start >= stage.steps:
+        checkpoints.close()
+        return merge(_trained(state), frozen)
+    if start:
+        batches.set_state(progress["batches"])
+    _announce(name, stage, start, state, frozen)
+
+    put = partial(jax.device_put, device=batch_sharding(mesh))
+    step_key, held_out_key = (_named_key(seed, f"{name}/{use}") for use in ("step", "held_out"))
+    train_step = _make_step(stage, loss, optimizer, replicated(mesh))
+    evaluate = _make_evaluate(loss, [put(batch) for batch in held_out], held_out_key)
+    metrics = Metrics(run_directory, name, stage.steps, start)
+    window = Window(progress.get("window"))
+    clock = _Clock(progress.get("seconds", 0.0), stage, flops_per_example, mesh.size)
+
+    def read(step: int, values: dict) -> None:
+        """Wait for a step that the device was given; its numbers go into the window."""
+        values = jax.device_get(values)
+        clock.tick()
+        if not np.isfinite(values["loss"]) or not np.isfinite(values["gradient_norm"]):
+            raise _not_finite(name, step, stage, checkpoints, f"loss is {values['loss']}")
+        window.add(values)
+        metrics.advance(step)
+
+    def log(step: int, extra: dict | None = None) -> None:
+        nonlocal window
+        metrics.write(step, window.means() | clock.rates() | (extra or {}))
+        window = Window()
+
+    try:
+        with _caught_signals() as caught:
+            if start == 0 and held_out:
+                at_start = evaluate(_trained(state), frozen, constants)
+                metrics.write(0, {"loss": at_start["held_out"]} | at_start)
+            pending = None
+            for step in range(start + 1, stage.steps + 1):
+                state, values = train_step(state, frozen, constants, put(next(batches)), step_key)
+                if pending:
+                    read(*pending)
+                    if pending[0] % stage.log_every == 0:
+                        log(pending[0])
+                pending = (step, values)
+                last = step == stage.steps
+                due = [last or bool(n and step % n == 0) for n in _periods(stage)]
+                evaluate_now, sample_now, save_now = due
+                if not (any(due) or caught):
+                    continue
+                read(*pending)
+                pending = None
+                result = {}
+                if evaluate_now and held_out:
+                    result = evaluate(_trained(state), frozen, constants)
+                    if not np.isfinite(result["held_out"]):
+                        what = f"held-out loss is {result['held_out']}"
+                        raise _not_finite(name, step, stage, checkpoints, what)
+                if result or last or step % stage.log_every == 0:
+                    log(step, result)
+                if sample_now and sample:
+                    sample(merge(_trained(state), frozen), step)
+                if save_now or caught:
+                    progress = {
+                        "batches": batches.get_state(),
+                        "window": window.to_json(),
+                        "seconds": clock.seconds,
+                    }
+                    try:
+                        checkpoints.save(step, state, progress, result.get("held_out"))
+                    except FloatingPointError as error:
+                        raise _not_finite(name, step, stage, checkpoints, str(error)) from None
+                if caught:
+                    checkpoints.close()
+                    say(
+                        f"{name}: stopped by {caught[0].name} at step {step}, saved; start again to go on"
+                    )
+                    raise SystemExit(128 + caught[0])
+                clock.skip()
+    finally:
+        checkpoints.close()
+        metrics.close()
+    return merge(_trained(state), frozen)
+
+
+def _periods(stage: StageConfig) -> tuple[int, int, int]:
+    return stage.evaluate_every, stage.sample_every, stage.checkpoint_every
+
+
+def _check_batch(name: str, stage: StageConfig, shards: int) -> None:
+    parts = stage.optimizer.accumulate * shards
+    if stage.optimizer.accumulate < 1 or stage.batch_size % parts:
+        raise ConfigError(
+            f"stages.{name}.batch_size = {stage.batch_size}: expected a multiple of"
+            f" optimizer.accumulate = {stage.optimizer.accumulate} times the mesh's data · fsdp = {shards}"
+        )
+
+
+def _start(stage, optimizer, trainable, frozen, constants, mesh) -> tuple[dict, dict, Any]:
+    """The state before the first step, and everything on the mesh. The state is a copy: the step donates it."""
+    everywhere = replicated(mesh)
+    frozen, constants = jax.device_put((frozen, constants), everywhere)
+
+    def fresh(trainable):
+        state = {
+            "trainable": trainable,
+            "optimizer": optimizer.init(trainable),
+            "step": jnp.int32(0),
+        }
+        if stage.optimizer.ema:
+            state["ema"] = jax.tree.map(lambda a: a.astype(jnp.float32), trainable)
+        return jax.tree.map(jnp.copy, state)
+
+    return jax.jit(fresh, out_shardings=everywhere)(trainable), frozen, constants
+
+
+def _trained(state: dict) -> dict:
+    """The parameters that a stage is judged by and hands on."""
+    return state.get("ema", state["trainable"])
+
+
+def _named_key(seed: int, name: str) -> Array:
+    return jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(name.encode())))
+
+
+def _make_step(stage: StageConfig, loss: Loss, optimizer: optax.GradientTransformation, sharding):
+    """step(state, frozen, constants, batch, key) → the next state and the step's metrics."""
+    schedule = make_schedule(stage.optimizer, stage.steps)
+    parts = stage.optimizer.accumulate
+
+    def step(state, frozen, constants, batch, key):
+        trainable = state["trainable"]
+        key = jax.random.fold_in(key, state["step"])
+
+        def objective(trainable, batch, key):
+            return loss(merge(trainable, frozen), constants, batch, key)
+
+        gradient = jax.value_and_grad(objective, has_aux=True)
+
+        def micro(total, part):
+            result, gradients = gradient(trainable, *part)
+            return jax.tree.map(jnp.add, total, gradients), result
+
+        if parts == 1:
+            (value, metrics), gradients = gradient(trainable, batch, key)
+        else:
+            # Rows i, i + parts, … form a micro-batch, so that every device keeps its own rows.
+            micro_batches = jax.tree.map(
+                lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch
+            )
+            zeros = jax.tree.map(jnp.zeros_like, trainable)
+            gradients, (values, metrics) = jax.lax.scan(
+                micro, zeros, (micro_batches, jax.random.split(key, parts))
+            )
+            gradients = jax.tree.map(lambda g: g / parts, gradients)
+            value, metrics = jax.tree.map(lambda a: a.mean(0), (values, metrics))
+
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], trainable)
+        new = {
+            "trainable": optax.apply_updates(trainable, updates),
+            "optimizer": optimizer_state,
+            "step": state["step"] + 1,
+        }
+        if "ema" in state:
+            # The average forgets its start faster at first, or a short stage would keep much of it.
+            n = new["step"].astype(jnp.float32)
+            decay = jnp.minimum(stage.optimizer.ema, (1 + n) / (10 + n))
+            new["ema"] = jax.tree.map(
+                lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e),
+                state["ema"],
+                new["trainable"],
+            )
+        metrics = metrics | {
+            "loss": value,
+            "gradient_norm": optax.global_norm(gradients),
+            "learning_rate": schedule(state["step"]),
+        }
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=sharding)
+
+
+def _make_evaluate(loss: Loss, batches: list, key: Array) -> Callable[[dict, dict, Any], dict]:
+    """Mean loss and metrics over the held-out batches, each with its own key, the same every time."""
+
+    @jax.jit
+    def one(trained, frozen, constants, batch, i):
+        value, metrics = loss(merge(trained, frozen), constants, batch, jax.random.fold_in(key, i))
+        scalars = {f"held_out_{n}": v for n, v in metrics.items() if jnp.ndim(v) == 0}
+        return {"held_out": value} | scalars
+
+    def evaluate(trained, frozen, constants):
+        results = [one(trained, frozen, constants, b, np.uint32(i)) for i, b in enumerate(batches)]
+        window = Window()
+        for result in jax.device_get(results):
+            window.add(result)
+        return window.means()
+
+    return evaluate
+
+
+class _Clock:
+    """Seconds spent in steps alone: without compilation, evaluation, sampling and saving."""
+
+    def __init__(self, seconds: float, stage: StageConfig, flops_per_example: float, devices: int):
+        self.seconds, self.batch_size = seconds, stage.batch_size
+        self.flops_per_example = flops_per_example
+        self.peak = devices * matmul_peak(stage.dtype) if flops_per_example else 0.0
+        self._mark: float | None = None
+        self._steps, self._since = 0, 0.0
+
+    def tick(self) -> None:
+        """A step is done; the first after a pause only starts the clock."""
+        now = time.perf_counter()
+        if self._mark is not None:
+            self.seconds += now - self._mark
+            self._since += now - self._mark
+            self._steps += 1
+        self._mark = now
+
+    def skip(self) -> None:
+        """What happened since the last step does not count."""
+        self._mark = time.perf_counter() if self._mark is not None else None
+
+    def rates(self) -> dict[str, float]:
+        """Rates since the last call, and all seconds of the stage."""
+        rates = {"seconds": self.seconds}
+        if self._steps:
+            per_step = self._since / self._steps
+            rates |= {
+                "seconds_per_step": per_step,
+                "examples_per_second": self.batch_size / per_step,
+            }
+            if self.peak:
+                flops = self.flops_per_example * self.batch_size / per_step
+                rates["model_flop_utilisation"] = flops / self.peak
+        self._steps, self._since = 0, 0.0
+        return rates
+
+
+def _announce(name: str, stage: StageConfig, start: int, state: dict, frozen: dict) -> None:
+    mine, others = (sum(a.size for a in jax.tree.leaves(t)) for t in (state["trainable"], frozen))
+    resumed = f", going on from step {start}" if start else ""
+    say(
+        f"{name}: {stage.steps:,} steps of {stage.batch_size}, {mine:,} of {mine + others:,} parameters"
+        f" train ({len(names(state['trainable']))} arrays){resumed}"
+    )
+
+
+def _not_finite(
+    name: str, step: int, stage: StageConfig, checkpoints: Checkpoints, what: str
+) -> ConfigError:
+    latest = checkpoints.latest_step()
+    kept = "no checkpoint yet" if latest is None else f"checkpoint {latest} is kept"
+    return ConfigError(
+        f"stages.{name}, step {step}: {what}; {kept}; try a learning_rate below"
+        f" {stage.optimizer.learning_rate:g} or a smaller clip than {stage.optimizer.clip:g}"
+    )
+
+
+@contextmanager
+def _caught_signals():
+    """A list that fills with the first SIGTERM or SIGINT; a second one acts as usual."""
+    caught: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {}
+
+    def catch(number, _):
+        caught.append(signal.Signals(number))
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

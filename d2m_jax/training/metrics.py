@@ -1,0 +1,173 @@
+"""What a run tells: metrics.jsonl, TensorBoard, a progress bar, and warnings when routing collapses."""
+
+import functools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.progress
+from rich.console import Console
+from tensorboardX import SummaryWriter
+
+# When to warn of a collapse, by the last part of a metric's name. Entropy is that of the loads over the log of their
+# number (1: even), a load is a multiple of the even one, dead experts are counted.
+COLLAPSE = {
+    "entropy": (lambda value: value < 0.5, "entropy {:.2f} of 1"),
+    "largest_load": (lambda value: value > 4.0, "largest load {:.1f} times the even one"),
+    "dead_experts": (lambda value: value > 0, "{:.0f} dead experts"),
+}
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal, on stderr; a live progress bar makes room for it."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Window:
+    """Sums of the steps since the last logged one; JSON in and out, so that a resumed run logs the same means."""
+
+    def __init__(self, saved: dict[str, Any] | None = None):
+        saved = saved or {"count": 0, "sums": {}}
+        self.count = saved["count"]
+        self.sums = {name: np.asarray(value, np.float64) for name, value in saved["sums"].items()}
+
+    def add(self, values: dict[str, np.ndarray]) -> None:
+        self.count += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + np.asarray(value, np.float64)
+
+    def means(self) -> dict[str, Any]:
+        """Mean of each metric: a float, or a list for one value per layer."""
+        return {name: (value / self.count).tolist() for name, value in self.sums.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"count": self.count, "sums": {n: v.tolist() for n, v in self.sums.items()}}
+
+
+class Metrics:
+    """The metrics of one stage, from the step it starts or resumes at."""
+
+    def __init__(self, run_directory: Path, stage: str, steps: int, start: int):
+        self.stage, self.steps = stage, steps
+        self._file = run_directory / "metrics.jsonl"
+        _drop_after(self._file, stage, start)
+        self._lines = self._file.open("a")
+        self._board = SummaryWriter(
+            str(run_directory / "tensorboard" / stage), purge_step=start + 1 if start else None
+        )
+        self._warned: set[str] = set()
+        self._printed = 0.0
+        console = Console(stderr=True)
+        self._bar = None
+        if console.is_terminal:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TimeRemainingColumn(),
+                rich.progress.TextColumn("{task.fields[shown]}"),
+                console=console,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task(stage, total=steps, completed=start, shown="")
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One object of metrics.jsonl; `values` are floats, or lists of them with one per layer."""
+        values = {name: _rounded(value) for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, "stage": self.stage} | values) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            for i, x in enumerate(np.ravel(value)):
+                self._board.add_scalar(f"{name}/{i:02d}" if np.ndim(value) else name, x, step)
+        self._warn_of_collapse(step, values)
+        self._show(step, values)
+
+    def _show(self, step: int, values: dict[str, Any]) -> None:
+        shown = f"loss {values['loss']:.4g}"
+        if "held_out" in values:
+            shown += f", held out {values['held_out']:.4g}"
+        if "examples_per_second" in values:
+            shown += f", {values['examples_per_second']:.4g} examples/s"
+        if "model_flop_utilisation" in values:
+            shown += f", MFU {values['model_flop_utilisation']:.1%}"
+        if self._bar:
+            self._bar.update(self._task, shown=shown)
+        elif "held_out" in values or time.monotonic() - self._printed > 10:
+            self._printed = time.monotonic()
+            say(f"{self.stage} {step}/{self.steps}: {shown}{self._time_left(step, values)}")
+
+    def _time_left(self, step: int, values: dict[str, Any]) -> str:
+        if "seconds_per_step" not in values:
+            return ""
+        seconds = round((self.steps - step) * values["seconds_per_step"])
+        return f", {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+
+    def _warn_of_collapse(self, step: int, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            prefix, _, kind = name.rpartition("/")
+            if kind not in COLLAPSE or name.startswith("held_out"):
+                continue
+            bad, words = COLLAPSE[kind]
+            for i, x in enumerate(np.ravel(value)):
+                layer = f"{prefix} {i}".strip()
+                if bad(x) and layer not in self._warned:
+                    self._warned.add(layer)
+                    say(
+                        f"{self.stage}, step {step}: routing of {layer} collapses: {words.format(x)}"
+                    )
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._lines.close()
+        self._board.close()
+
+
+def _rounded(value: Any) -> Any:
+    """Seven significant digits, as many as float32 has."""
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def _drop_after(file: Path, stage: str, step: int) -> None:
+    """Drop the lines of a stage after a step, and a half-written last line, so that a resumed run writes them anew."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if not (value["stage"] == stage and value["step"] > step - (step == 0)):
+            kept.append(line + "\n")
+    new = file.with_name(".metrics.jsonl.new")
+    new.write_text("".join(kept))
+    new.rename(file)
+
+
+@functools.cache
+def matmul_peak(dtype: str = "float32") -> float:
+    """FLOP/s of one device in a large square matmul, the best of five; measured once per process."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), dtype)
+    multiply = jax.jit(lambda x: x @ x)
+    multiply(x).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

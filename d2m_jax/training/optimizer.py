@@ -1,0 +1,112 @@
+"""AdamW with a schedule and rates by name, and the split of parameters into trainable and frozen."""
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from d2m_jax.config import ConfigError, OptimizerConfig, suggestion
+from d2m_jax.weights.named_arrays import names, restructure
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate of step 0, 1, …: linear warm-up that ends at `warmup`, then the schedule to the last step."""
+
+    def schedule(step):
+        warm = jnp.minimum(1.0, (step + 1) / max(config.warmup, 1))
+        progress = jnp.clip((step - config.warmup) / max(steps - config.warmup, 1), 0.0, 1.0)
+        if config.schedule == "cosine":
+            left = 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        elif config.schedule == "linear":
+            left = 1 - progress
+        else:
+            left = 1.0
+        return config.learning_rate * warm * (config.final_rate + (1 - config.final_rate) * left)
+
+    return schedule
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, params: dict
+) -> optax.GradientTransformation:
+    """Clipping by global norm, Adam, weight decay on matrices, schedule, then `rates`' factors by name.
+
+    Where several patterns of `rates` match a name their factors multiply. Raises ConfigError for a pattern that
+    matches nothing. Accumulation and the running average are the loop's.
+    """
+    known = list(names(params))
+    # A stack's biases have leading axes too, so matrices are told by name, not by rank.
+    matrices = restructure(params, {name: name.endswith("kernel") for name in known})
+    factors = dict.fromkeys(known, 1.0)
+    for pattern, factor in config.rates.items():
+        for name in match(pattern, known, "OptimizerConfig.rates"):
+            factors[name] *= factor
+    factors = restructure(params, factors)
+    parts = [optax.scale_by_adam(config.b1, config.b2)]
+    if config.clip:
+        parts.insert(0, optax.clip_by_global_norm(config.clip))
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=matrices))
+    parts.append(optax.scale_by_learning_rate(make_schedule(config, steps)))
+    if config.rates:
+        parts.append(
+            optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
+        )
+    return optax.chain(*parts)
+
+
+def match(pattern: str, known: Sequence[str], field: str) -> list[str]:
+    """The names that a pattern (fnmatch) matches. Raises ConfigError with a near word where there are none."""
+    found = [name for name in known if fnmatchcase(name, pattern)]
+    if not found:
+        words = {word for name in known for word in name.split(".")}
+        strange = [word for word in re.split(r"[.*?\[\]]+", pattern) if word and word not in words]
+        hints = [suggestion(word, words) for word in strange] + [suggestion(pattern, known)]
+        hint = next(filter(None, hints), "")
+        raise ConfigError(
+            f"{field}: {pattern!r} matches no parameter{hint} (a name looks like {known[-1]})"
+            if known
+            else f"{field}: {pattern!r} matches no parameter, for there are none"
+        )
+    return found
+
+
+def split(params: dict, train: Sequence[str], freeze: Sequence[str] = ()) -> tuple[dict, dict]:
+    """(trainable, frozen): two nested dicts that `merge` joins again. `freeze` is taken out of `train`.
+
+    Raises ConfigError for a pattern that matches nothing and for an empty selection.
+    """
+    known = list(names(params))
+    chosen = {name for pattern in train for name in match(pattern, known, "StageConfig.train")}
+    for pattern in freeze:
+        chosen.difference_update(match(pattern, known, "StageConfig.freeze"))
+    if not chosen:
+        raise ConfigError(
+            f"StageConfig.train: expected at least one parameter to train, found none in train ="
+            f" {list(train)} without freeze = {list(freeze)}"
+        )
+
+    def select(tree, prefix, trainable):
+        kept = {}
+        for key, value in tree.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict):
+                if inner := select(value, name + ".", trainable):
+                    kept[key] = inner
+            elif (name in chosen) == trainable:
+                kept[key] = value
+        return kept
+
+    return select(params, "", True), select(params, "", False)
+
+
+def merge(trainable: dict, frozen: dict) -> dict:
+    """The whole tree of `split`'s two."""
+    merged = dict(frozen)
+    for key, value in trainable.items():
+        both = key in merged and isinstance(value, dict)
+        merged[key] = merge(value, merged[key]) if both else value
+    return merged

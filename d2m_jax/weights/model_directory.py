@@ -1,0 +1,129 @@
+"""The model directory: config.json (ModelConfig) plus Orbax params/; what a run leaves and every tool reads."""
+
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from d2m_jax.config import ConfigError, ModelConfig, from_json, to_json
+from d2m_jax.models.flux import Flux, initialise, model_of
+from d2m_jax.weights.named_arrays import fingerprint, names, restructure
+
+
+def save(path: Path | str, config: ModelConfig, params: dict, dtype=None) -> None:
+    """Write a model directory, floats stored as `dtype` (None: as they are).
+
+    It appears whole or not at all, and replaces a model directory that was there only once it is whole.
+    Raises ConfigError where `path` is something else.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and not _is_ours(path):
+        raise ConfigError(f"{path}: exists and is no model directory; expected a free name")
+    named = names(params)
+    if dtype is not None:
+        named = {
+            name: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+            for name, a in named.items()
+        }
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        (new / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
+        with ocp.StandardCheckpointer() as checkpointer:
+            note = {"fingerprint": fingerprint(named)}
+            checkpointer.save(new / "params", named, custom_metadata=note)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_dir() and {p.name for p in path.iterdir()} <= {"config.json", "params"}
+
+
+def load_config(path: Path | str) -> ModelConfig:
+    """The config of a model directory. Raises ConfigError where it is missing or damaged."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        found = "no config.json in it" if Path(path).is_dir() else "no such directory"
+        raise ConfigError(
+            f"{path}: expected a model directory (config.json and params/), found {found}"
+        )
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
+    return from_json(ModelConfig, value, str(file))
+
+
+def load(path: Path | str, dtype=jnp.float32) -> tuple[ModelConfig, dict]:
+    """Config and parameters, floats restored as `dtype` (None: as stored).
+
+    Raises ConfigError where the directory is missing or damaged, or the parameters do not fit its config.
+    """
+    config = load_config(path)
+    directory = Path(os.path.abspath(path)) / "params"
+    if not directory.is_dir():
+        raise ConfigError(f"{path}: expected params/ beside config.json, found none")
+    expected = jax.eval_shape(partial(initialise, config.transformer, 0))
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            metadata = checkpointer.metadata(directory)
+            stored, note = dict(metadata.item_metadata), metadata.custom_metadata or {}
+            kinds = {name: (tuple(m.shape), m.dtype) for name, m in stored.items()}
+        except Exception as error:  # Orbax, tensorstore and JSON each have their own
+            raise ConfigError(f"{directory}: damaged, cannot be read ({_line(error)})") from None
+        _check_fit(path, {name: shape for name, (shape, _) in kinds.items()}, names(expected))
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = {
+            name: jax.ShapeDtypeStruct(*kind, sharding=sharding) for name, kind in kinds.items()
+        }
+        try:
+            named = checkpointer.restore(directory, abstract)
+            whole = fingerprint(named) == note.get("fingerprint")
+        except Exception as error:
+            raise ConfigError(f"{directory}: damaged, cannot be read ({_line(error)})") from None
+    if not whole:
+        raise ConfigError(f"{directory}: damaged, the arrays are not those that were saved")
+    if dtype is not None:
+        for name, a in named.items():
+            named[name] = a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    return config, restructure(expected, named)
+
+
+def open_model(path: Path | str, dtype=jnp.float32) -> tuple[ModelConfig, Flux]:
+    """Config and model of a model directory; `dtype` is that of activations, parameters are float32."""
+    config, params = load(path)
+    return config, model_of(config.transformer, params, dtype)
+
+
+def _check_fit(path, stored: dict[str, tuple], expected: dict) -> None:
+    """Raise ConfigError that names the first parameter which is missing, unknown or of another shape."""
+    wrong = [
+        f"{name} is {stored.get(name, 'missing')}, expected {tuple(a.shape)}"
+        for name, a in expected.items()
+        if stored.get(name) != tuple(a.shape)
+    ]
+    wrong += [f"{name} is there, expected no such name" for name in stored if name not in expected]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ConfigError(f"{path}: params/ does not fit config.json: {wrong[0]}{more}")
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's message, shortened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,69 @@
+"""Evaluate a model:
+
+python evaluate.py account CONFIG_OR_MODEL [--json]   parameters and FLOPs, beside the paper's
+
+CONFIG is a Python file with get_config(), MODEL a model directory; `--help` lists all options.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from d2m_jax import command_line, weights
+from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check, suggestion
+from d2m_jax.evaluate import accounting
+
+
+@dataclass(frozen=True)
+class Account:
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG_OR_MODEL")]
+    json: bool = False  # print JSON instead of a table
+    image_tokens: int | None = None  # default: those of the model's images, else 4096
+    text_tokens: int | None = None  # default: those of the model's captions, else 77
+
+
+def account(arguments: Sequence[str]) -> None:
+    """Count parameters and FLOPs."""
+    parsed = command_line.parse(
+        Account,
+        arguments,
+        usage="evaluate.py account",
+        description="Parameters and FLOPs of a model, beside the paper's figures.",
+    )
+    if parsed.source.suffix == ".py":
+        config = command_line.load_config(parsed.source)
+        config = config.model if isinstance(config, RunConfig) else config
+        check(
+            isinstance(config, FluxConfig | ModelConfig),
+            f"{parsed.source}: expected a config that holds a model; of one with a teacher, count"
+            " the model directory that its run leaves",
+        )
+    else:
+        config = weights.load_config(parsed.source)
+    counted = accounting.account(config, parsed.image_tokens, parsed.text_tokens)
+    if parsed.json:
+        print(json.dumps(accounting.to_json(parsed.source.stem, counted), indent=1))
+    else:
+        print(accounting.table(parsed.source.stem, counted))
+
+
+COMMANDS = {"account": account}
+
+
+def main(arguments: Sequence[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return
+    name = arguments[0]
+    expected = f"expected {' or '.join(COMMANDS)}"
+    check(name in COMMANDS, f"{name}: unknown command{suggestion(name, COMMANDS)} ({expected})")
+    COMMANDS[name](arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, sys.argv[1:]))

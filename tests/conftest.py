@@ -1,0 +1,18 @@
+"""Every test runs on a CPU, with the package's array types checked and compiled programs kept."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The second run of the suite finds its programs compiled.
+cache = Path(__file__).parent.parent / ".jax_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+from jaxtyping import install_import_hook  # noqa: E402 (jax reads the environment when imported)
+
+install_import_hook(
+    "d2m_jax",
+    # an int may stand where a float is expected
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)

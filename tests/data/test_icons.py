@@ -1,0 +1,207 @@
+import hashlib
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from d2m_jax.config import ConfigError, IconsConfig, PixelsConfig, WordsConfig
+from d2m_jax.data.glyphs import COLOURS, OVERLAP, lexicon
+from d2m_jax.data.icons import (
+    CATEGORIES,
+    WORDS,
+    Batches,
+    batches,
+    lexicon_for,
+    prompts,
+    render,
+    vocabulary,
+)
+
+SCENES, CANVAS = IconsConfig(), PixelsConfig(24, 24)
+SINGLE, CELL = IconsConfig(task="single"), PixelsConfig(12, 12)
+TEXT = WordsConfig(vocabulary=vocabulary(SCENES, CANVAS))
+
+
+def caption(row):
+    return " ".join(TEXT.vocabulary[i - 1] for i in row if i)
+
+
+def pair(words):
+    """Colour and glyph pairs of a caption, as written."""
+    names = [w for w in words.split() if w not in ("and", "of")]
+    return {
+        (c, g) for c, g in zip(names, names[1:], strict=False) if c in COLOURS and g not in COLOURS
+    }
+
+
+# ------------------------------------------------------------------------------------ lexicon
+
+
+def test_glyphs_are_whole_and_unlike_each_other():
+    known = lexicon(512, 10)
+    assert known.masks.shape == (512, 10, 10) and len(set(known.names)) == 512
+    assert all(ndimage.label(mask, np.ones((3, 3)))[1] == 1 for mask in known.masks)
+    spans = [max(np.ptp(np.argwhere(mask), axis=0)) + 1 for mask in known.masks]
+    assert set(spans) == {10}
+
+    padded = np.pad(known.masks, ((0, 0), (1, 1), (1, 1))).astype(np.float32)
+    flat = known.masks.reshape(512, -1).astype(np.float32)
+    area = flat.sum(axis=1)
+    for y in range(3):
+        for x in range(3):
+            both = padded[:, y : y + 10, x : x + 10].reshape(512, -1) @ flat.T
+            overlap = both / (area[:, None] + area - both)
+            np.fill_diagonal(overlap, 0)
+            assert overlap.max() <= OVERLAP
+
+
+def test_a_small_lexicon_begins_a_large_one():
+    small, large = lexicon(256, 10), lexicon(512, 10)
+    assert small.names == large.names[:256]
+    np.testing.assert_array_equal(small.masks, large.masks[:256])
+
+
+def test_names_are_single_words_apart_from_the_other_words():
+    names = lexicon(512, 10).names
+    assert all(name == name.lower() and name.isascii() and " " not in name for name in names)
+    assert not set(names) & set(WORDS)
+    assert {"anchor", "saturn", "digit-five", "cyrillic-zhe"} <= set(names)
+
+
+def test_the_lexicon_is_the_one_that_shipped_models_know():
+    """Another release of the font or its renderer must not rename glyphs under a trained model."""
+    known = lexicon(512, 10)
+    digest = hashlib.sha256(" ".join(known.names).encode() + known.masks.tobytes()).hexdigest()
+    assert digest[:16] == "f5176a17f84d575d"
+
+
+def test_too_many_glyphs_are_refused_with_the_number_there_is():
+    with pytest.raises(ConfigError, match=r"IconsConfig.glyphs = 5000: expected at most \d{3}, "):
+        lexicon(5000, 10)
+
+
+# ------------------------------------------------------------------------------------ batches
+
+
+def test_a_scene_depends_on_its_index_alone():
+    large = Batches(SCENES, TEXT, CANVAS, 64, 0, "train")
+    small = Batches(SCENES, TEXT, CANVAS, 16, 0, "train")
+    for key in ("image", "words"):
+        rows = np.concatenate([small[step][key] for step in range(4)])
+        np.testing.assert_array_equal(large[0][key], rows)
+        assert not np.array_equal(large[0][key], large[1][key])
+    assert large[0]["image"].dtype == np.uint8 and large[0]["words"].dtype == np.int32
+
+
+def test_splits_and_seeds_are_other_draws():
+    def words(config=SCENES, seed=0, split="train"):
+        return Batches(config, TEXT, CANVAS, 64, seed, split)[0]["words"].tolist()
+
+    draws = [words(), words(seed=1), words(split="validation"), words(IconsConfig(seed=1))]
+    assert all(a != b for i, a in enumerate(draws) for b in draws[:i])
+
+
+def test_captions_have_the_six_forms_in_equal_shares():
+    words = [caption(row) for row in Batches(SCENES, TEXT, CANVAS, 600, 0, "train")[3]["words"]]
+    assert len({words[i].split()[0] for i in range(0, 600, 6)} & set(COLOURS)) == len(COLOURS)
+    forms = [sum(f" {word} " in text for text in words) for word in ("and", "left", "below")]
+    assert forms[0] == 200 and 10 < forms[1] < 45 and 10 < forms[2] < 45
+    assert sum(text.startswith(("two ", "three ")) for text in words) == 100
+    assert sum(len(text.split()) == 2 for text in words) == 200
+
+
+def test_held_out_pairs_never_train():
+    def pairs(split):
+        source = Batches(SCENES, TEXT, CANVAS, 6000, 0, split)
+        return set().union(*(pair(caption(row)) for row in source[0]["words"]))
+
+    train, held_out = pairs("train"), pairs("held_out")
+    assert len(train) > 2500 and 100 < len(held_out) < 250
+    assert not train & held_out
+    assert not train & set().union(
+        *(pair(p.caption) for p in prompts(SCENES, CANVAS, 60, held_out=True))
+    )
+
+
+def test_the_iterator_resumes_exactly():
+    first = batches(SCENES, TEXT, CANVAS, 8)
+    for _ in range(3):
+        next(first)
+    state = first.get_state()
+    second = batches(SCENES, TEXT, CANVAS, 8)
+    second.set_state(state)
+    for _ in range(2):
+        a, b = next(first), next(second)
+        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["words"], b["words"])
+
+
+def test_the_data_repeats_after_train_size():
+    small = IconsConfig(train_size=16)
+    iterator = batches(small, TEXT, CANVAS, 8)
+    a, _, b = (next(iterator)["words"] for _ in range(3))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_single_is_one_centred_glyph():
+    batch = Batches(SINGLE, WordsConfig(length=2, vocabulary=TEXT.vocabulary), CELL, 32, 0, "train")
+    known, rows = lexicon_for(SINGLE, CELL), batch[0]
+    assert rows["image"].shape == (32, 12, 12, 3) and rows["words"].shape == (32, 2)
+    for image, row in zip(rows["image"], rows["words"], strict=True):
+        colour, glyph = caption(row).split()
+        mask = np.pad(known.masks[known.index[glyph]], 1)
+        np.testing.assert_array_equal(image, mask[..., None] * np.array(COLOURS[colour]))
+
+
+@pytest.mark.parametrize(
+    "config, text, image, message",
+    [
+        (SCENES, TEXT, PixelsConfig(24, 32), "24 × 32 pixels, expected a square"),
+        (SCENES, WordsConfig(length=4, vocabulary=TEXT.vocabulary), CANVAS, "length = 4"),
+        (SCENES, WordsConfig(vocabulary=("red",)), CANVAS, "unknown word 'and'"),
+        (IconsConfig(train_size=4), TEXT, CANVAS, "train_size = 4"),
+    ],
+)
+def test_what_cannot_work_is_refused(config, text, image, message):
+    with pytest.raises(ConfigError, match=message):
+        Batches(config, text, image, 8, 0, "train")
+
+
+# ------------------------------------------------------------------------------------ prompts
+
+
+def test_prompts_agree_with_their_captions_and_places():
+    scenes = prompts(SCENES, CANVAS, 300)
+    assert [s.category for s in scenes[:6]] == list(CATEGORIES)
+    assert scenes[:30] == prompts(SCENES, CANVAS, 30)
+    for scene in scenes:
+        texts = [f"{o.colour} {o.glyph}" for o in scene.objects]
+        first, *others = scene.objects
+        assert len({(o.row, o.column) for o in scene.objects}) == len(scene.objects)
+        if scene.category in ("single", "colours"):
+            assert scene.caption == texts[0] and not others
+        elif scene.category == "counting":
+            assert len(set(texts)) == 1
+            assert scene.caption == f"{ {2: 'two', 3: 'three'}[len(texts)] } {texts[0]}"
+        else:
+            (second,) = others
+            assert first.glyph != second.glyph
+            assert scene.caption == f" {scene.relation or 'and'} ".join(texts)
+        if scene.category == "attribution":
+            assert first.colour != second.colour
+        if scene.category == "position":
+            step = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
+            moved = second.row - first.row, second.column - first.column
+            assert moved == step[scene.relation]
+
+
+def test_render_draws_each_object_in_its_cell():
+    scenes = prompts(SCENES, CANVAS, 12)
+    known = lexicon_for(SCENES, CANVAS)
+    for scene, image in zip(scenes, render(scenes, known), strict=True):
+        expected = np.zeros((24, 24, 3), np.uint8)
+        for o in scene.objects:
+            mask = np.pad(known.masks[known.index[o.glyph]], 1)[..., None]
+            rows, columns = (slice(at, at + 12) for at in (int(o.row) * 12, int(o.column) * 12))
+            expected[rows, columns] = mask * np.array(COLOURS[o.colour])
+        np.testing.assert_array_equal(image, expected)

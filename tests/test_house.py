@@ -1,0 +1,124 @@
+"""The rules of the house that a program can check: who imports whom, and what a file may hold."""
+
+import ast
+import graphlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "d2m_jax"
+SCRIPTS = ("train", "convert_torch_weights", "sample", "evaluate")
+FLOORS = {
+    "config": 0,
+    "flow": 0,
+    "kernels": 0,
+    "sharding": 1,
+    "models": 2,
+    "weights": 3,
+    "data": 3,
+    "sampling": 3,
+    "sparsify": 3,
+    "distill": 4,
+    "training": 5,
+    "evaluate": 5,
+    "command_line": 5,
+    "__init__": 6,  # hands on names to those who use the package
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {
+    file.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): file for file in FILES
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: expected an absolute import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                ours = full in MODULES or f"{full}.__init__" in MODULES
+                found.add(full if ours else node.module)
+    return found
+
+
+def ours(file: Path) -> set[str]:
+    """The modules of the package that a file imports, a folder standing for its `__init__`."""
+    names = {name for name in imported(file) if name.split(".")[0] == "d2m_jax"}
+    return {name if name in MODULES else f"{name}.__init__" for name in names}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    for other in ours(MODULES[module]) - {module}:
+        below = FLOORS[room(other)] < FLOORS[room(module)]
+        same_folder = MODULES[other].parent == MODULES[module].parent
+        assert below or same_folder, f"{module} imports {other}, which is not below it"
+
+
+def test_no_circles():
+    graph = {module: ours(file) - {module} for module, file in MODULES.items()}
+    tuple(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_neither_torch_nor_pickle(module):
+    heavy = {"torch", "torchvision", "diffusers", "pickle", "dill", "cloudpickle", "joblib"}
+    assert not heavy & {name.split(".")[0] for name in imported(MODULES[module])}
+    assert "allow_pickle=True" not in MODULES[module].read_text()
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.endswith(".__init__")])
+def test_init_defines_nothing(module):
+    allowed = {"__all__"}
+    if module == "d2m_jax.__init__":
+        allowed |= {"__version__", "__getattr__", "__dir__"}  # names handed on when asked for
+    for node in ast.parse(MODULES[module].read_text()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue
+        targets = getattr(node, "targets", [node])
+        names = {getattr(target, "id", getattr(target, "name", None)) for target in targets}
+        assert names <= allowed, f"{module}, line {node.lineno}: an __init__ only hands on names"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_file_is_not_two(module):
+    lines = len(MODULES[module].read_text().splitlines())
+    assert lines <= 430, f"{module} has {lines} lines: at about 400 a file asks to be two"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_file_and_its_public_names_say_what_they_are(module):
+    tree = ast.parse(MODULES[module].read_text())
+    assert ast.get_docstring(tree), f"{module}: expected a docstring"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{module}.{node.name}: expected a docstring"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_root_scripts_read_the_command_line(module):
+    assert not re.search(r"\bsys\.argv\b|\bargparse\b", MODULES[module].read_text())
+
+
+def test_importing_the_package_costs_nothing():
+    top = {name.split(".")[0] for name in imported(PACKAGE / "__init__.py") if "." not in name}
+    assert not top & {"jax", "flax", "numpy"}
+
+
+def test_scripts_are_small():
+    for name in SCRIPTS:
+        file = ROOT / f"{name}.py"
+        if file.exists():
+            assert len(file.read_text().splitlines()) <= 200, f"{name}.py: expected one call"

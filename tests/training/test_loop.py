@@ -1,0 +1,243 @@
+"""The loop: exact resume, kills, frozen parameters, accumulation, NaN, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d2m_jax.config import ConfigError, OptimizerConfig
+from d2m_jax.weights.named_arrays import names
+from tests.training import toy
+
+ROOT = Path(__file__).parents[2]
+
+
+class Stop(Exception):
+    """Stands for a crash."""
+
+
+class CrashingStream(toy.Stream):
+    """Fails when the batch after `last` is asked for."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+
+    def __next__(self):
+        if self.position == self.last:
+            raise Stop
+        return super().__next__()
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+def lines(directory):
+    """metrics.jsonl without what a clock measured."""
+    clocks = ("seconds", "seconds_per_step", "examples_per_second", "model_flop_utilisation")
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in clocks} for line in found]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    return directory, toy.run(directory, toy.stage(40))
+
+
+def test_resume_equals_uninterrupted(uninterrupted, tmp_path):
+    # Checkpoints are at 10, 20, …; log_every = 4, so that a window is open at step 10.
+    for last in (13, 29, 30):
+        with pytest.raises(Stop):
+            toy.run(tmp_path, toy.stage(40), batches=CrashingStream(last))
+    params = toy.run(tmp_path, toy.stage(40))
+    assert same(params, uninterrupted[1])
+    assert lines(tmp_path) == lines(uninterrupted[0])
+
+
+def test_it_learns_and_logs(uninterrupted):
+    found = lines(uninterrupted[0])
+    assert [line["step"] for line in found] == [0, 4, 8, 10, 12, 16, 20, 24, 28, 30, 32, 36, 40]
+    held_out = {line["step"]: line["held_out"] for line in found if "held_out" in line}
+    assert list(held_out) == [0, 10, 20, 30, 40] and held_out[40] < 0.9 * held_out[0]
+    assert all(np.isfinite(line["loss"]) and line["stage"] == "toy" for line in found)
+
+
+def test_finished_stage_is_read(uninterrupted):
+    params = toy.run(uninterrupted[0], toy.stage(40), batches=CrashingStream(0))
+    assert same(params, uninterrupted[1])
+
+
+def test_average_is_returned(tmp_path):
+    stage = toy.stage(12, optimizer=OptimizerConfig(warmup=4, ema=0.0))
+    last = toy.run(tmp_path / "last", stage)
+    average = toy.run(tmp_path / "average", toy.stage(12))
+    assert not np.allclose(last["out"]["kernel"], average["out"]["kernel"], atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"seed": 1}, {"stage": toy.stage(60)}])
+def test_another_run_is_refused(uninterrupted, wrong):
+    arguments = {"stage": toy.stage(40)} | wrong
+    field = "seed is 0" if "seed" in wrong else "stage.steps is 40 there and 60 here"
+    with pytest.raises(ConfigError, match=field):
+        toy.run(uninterrupted[0], **arguments)
+
+
+def test_other_frozen_parameters_are_refused(tmp_path):
+    stage = toy.stage(10, train=("out.*",))
+    toy.run(tmp_path, stage)
+    params = toy.initial()
+    params["body"][0]["bias"] += 1e-3
+    with pytest.raises(ConfigError, match="frozen is"):
+        toy.run(tmp_path, stage, params=params)
+
+
+def test_frozen_stay_identical(tmp_path):
+    before = toy.initial()
+    stage = toy.stage(10, train=("body.*",), freeze=("*.bias",))
+    after = toy.run(tmp_path, stage, params=before)
+    for name, array in names(after).items():
+        trains = name.startswith("body.") and name.endswith("kernel")
+        assert bool((array == names(before)[name]).all()) != trains, name
+    # The caller's arrays are not donated.
+    assert np.isfinite(before["body"][0]["kernel"]).all()
+
+
+def test_accumulation_equals_one_batch(tmp_path):
+    def loss(params, constants, batch, key):
+        return toy.loss(params, constants, batch, key, noise=0.0)
+
+    results = []
+    for parts in (1, 4):
+        # Plain momentum-free steps would hide a wrong scale less than Adam does: compare the logged norm too.
+        optimizer = OptimizerConfig(warmup=4, accumulate=parts, clip=0.1)
+        directory = tmp_path / str(parts)
+        params = toy.run(directory, toy.stage(12, optimizer=optimizer), loss=loss)
+        results.append((params, [line.get("gradient_norm", 0) for line in lines(directory)]))
+    for a, b in zip(*(jax.tree.leaves(params) for params, _ in results), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
+
+
+def test_batch_that_does_not_divide(tmp_path):
+    optimizer = OptimizerConfig(accumulate=3)
+    with pytest.raises(ConfigError, match="toy.batch_size = 8"):
+        toy.run(tmp_path, toy.stage(10, optimizer=optimizer))
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    class Poisoned(toy.Stream):
+        def __next__(self):
+            batch = super().__next__()
+            return batch | {"y": batch["y"] * np.nan} if self.position == 17 else batch
+
+    with pytest.raises(ConfigError, match=r"step 17: loss is nan; checkpoint 10 is kept") as error:
+        toy.run(tmp_path, toy.stage(40), batches=Poisoned())
+    assert "\n" not in str(error.value)
+    kept = [path.name for path in (tmp_path / "checkpoints" / "toy").iterdir()]
+    assert kept == ["10"]
+
+
+def test_update_that_overflows_is_not_saved(tmp_path):
+    # Loss and gradient of step 10 are finite, the parameters after it are not.
+    optimizer = OptimizerConfig(learning_rate=1e39, schedule="constant", warmup=0)
+    stage = toy.stage(40, optimizer=optimizer, checkpoint_every=1, evaluate_every=100)
+    with pytest.raises(ConfigError, match="step 1: .* is not finite; no checkpoint yet"):
+        toy.run(tmp_path, stage)
+
+
+def test_samples_are_drawn(tmp_path):
+    drawn = []
+
+    def sample(params, step):
+        drawn.append((step, float(params["out"]["bias"][0])))
+
+    params = toy.run(tmp_path, toy.stage(10, sample_every=4), sample=sample)
+    assert [step for step, _ in drawn] == [4, 8, 10]
+    assert drawn[-1][1] == float(params["out"]["bias"][0])
+
+
+def test_sigterm_saves_and_exits(uninterrupted, tmp_path):
+    class Terminated(toy.Stream):
+        def __next__(self):
+            if self.position == 16:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        toy.run(tmp_path, toy.stage(40), batches=Terminated())
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert (tmp_path / "checkpoints" / "toy" / "17").is_dir()
+    assert same(toy.run(tmp_path, toy.stage(40)), uninterrupted[1])
+    assert lines(tmp_path) == lines(uninterrupted[0])
+
+
+def test_the_step_compiles_once(tmp_path):
+    traced = []
+
+    def loss(params, constants, batch, key):
+        traced.append(batch["x"].shape)
+        return toy.loss(params, constants, batch, key)
+
+    toy.run(tmp_path, toy.stage(20), loss=loss)
+    assert sorted(traced) == [(8, 4), (16, 4)] or len(traced) == 2
+
+
+def test_sigkill_at_any_moment(tmp_path):
+    """Three kills, by the clock, anywhere in the run; the end has the same bits as a run without."""
+    steps = 300
+    directory = tmp_path / "killed"
+    command = [sys.executable, "-m", "tests.training.toy", str(directory), str(steps)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    metrics = directory / "metrics.jsonl"
+    reached = []
+    for wait in (0.05, 0.3, 0.6):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        written = metrics.stat().st_size if metrics.exists() else 0
+        while process.poll() is None and not (
+            metrics.exists() and metrics.stat().st_size not in (0, written)
+        ):
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.kill()
+        reached.append(b"finished" in process.communicate()[0])
+    assert not all(reached), "no kill struck: make the run longer"
+    killed = toy.run(directory, toy.stage(steps, checkpoint_every=5))
+    whole = toy.run(tmp_path / "whole", toy.stage(steps, checkpoint_every=5))
+    assert same(killed, whole)
+    assert lines(directory) == lines(tmp_path / "whole")
+
+
+def test_mesh_of_several_devices(tmp_path):
+    """Batches sharded over data and fsdp give the single device's result; in a process with four CPU devices."""
+    program = (
+        "import sys, jax, pathlib, numpy as np; from tests.training import toy;"
+        "from d2m_jax.config import MeshConfig; from d2m_jax.sharding import make_mesh;"
+        "params = toy.run(pathlib.Path(sys.argv[1]), toy.stage(10),"
+        " mesh=make_mesh(MeshConfig(data=2, fsdp=2)));"
+        "print(float(np.abs(params['out']['kernel']).sum()))"
+    )
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    command = [sys.executable, "-c", program, str(tmp_path / "four")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    one = toy.run(tmp_path / "one", toy.stage(10))
+    expected = float(jnp.abs(one["out"]["kernel"]).sum())
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-5)

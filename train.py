@@ -1,0 +1,50 @@
+"""Train or distill a model: python train.py CONFIG.py [--run-dir DIR] [--any.field value]
+
+Continues where it stopped if DIR holds a run of the same config.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from d2m_jax import command_line
+from d2m_jax.config import RunConfig, check
+
+
+@dataclass(frozen=True)
+class Arguments:
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    run_dir: Path | None = None  # default: runs/ and the config's name
+
+
+def main(arguments: Sequence[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return
+    config = command_line.load_config(arguments[0])
+    check(
+        isinstance(config, RunConfig),
+        f"{arguments[0]}: get_config() returns {type(config).__name__}, expected RunConfig",
+    )
+    parsed = command_line.parse(
+        Arguments,
+        arguments[1:],
+        usage=f"train.py {arguments[0]}",
+        description=__doc__,
+        default=Arguments(config),
+    )
+    from d2m_jax.evaluate import report
+    from d2m_jax.training import run
+
+    run_directory = parsed.run_dir or Path("runs") / parsed.config.name
+    run.run(parsed.config, run_directory)
+    if parsed.config.teacher is not None:
+        report.write(run_directory)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, sys.argv[1:]))
