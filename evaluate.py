@@ -1,6 +1,7 @@
 """Evaluate a model:
 
 python evaluate.py account CONFIG_OR_MODEL [--json]   parameters and FLOPs, beside the paper's
+python evaluate.py icons MODEL … [--prompts N]        scores on the embedded task
 
 CONFIG is a Python file with get_config(), MODEL a model directory; `--help` lists all options.
 """
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import rich
 import tyro
 
 from d2m_jax import command_line, weights
 from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check, suggestion
-from d2m_jax.evaluate import accounting
+from d2m_jax.evaluate import accounting, benchmark
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,40 @@ def account(arguments: Sequence[str]) -> None:
         print(accounting.table(parsed.source.stem, counted))
 
 
-COMMANDS = {"account": account}
+@dataclass(frozen=True)
+class Icons:
+    models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL …")]
+    prompts: int = 600  # of combinations seen in training, and as many held out of it
+    seed: int = 0  # of the noise
+    steps: int | None = None  # default: the model's own
+    top_k: int | None = None  # normal experts per token; default: the model's own
+    json: bool = False  # print JSON instead of tables
+
+
+def icons(arguments: Sequence[str]) -> None:
+    """Score models on the embedded task."""
+    parsed = command_line.parse(
+        Icons,
+        arguments,
+        usage="evaluate.py icons",
+        description="Scores of models on the embedded task, in percent, with 95 % confidence.",
+    )
+    check(len(parsed.models) > 0, "MODEL: expected at least one model directory, found none")
+    check(parsed.prompts > 0, f"--prompts {parsed.prompts}: expected at least 1")
+    scores = {
+        str(path): benchmark.evaluate(path, parsed.prompts, parsed.seed, parsed.steps, parsed.top_k)
+        for path in parsed.models
+    }
+    if parsed.json:
+        print(json.dumps({name: benchmark.to_json(s) for name, s in scores.items()}, indent=1))
+        return
+    first = None
+    for name, mine in scores.items():
+        rich.print(benchmark.table(name, mine, first))
+        first = first or mine
+
+
+COMMANDS = {"account": account, "icons": icons}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from d2m_jax.sampling import grid, pipeline
 class Arguments:
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     output: Path  # folder for 0000.png, 0001.png, … and grid.png
-    prompt: tuple[str, ...] = ()  # one or more prompts
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # may be repeated
     prompts: Path | None = None  # a text file with one prompt a line
     height: int | None = None  # pixels; what is None here is the model's own
     width: int | None = None
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def read_prompts(parsed: Arguments) -> list[str]:
-    """The prompts of the command line and of the file; whatever is wrong is found before sampling."""
+    """Prompts of the command line and of the file; what is wrong is found before sampling."""
     file, prompts = parsed.prompts, list(parsed.prompt)
     if file is not None:
         check(file.is_file(), f"--prompts {file}: no such file, expected one prompt a line")

@@ -1,6 +1,7 @@
 """Train or distill a model: python train.py CONFIG.py [--run-dir DIR] [--any.field value]
 
-Continues where it stopped if DIR holds a run of the same config.
+Goes on where it stopped if DIR (default: runs/ and the config's name) holds a run of that config.
+`python train.py CONFIG.py --help` lists every field.
 """
 
 import sys
@@ -22,9 +23,11 @@ class Arguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if list(arguments) in (["-h"], ["--help"]):
         print(__doc__.strip())
         return
+    found = arguments[0] if arguments else "none"
+    check(found.endswith(".py"), f"CONFIG: expected a Python file with get_config(), found {found}")
     config = command_line.load_config(arguments[0])
     check(
         isinstance(config, RunConfig),
@@ -37,6 +40,7 @@ def main(arguments: Sequence[str]) -> None:
         description=__doc__,
         default=Arguments(config),
     )
+    # Imported once the arguments are right: help and errors need not wait for jax.
     from d2m_jax.evaluate import report
     from d2m_jax.training import run
 

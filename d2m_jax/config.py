@@ -5,9 +5,7 @@ import difflib
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, Mapping, TypeVar
-
-T = TypeVar("T")
+from typing import Any, Literal, Mapping
 
 
 class ConfigError(ValueError):
@@ -85,20 +83,28 @@ class FluxConfig:
     double: tuple[StackConfig, ...] = (StackConfig(19),)
     single: tuple[StackConfig, ...] = (StackConfig(38),)
     moe: MoEConfig = MoEConfig()
-    mob_alpha: float = 0.5  # PAPER.md's α between pooled features and the global vector in the block router
-    modulation_rank: int | None = None  # None: one full matrix per block; r: the shared basis of PAPER.md
+    mob_alpha: float = (
+        0.5  # PAPER.md's α between pooled features and the global vector in the block router
+    )
+    modulation_rank: int | None = (
+        None  # None: one full matrix per block; r: the shared basis of PAPER.md
+    )
 
     def __post_init__(self):
         heads, hidden = self.num_heads, self.hidden_size
         check(
-            hidden % heads == 0, f"FluxConfig.hidden_size = {hidden}: expected a multiple of num_heads = {heads}"
+            hidden % heads == 0,
+            f"FluxConfig.hidden_size = {hidden}: expected a multiple of num_heads = {heads}",
         )
         check(
             sum(self.axes_dim) == hidden // heads and all(a % 2 == 0 for a in self.axes_dim),
             f"FluxConfig.axes_dim = {self.axes_dim}: expected even numbers that sum to hidden_size / num_heads"
             f" = {hidden // heads}",
         )
-        check(0.0 <= self.mob_alpha <= 1.0, f"FluxConfig.mob_alpha = {self.mob_alpha}: expected 0 to 1")
+        check(
+            0.0 <= self.mob_alpha <= 1.0,
+            f"FluxConfig.mob_alpha = {self.mob_alpha}: expected 0 to 1",
+        )
         rank = self.modulation_rank
         check(
             rank is None or 1 <= rank <= hidden,
@@ -116,11 +122,15 @@ class FluxConfig:
 
     def ffn_width(self, stack: StackConfig) -> int:
         """Hidden neurons of the whole FFN, all experts together."""
-        return self._whole(stack.mlp_ratio * self.hidden_size, "StackConfig.mlp_ratio × hidden_size")
+        return self._whole(
+            stack.mlp_ratio * self.hidden_size, "StackConfig.mlp_ratio × hidden_size"
+        )
 
     def shared_width(self, stack: StackConfig) -> int:
         """Hidden neurons of the shared expert."""
-        width = self._whole(self.moe.shared_ratio * self.hidden_size, "MoEConfig.shared_ratio × hidden_size")
+        width = self._whole(
+            self.moe.shared_ratio * self.hidden_size, "MoEConfig.shared_ratio × hidden_size"
+        )
         check(
             0 < width < self.ffn_width(stack),
             f"MoEConfig.shared_ratio = {self.moe.shared_ratio}: expected more than 0 and less than"
@@ -151,7 +161,9 @@ class WordsConfig:
     dim: int = 128
     length: int = 6  # tokens; shorter captions are padded
     seed: int = 0
-    vocabulary: tuple[str, ...] = ()  # filled by the run from its data, so that a model directory is whole
+    vocabulary: tuple[
+        str, ...
+    ] = ()  # filled by the run from its data, so that a model directory is whole
 
 
 @dataclass(frozen=True)
@@ -176,7 +188,9 @@ class ModelConfig:
     transformer: FluxConfig = FluxConfig()
     text: WordsConfig = WordsConfig()
     image: PixelsConfig = PixelsConfig()
-    shift: Literal["flux", "none"] = "none"  # the sampler's schedule: FLUX.1 [dev]'s shift by length, or none
+    shift: Literal["flux", "none"] = (
+        "none"  # the sampler's schedule: FLUX.1 [dev]'s shift by length, or none
+    )
     sample_steps: int = 20
     guidance: float = 3.5  # used where the transformer has guidance_embed
 
@@ -209,7 +223,9 @@ class OptimizerConfig:
     clip: float = 1.0  # global norm; 0 turns clipping off
     accumulate: int = 1  # micro-batches per step
     ema: float = 0.0  # decay of the running average that is evaluated and saved; 0 turns it off
-    rates: Mapping[str, float] = field(default_factory=dict)  # name pattern → factor on the learning rate
+    rates: Mapping[str, float] = field(
+        default_factory=dict
+    )  # name pattern → factor on the learning rate
 
 
 @dataclass(frozen=True)
@@ -236,7 +252,9 @@ class StageConfig:
     groups: "GroupsConfig | None" = None  # regroup the blocks into MoB groups before this stage
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and optimizer stay float32
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of activations; parameters and optimizer stay float32
+    )
     remat: bool = True
     log_every: int = 10
     evaluate_every: int = 250  # held-out loss; decides the best checkpoint
@@ -304,7 +322,9 @@ class RunConfig:
     data: IconsConfig = IconsConfig()
     sparsify: SparsifyConfig = SparsifyConfig()
     stages: Mapping[str, StageConfig] = field(default_factory=dict)
-    rivals: Mapping[str, StudentConfig] = field(default_factory=dict)  # trained beside it, for the report
+    rivals: Mapping[str, StudentConfig] = field(
+        default_factory=dict
+    )  # trained beside it, for the report
     mesh: MeshConfig = MeshConfig()
     keep_checkpoints: int = 2
     evaluate_prompts: int = 600  # prompts of the icons benchmark in the report
@@ -321,7 +341,11 @@ class RunConfig:
             check(
                 stage.kind == ("flow" if self.teacher is None else "distill"),
                 f"RunConfig.stages.{name}.kind = {stage.kind}: "
-                + ("training from scratch is 'flow'" if self.teacher is None else "a student is trained by 'distill'"),
+                + (
+                    "training from scratch is 'flow'"
+                    if self.teacher is None
+                    else "a student is trained by 'distill'"
+                ),
             )
 
 
@@ -339,7 +363,7 @@ def to_json(config: Any) -> Any:
     return config
 
 
-def from_json(kind: type[T], value: Any, where: str = "") -> T:
+def from_json(kind: Any, value: Any, where: str = "") -> Any:
     """The inverse of to_json. Raises ConfigError that names the field, what was found and what was expected."""
     where = where or getattr(kind, "__name__", "config")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -348,7 +372,10 @@ def from_json(kind: type[T], value: Any, where: str = "") -> T:
             return None
         return from_json(next(a for a in arguments if a is not type(None)), value, where)
     if origin is Literal:
-        check(value in arguments, f"{where} = {value!r}: expected one of {', '.join(map(repr, arguments))}")
+        check(
+            value in arguments,
+            f"{where} = {value!r}: expected one of {', '.join(map(repr, arguments))}",
+        )
         return value
     if origin is tuple:
         check(isinstance(value, list), f"{where}: expected a list, found {value!r}")
@@ -361,7 +388,9 @@ def from_json(kind: type[T], value: Any, where: str = "") -> T:
         hints = typing.get_type_hints(kind)
         for key in value:
             check(key in hints, f"{where}.{key}: unknown field{suggestion(key, hints)}")
-        return kind(**{key: from_json(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+        return kind(
+            **{key: from_json(hints[key], item, f"{where}.{key}") for key, item in value.items()}
+        )
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     check(type(value) is kind, f"{where} = {value!r}: expected {kind.__name__}")

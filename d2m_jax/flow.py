@@ -39,9 +39,7 @@ def unpack(
 ) -> Float[Array, "b H W c"]:
     """The inverse of pack for an image of height × width."""
     h, w = height // patch, width // patch
-    return rearrange(
-        tokens, "b (h w) (c ph pw) -> b (h ph) (w pw) c", h=h, w=w, ph=patch, pw=patch
-    )
+    return rearrange(tokens, "b (h w) (c ph pw) -> b (h ph) (w pw) c", h=h, w=w, ph=patch, pw=patch)
 
 
 def image_ids(rows: int, columns: int) -> Float[Array, "1 n 3"]:

@@ -1,4 +1,4 @@
-"""The device mesh and where arrays live on it: batches over (data, fsdp), parameters on every device."""
+"""The device mesh and where arrays live on it: batches over (data, fsdp), parameters everywhere."""
 
 import math
 
@@ -10,7 +10,7 @@ from d2m_jax.config import ConfigError, MeshConfig
 AXES = ("data", "fsdp", "expert", "tensor")
 
 
-def make_mesh(config: MeshConfig = MeshConfig()) -> Mesh:
+def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh over this job's devices; one axis of -1 takes what the others leave.
 
     Raises ConfigError where the sizes are larger than, or do not divide, the number of devices.

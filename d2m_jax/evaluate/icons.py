@@ -13,7 +13,7 @@ from d2m_jax.data.icons import CATEGORIES, COLOURS, Lexicon, Object, Scene, rend
 
 SPECK = 4  # pixels; a smaller component is no object
 # intersection over union from which an object is a glyph; no two glyphs exceed 0.65
-KNOWN = 0.5
+KNOWN = 0.6
 UNKNOWN = ""  # the glyph of an object that is like none
 NEIGHBOURS = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # never across images
 

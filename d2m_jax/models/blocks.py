@@ -32,7 +32,9 @@ class Context:
     """What every block of one forward reads beside its streams."""
 
     vec: Float[Array, "b d"]  # the global vector: timestep + guidance + pooled text
-    cond: Float[Array, "b r"]  # what the modulations read: silu(vec) or its projection on the shared basis
+    cond: Float[
+        Array, "b r"
+    ]  # what the modulations read: silu(vec) or its projection on the shared basis
     pe: tuple[Array, Array]  # rotary tables of [txt, img]
     text_tokens: int
     top_k: int | None = None  # normal experts per token; None: the config's
@@ -46,14 +48,18 @@ def ffn(config: FluxConfig, stack: StackConfig, *, out_bias: bool = True, rngs) 
     return FFN(config.hidden_size, config.ffn_width(stack), out_bias=out_bias, rngs=rngs)
 
 
-def call_ffn(module: FFN | MoE, x: Array, unmodulated: Array, context: Context) -> tuple[Array, dict[str, Any]]:
+def call_ffn(
+    module: FFN | MoE, x: Array, unmodulated: Array, context: Context
+) -> tuple[Array, dict[str, Any]]:
     """The FFN's output and what there is to know about it: routing, and evenly spaced inputs when asked for."""
     if isinstance(module, MoE):
         y, aux = module(x, unmodulated, context.vec, context.top_k)
     else:
         y, aux = module(x), {}
     if context.collect:
-        spaced = jnp.linspace(0, x.shape[1] - 1, min(context.collect, x.shape[1])).round().astype(int)
+        spaced = (
+            jnp.linspace(0, x.shape[1] - 1, min(context.collect, x.shape[1])).round().astype(int)
+        )
         aux = aux | {"input": x[:, spaced]}
     return y, aux
 
@@ -73,8 +79,12 @@ class DoubleStreamBlock(nnx.Module):
 
     def __call__(self, streams: Streams, context: Context) -> tuple[Streams, dict[str, Any]]:
         img, txt = streams
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(context.cond)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(context.cond)
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(
+            context.cond
+        )
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(
+            context.cond
+        )
 
         img_qkv = self.img_attn.project(modulate(layer_norm(img), img_shift1, img_scale1))
         txt_qkv = self.txt_attn.project(modulate(layer_norm(txt), txt_shift1, txt_scale1))

@@ -10,7 +10,14 @@ from jaxtyping import Array, Float
 
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.blocks import Context, DoubleStreamBlock, SingleStreamBlock, Streams
-from d2m_jax.models.layers import Linear, MLPEmbedder, layer_norm, modulate, rope, timestep_embedding
+from d2m_jax.models.layers import (
+    Linear,
+    MLPEmbedder,
+    layer_norm,
+    modulate,
+    rope,
+    timestep_embedding,
+)
 from d2m_jax.models.mob import BlockRouter, choose, run_chosen
 
 
@@ -98,8 +105,12 @@ class Flux(nnx.Module):
             self.guidance_in = MLPEmbedder(256, dim, rngs=rngs)
         if config.modulation_rank is not None:
             self.modulation_basis = Linear(dim, config.modulation_rank, bias=False, rngs=rngs)
-        self.double = nnx.List([Stack(DoubleStreamBlock, config, s, rngs=rngs) for s in config.double])
-        self.single = nnx.List([Stack(SingleStreamBlock, config, s, rngs=rngs) for s in config.single])
+        self.double = nnx.List(
+            [Stack(DoubleStreamBlock, config, s, rngs=rngs) for s in config.double]
+        )
+        self.single = nnx.List(
+            [Stack(SingleStreamBlock, config, s, rngs=rngs) for s in config.single]
+        )
         self.final_layer = LastLayer(dim, config.in_channels, rngs=rngs)
 
     def __call__(

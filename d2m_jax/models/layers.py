@@ -123,9 +123,7 @@ def apply_rope(x: Float[Array, "b n h d"], pe: tuple[Array, Array]) -> Float[Arr
 
 def heads(qkv: Float[Array, "b n e"], count: int) -> list[Float[Array, "b n h d"]]:
     """Split [q, k, v] and their heads."""
-    return [
-        part.reshape(*part.shape[:2], count, -1) for part in jnp.split(qkv, 3, axis=-1)
-    ]
+    return [part.reshape(*part.shape[:2], count, -1) for part in jnp.split(qkv, 3, axis=-1)]
 
 
 def attend(q, k, v, pe: tuple[Array, Array]) -> Float[Array, "b n d"]:

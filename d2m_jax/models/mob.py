@@ -79,14 +79,18 @@ def run_chosen(
 
         def step(streams, choice):
             block, w = choice
-            mine_params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, block, keepdims=False), params)
+            mine_params = jax.tree.map(
+                lambda a: jax.lax.dynamic_index_in_dim(a, block, keepdims=False), params
+            )
             new, aux = run_block(mine_params, streams, mine)
             streams = tuple(x + w.astype(x.dtype) * (y - x) for x, y in zip(streams, new))
             return streams, aux
 
         streams, aux = jax.lax.scan(step, streams, (chosen, weight))
         used = jax.nn.one_hot(chosen, blocks)
-        aux = jax.tree.map(lambda a: jnp.einsum("km,k...->m...", used.astype(a.dtype), a[:, 0]), aux)
+        aux = jax.tree.map(
+            lambda a: jnp.einsum("km,k...->m...", used.astype(a.dtype), a[:, 0]), aux
+        )
         return tuple(x[0] for x in streams), aux
 
     bytes_per_sample = sum(leaf[0].nbytes for leaf in jax.tree.leaves(params))

@@ -33,7 +33,9 @@ class MoE(nnx.Module):
         self.gate = Linear(dim, config.moe.experts, rngs=rngs)
         if config.moe.router_input == "unmodulated":
             self.gate_cond = Linear(dim, config.moe.experts, bias=False, zero=True, rngs=rngs)
-        self.scale = nnx.Param(jnp.ones(()))  # of the normal experts' sum; 0 when they enter after stage 1
+        self.scale = nnx.Param(
+            jnp.ones(())
+        )  # of the normal experts' sum; 0 when they enter after stage 1
 
     def __call__(
         self,
@@ -56,7 +58,9 @@ class MoE(nnx.Module):
             implementation = "tiled" if tokens >= 512 and k < self.config.experts else "reference"
         experts = {"reference": reference_experts, "tiled": tiled_experts}[implementation]
         flat = x.reshape(-1, x.shape[-1])
-        routed = experts(flat, chosen.reshape(-1, k), weight.reshape(-1, k), *self.experts.cast(x.dtype))
+        routed = experts(
+            flat, chosen.reshape(-1, k), weight.reshape(-1, k), *self.experts.cast(x.dtype)
+        )
         y = y + self.scale[...].astype(x.dtype) * routed.reshape(x.shape)
         load = jax.nn.one_hot(chosen, self.config.experts).mean((1, 2))
         entropy = -(probability * jnp.log(probability + 1e-9)).sum(-1).mean(1)
@@ -117,7 +121,9 @@ def tiled_experts(
     # Rows of empty places read token 0; their output is never read, so their gradient is zero.
     rows = _gather(x, token, slot)
     group = grouped_matmul.tile_groups(sizes, rows.shape[0] // tile, tile)
-    bias = jnp.repeat(jnp.take(in_bias, group, axis=0), tile, axis=0, total_repeat_length=rows.shape[0])
+    bias = jnp.repeat(
+        jnp.take(in_bias, group, axis=0), tile, axis=0, total_repeat_length=rows.shape[0]
+    )
     hidden = grouped_matmul.tiled(rows, in_kernel, sizes, tile) + bias
     out = grouped_matmul.tiled(jax.nn.gelu(hidden, approximate=True), out_kernel, sizes, tile)
     out = _scatter(out, slot, token).reshape(-1, k, x.shape[-1])
@@ -175,7 +181,11 @@ def _scatter_forward(rows, slot, token):
 
 def _scatter_backward(residuals, dy):
     slot, token, rows = residuals
-    return jnp.zeros((rows, dy.shape[-1]), dy.dtype).at[slot].set(dy, unique_indices=True), None, None
+    return (
+        jnp.zeros((rows, dy.shape[-1]), dy.dtype).at[slot].set(dy, unique_indices=True),
+        None,
+        None,
+    )
 
 
 _scatter.defvjp(_scatter_forward, _scatter_backward)

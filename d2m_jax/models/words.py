@@ -14,18 +14,16 @@ NEIGHBOUR = 0.5  # weight of each neighbour's rotated vector in a token
 class Words:
     """Captions to `txt` and `y`, in the places of T5 and CLIP. Nothing here trains.
 
-    Word i of the vocabulary has id i + 1, padding id 0.
+    Word i of the vocabulary has id i + 1, padding id 0. A word's vector is of random signs. Vectors
+    and rotations come from a hash, not a generator, so that no release of NumPy can change a
+    trained model's words; and from the word itself, so that they do not depend on the vocabulary.
     """
 
     def __init__(self, config: WordsConfig):
         self.config = config
         self.index = {word: i + 1 for i, word in enumerate(config.vocabulary)}
-        shape = (config.dim, config.dim)
-        # seeded by the word itself, so that a vector does not depend on the rest of the vocabulary
-        vectors = [_normal(config.seed, word, (config.dim,)) for word in config.vocabulary]
+        vectors = [_signs(config, word) for word in config.vocabulary]
         self.vectors = np.stack([np.zeros(config.dim, np.float32), *vectors])
-        self.before = np.linalg.qr(_normal(config.seed, "/before", shape))[0]
-        self.after = np.linalg.qr(_normal(config.seed, "/after", shape))[0]
 
     def ids(self, captions: list[str]) -> Int[np.ndarray, "b l"]:
         """Token ids; ConfigError names the unknown words or the caption that is too long."""
@@ -53,16 +51,24 @@ class Words:
         """Token vectors and their pooled vector, of about unit variance; padding is zero."""
         vectors = jnp.asarray(self.vectors)[ids]
         padded = jnp.pad(vectors, ((0, 0), (1, 1), (0, 0)))
-        neighbours = padded[:, :-2] @ self.before + padded[:, 2:] @ self.after
+        before = self._rotate("before", padded[:, :-2])
+        after = self._rotate("after", padded[:, 2:])
         real = (ids > 0)[..., None]
-        txt = real * (vectors + NEIGHBOUR * neighbours) / (1 + 2 * NEIGHBOUR**2) ** 0.5
+        txt = real * (vectors + NEIGHBOUR * (before + after)) / (1 + 2 * NEIGHBOUR**2) ** 0.5
         # a mean of n independent vectors has variance 1 / n, hence the root
         y = txt.sum(axis=1) / jnp.sqrt(jnp.maximum(real.sum(axis=1), 1))
         return txt, y
 
+    def _rotate(self, side: str, vectors: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        """An orthogonal map of its own for each side: a permutation with signs."""
+        order = np.argsort(np.frombuffer(_bytes(self.config, f"/{side}", 8), "<u8"), kind="stable")
+        return vectors[..., order] * _signs(self.config, f"/{side} signs")
 
-def _normal(seed: int, name: str, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-    """Standard normal numbers that depend on the seed and the name alone."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = np.random.default_rng(int.from_bytes(digest[:8], "little"))
-    return generator.standard_normal(shape, np.float32)
+
+def _signs(config: WordsConfig, name: str) -> Float[np.ndarray, "d"]:
+    return np.where(np.frombuffer(_bytes(config, name, 1), np.uint8) & 1, 1, -1).astype(np.float32)
+
+
+def _bytes(config: WordsConfig, name: str, each: int) -> bytes:
+    """`each` bytes per dimension that depend on the seed and the name alone."""
+    return hashlib.shake_256(f"{config.seed}/{name}".encode()).digest(each * config.dim)

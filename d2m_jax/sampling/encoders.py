@@ -28,7 +28,9 @@ class Encoders:
         """Packed tokens of images, values in [−1, 1]."""
         return flow.pack(image.astype(jnp.float32) / 127.5 - 1, self.config.image.patch)
 
-    def images(self, latents: Float[Array, "b n c"], height: int, width: int) -> Float[Array, "b H W 3"]:
+    def images(
+        self, latents: Float[Array, "b n c"], height: int, width: int
+    ) -> Float[Array, "b H W 3"]:
         """Images in [0, 1] of packed tokens."""
         pixels = flow.unpack(latents, height, width, self.config.image.patch)
         return jnp.clip(pixels / 2 + 0.5, 0, 1)

@@ -44,7 +44,9 @@ class Pipeline:
         rows, columns = self.encoders.grid(height, width)
         self._check(steps, top_k)
         times = jnp.asarray(
-            flow.schedule(steps or self.config.sample_steps, rows * columns, self.config.shift == "flux")
+            flow.schedule(
+                steps or self.config.sample_steps, rows * columns, self.config.shift == "flux"
+            )
         )
         guidance = self.config.guidance if guidance is None else guidance
         ids = self.encoders.ids(list(prompts))
@@ -70,7 +72,9 @@ class Pipeline:
         if top_k is not None and not any(s.ffn == "moe" for s in self.config.transformer.stacks):
             raise ConfigError(f"top_k = {top_k}: this model has no MoE layers, expected none")
         if top_k is not None and not 0 <= top_k <= experts:
-            raise ConfigError(f"top_k = {top_k}: expected 0 to {experts}, the number of normal experts")
+            raise ConfigError(
+                f"top_k = {top_k}: expected 0 to {experts}, the number of normal experts"
+            )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

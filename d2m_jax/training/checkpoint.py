@@ -1,4 +1,4 @@
-"""Checkpoints of one stage through Orbax: the last n and the best, verified bit by bit when restored."""
+"""Checkpoints of one stage through Orbax: the last n and the best, every bit verified at restore."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from d2m_jax.weights.named_arrays import fingerprint, names, restructure
 
 @dataclass(frozen=True)
 class Restored:
-    """A whole checkpoint: arrays as they were after `step` steps, and the JSON saved beside them."""
+    """A whole checkpoint: arrays as they were after `step` steps, and the JSON beside them."""
 
     step: int
     state: Any
@@ -50,7 +50,7 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, progress: dict[str, Any], held_out: float | None) -> None:
-        """Save in the background. Raises FloatingPointError, and saves nothing, where an array is not finite."""
+        """Save in the background. Raises FloatingPointError, saving nothing, if one is not finite."""
         content = {
             "identity": self.identity,
             "progress": progress,
@@ -64,10 +64,10 @@ class Checkpoints:
         self._manager.save(step, args=arguments, metrics=metrics, force=True)
 
     def restore(self, like: Any) -> Restored | None:
-        """The newest whole checkpoint, as arrays like `like` (shapes, types, shardings); None where there is none.
+        """The newest whole checkpoint, its arrays placed like those of `like`; None if there is none.
 
-        A damaged one is set aside as `damaged_STEP` with one line on stderr. Raises ConfigError where a checkpoint
-        belongs to another run.
+        A damaged one is set aside as `damaged_STEP` with one line on stderr. Raises ConfigError where
+        a checkpoint belongs to another run.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -161,7 +161,7 @@ def open_run(directory: Path | str, config: RunConfig) -> Path:
 
 
 def refuse_other(where: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Raise ConfigError that names the first fields in which a run on disk differs from this one."""
+    """Raise ConfigError that names the first fields in which a run on disk differs from mine."""
     found = list(_differences(theirs, mine, ""))
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""

@@ -1,4 +1,4 @@
-"""The training loop of one stage: a jitted step on pure trees, the host one step behind the device."""
+"""The training loop of a stage: a jitted step on pure trees, the host one step behind the device."""
 
 import signal
 import threading
@@ -17,16 +17,16 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from d2m_jax.config import ConfigError, StageConfig, to_json
+from d2m_jax.config import ConfigError, MeshConfig, StageConfig, to_json
 from d2m_jax.sharding import batch_sharding, batch_shards, make_mesh, replicated
 from d2m_jax.training.checkpoint import Checkpoints
 from d2m_jax.training.metrics import Metrics, Window, matmul_peak, say
 from d2m_jax.training.optimizer import make_optimizer, make_schedule, merge, split
-from d2m_jax.weights.named_arrays import fingerprint, names, shapes
+from d2m_jax.weights.named_arrays import fingerprint, shapes
 
 Batch = dict[str, np.ndarray]
 
-# loss(params, constants, batch, key) → the mean over the batch, and metrics: scalars, or one value per layer.
+# loss(params, constants, batch, key) → the batch's mean, and metrics: scalars, or a value per layer.
 Loss = Callable[[dict, Any, dict, Array], tuple[Float[Array, ""], dict[str, Array]]]
 
 
@@ -58,17 +58,18 @@ def train_stage(
     keep: int = 2,
     mesh: Mesh | None = None,
 ) -> dict:
-    """Train what `stage` selects of `params` and return all of them (their running average where it has one).
+    """Train what `stage` selects of `params`; return all of them (the running average if there is one).
 
-    Continues from the newest whole checkpoint in `run_directory`, exactly: the same seed ends with the same bits,
-    however often the process was killed; a finished stage is read, not run. `params` must be the same at every
-    start. `constants` reach the loss as arguments of the compiled step; `flops_per_example` counts a whole step's
-    work for one example; `sample(params, step)` draws pictures. Raises ConfigError for a loss that is not finite,
-    and keeps the last good checkpoint. On SIGTERM or SIGINT it saves and exits with 128 + the signal's number
-    (143, 130), which schedulers read as "stopped, start me again".
+    Continues from the newest whole checkpoint in `run_directory`, exactly: the same seed ends with the
+    same bits, however often the process was killed; a finished stage is read, not run. `params` must be
+    the same at every start. `constants` reach the loss as arguments of the compiled step;
+    `flops_per_example` counts a whole step's work for one example; `sample(params, step)` draws
+    pictures. Raises ConfigError for a loss that is not finite, and keeps the last good checkpoint. On
+    SIGTERM or SIGINT it saves and exits with 128 + the signal's number (143, 130): what schedulers
+    read as "stopped, start me again".
     """
     run_directory = Path(run_directory)
-    mesh = mesh or make_mesh()
+    mesh = mesh or make_mesh(MeshConfig())
     _check_batch(name, stage, batch_shards(mesh))
     trainable, frozen = split(params, stage.train, stage.freeze)
     optimizer = make_optimizer(stage.optimizer, stage.steps, trainable)
@@ -155,9 +156,8 @@ def train_stage(
                         raise _not_finite(name, step, stage, checkpoints, str(error)) from None
                 if caught:
                     checkpoints.close()
-                    say(
-                        f"{name}: stopped by {caught[0].name} at step {step}, saved; start again to go on"
-                    )
+                    stopped = f"stopped by {caught[0].name} at step {step}, saved"
+                    say(f"{name}: {stopped}; start again to go on")
                     raise SystemExit(128 + caught[0])
                 clock.skip()
     finally:
@@ -175,12 +175,13 @@ def _check_batch(name: str, stage: StageConfig, shards: int) -> None:
     if stage.optimizer.accumulate < 1 or stage.batch_size % parts:
         raise ConfigError(
             f"stages.{name}.batch_size = {stage.batch_size}: expected a multiple of"
-            f" optimizer.accumulate = {stage.optimizer.accumulate} times the mesh's data · fsdp = {shards}"
+            f" optimizer.accumulate = {stage.optimizer.accumulate} times the mesh's"
+            f" data · fsdp = {shards}"
         )
 
 
 def _start(stage, optimizer, trainable, frozen, constants, mesh) -> tuple[dict, dict, Any]:
-    """The state before the first step, and everything on the mesh. The state is a copy: the step donates it."""
+    """The state before the first step, a copy, for the step donates it; and all else on the mesh."""
     everywhere = replicated(mesh)
     frozen, constants = jax.device_put((frozen, constants), everywhere)
 
@@ -264,7 +265,7 @@ def _make_step(stage: StageConfig, loss: Loss, optimizer: optax.GradientTransfor
 
 
 def _make_evaluate(loss: Loss, batches: list, key: Array) -> Callable[[dict, dict, Any], dict]:
-    """Mean loss and metrics over the held-out batches, each with its own key, the same every time."""
+    """Mean loss and metrics over the held-out batches, each with its own key, always the same."""
 
     @jax.jit
     def one(trained, frozen, constants, batch, i):
@@ -324,10 +325,8 @@ class _Clock:
 def _announce(name: str, stage: StageConfig, start: int, state: dict, frozen: dict) -> None:
     mine, others = (sum(a.size for a in jax.tree.leaves(t)) for t in (state["trainable"], frozen))
     resumed = f", going on from step {start}" if start else ""
-    say(
-        f"{name}: {stage.steps:,} steps of {stage.batch_size}, {mine:,} of {mine + others:,} parameters"
-        f" train ({len(names(state['trainable']))} arrays){resumed}"
-    )
+    share = f"{mine:,} of {mine + others:,} parameters train"
+    say(f"{name}: {stage.steps:,} steps of {stage.batch_size}, {share}{resumed}")
 
 
 def _not_finite(

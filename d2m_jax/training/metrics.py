@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, a progress bar, and warnings when routing collapses."""
+"""What a run tells: metrics.jsonl, TensorBoard, a progress bar, warnings when routing collapses."""
 
 import functools
 import json
@@ -14,8 +14,7 @@ import rich.progress
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
-# When to warn of a collapse, by the last part of a metric's name. Entropy is that of the loads over the log of their
-# number (1: even), a load is a multiple of the even one, dead experts are counted.
+# When to warn, by the last part of a metric's name; distill/losses.py, `health`, says what each is.
 COLLAPSE = {
     "entropy": (lambda value: value < 0.5, "entropy {:.2f} of 1"),
     "largest_load": (lambda value: value > 4.0, "largest load {:.1f} times the even one"),
@@ -29,14 +28,14 @@ def say(text: str) -> None:
 
 
 class Window:
-    """Sums of the steps since the last logged one; JSON in and out, so that a resumed run logs the same means."""
+    """Sums of the steps since the last logged one; as JSON they survive a resume, to the bit."""
 
     def __init__(self, saved: dict[str, Any] | None = None):
         saved = saved or {"count": 0, "sums": {}}
         self.count = saved["count"]
         self.sums = {name: np.asarray(value, np.float64) for name, value in saved["sums"].items()}
 
-    def add(self, values: dict[str, np.ndarray]) -> None:
+    def add(self, values: dict[str, Any]) -> None:
         self.count += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + np.asarray(value, np.float64)
@@ -123,9 +122,8 @@ class Metrics:
                 layer = f"{prefix} {i}".strip()
                 if bad(x) and layer not in self._warned:
                     self._warned.add(layer)
-                    say(
-                        f"{self.stage}, step {step}: routing of {layer} collapses: {words.format(x)}"
-                    )
+                    what = f"routing of {layer} collapses: {words.format(x)}"
+                    say(f"{self.stage}, step {step}: {what}")
 
     def close(self) -> None:
         if self._bar:
@@ -142,7 +140,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _drop_after(file: Path, stage: str, step: int) -> None:
-    """Drop the lines of a stage after a step, and a half-written last line, so that a resumed run writes them anew."""
+    """Drop a stage's lines after a step (all of them at 0), which are written anew, and a half line."""
     if not file.exists():
         return
     kept = []
@@ -151,7 +149,7 @@ def _drop_after(file: Path, stage: str, step: int) -> None:
             value = json.loads(line)
         except ValueError:
             continue
-        if not (value["stage"] == stage and value["step"] > step - (step == 0)):
+        if value["stage"] != stage or (0 < step and value["step"] <= step):
             kept.append(line + "\n")
     new = file.with_name(".metrics.jsonl.new")
     new.write_text("".join(kept))
@@ -160,7 +158,7 @@ def _drop_after(file: Path, stage: str, step: int) -> None:
 
 @functools.cache
 def matmul_peak(dtype: str = "float32") -> float:
-    """FLOP/s of one device in a large square matmul, the best of five; measured once per process."""
+    """FLOP/s of one device in a large square matmul, best of five; measured once per process."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
     multiply = jax.jit(lambda x: x @ x)

@@ -1,4 +1,4 @@
-"""AdamW with a schedule and rates by name, and the split of parameters into trainable and frozen."""
+"""AdamW with a schedule and rates by name; the split of parameters into trainable and frozen."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from d2m_jax.weights.named_arrays import names, restructure
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of step 0, 1, …: linear warm-up that ends at `warmup`, then the schedule to the last step."""
+    """Learning rate of step 0, 1, …: linear warm-up over `warmup` steps, then the schedule."""
 
     def schedule(step):
         warm = jnp.minimum(1.0, (step + 1) / max(config.warmup, 1))
@@ -32,10 +32,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, steps: int, params: dict
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam, weight decay on matrices, schedule, then `rates`' factors by name.
+    """Clipping by global norm, Adam, weight decay on matrices, schedule, `rates`' factors by name.
 
-    Where several patterns of `rates` match a name their factors multiply. Raises ConfigError for a pattern that
-    matches nothing. Accumulation and the running average are the loop's.
+    Where several patterns of `rates` match a name their factors multiply. Raises ConfigError for a
+    pattern that matches nothing. Accumulation and the running average are the loop's.
     """
     known = list(names(params))
     # A stack's biases have leading axes too, so matrices are told by name, not by rank.
@@ -59,7 +59,7 @@ def make_optimizer(
 
 
 def match(pattern: str, known: Sequence[str], field: str) -> list[str]:
-    """The names that a pattern (fnmatch) matches. Raises ConfigError with a near word where there are none."""
+    """The names that a pattern (fnmatch) matches. Raises ConfigError with a near word if none do."""
     found = [name for name in known if fnmatchcase(name, pattern)]
     if not found:
         words = {word for name in known for word in name.split(".")}
@@ -75,7 +75,7 @@ def match(pattern: str, known: Sequence[str], field: str) -> list[str]:
 
 
 def split(params: dict, train: Sequence[str], freeze: Sequence[str] = ()) -> tuple[dict, dict]:
-    """(trainable, frozen): two nested dicts that `merge` joins again. `freeze` is taken out of `train`.
+    """(trainable, frozen): two nested dicts that `merge` joins again; train's names less freeze's.
 
     Raises ConfigError for a pattern that matches nothing and for an empty selection.
     """

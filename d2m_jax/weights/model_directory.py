@@ -1,4 +1,4 @@
-"""The model directory: config.json (ModelConfig) plus Orbax params/; what a run leaves and every tool reads."""
+"""The model directory: config.json (ModelConfig) and Orbax params/; runs leave it, tools read it."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from d2m_jax.weights.named_arrays import fingerprint, names, restructure
 def save(path: Path | str, config: ModelConfig, params: dict, dtype=None) -> None:
     """Write a model directory, floats stored as `dtype` (None: as they are).
 
-    It appears whole or not at all, and replaces a model directory that was there only once it is whole.
-    Raises ConfigError where `path` is something else.
+    It appears whole or not at all, and only then replaces a model directory that was there. Raises
+    ConfigError where `path` is something else.
     """
     path = Path(os.path.abspath(path))
     if path.exists() and not _is_ours(path):
@@ -73,7 +73,7 @@ def load_config(path: Path | str) -> ModelConfig:
 def load(path: Path | str, dtype=jnp.float32) -> tuple[ModelConfig, dict]:
     """Config and parameters, floats restored as `dtype` (None: as stored).
 
-    Raises ConfigError where the directory is missing or damaged, or the parameters do not fit its config.
+    Raises ConfigError where the directory is missing or damaged, or params/ does not fit its config.
     """
     config = load_config(path)
     directory = Path(os.path.abspath(path)) / "params"
@@ -106,13 +106,13 @@ def load(path: Path | str, dtype=jnp.float32) -> tuple[ModelConfig, dict]:
 
 
 def open_model(path: Path | str, dtype=jnp.float32) -> tuple[ModelConfig, Flux]:
-    """Config and model of a model directory; `dtype` is that of activations, parameters are float32."""
+    """Config and model of a model directory; `dtype` is that of activations, not of parameters."""
     config, params = load(path)
     return config, model_of(config.transformer, params, dtype)
 
 
 def _check_fit(path, stored: dict[str, tuple], expected: dict) -> None:
-    """Raise ConfigError that names the first parameter which is missing, unknown or of another shape."""
+    """Raise ConfigError that names the first parameter that is missing, unknown or misshapen."""
     wrong = [
         f"{name} is {stored.get(name, 'missing')}, expected {tuple(a.shape)}"
         for name, a in expected.items()

@@ -25,7 +25,7 @@ def shapes(tree: Any) -> dict[str, str]:
 
 
 def fingerprint(tree: Any) -> str:
-    """Eight hex digits over names, shapes, types and bytes of all arrays; read on the host, compiles nothing.
+    """Eight hex digits over names, shapes, types and bytes of all arrays, computed on the host.
 
     Raises FloatingPointError that names the first array which holds a NaN or an infinity.
     """

@@ -118,7 +118,7 @@ def test_accumulation_equals_one_batch(tmp_path):
 
     results = []
     for parts in (1, 4):
-        # Plain momentum-free steps would hide a wrong scale less than Adam does: compare the logged norm too.
+        # Adam hides the scale of gradients: compare the logged norm too.
         optimizer = OptimizerConfig(warmup=4, accumulate=parts, clip=0.1)
         directory = tmp_path / str(parts)
         params = toy.run(directory, toy.stage(12, optimizer=optimizer), loss=loss)
@@ -190,11 +190,11 @@ def test_the_step_compiles_once(tmp_path):
         return toy.loss(params, constants, batch, key)
 
     toy.run(tmp_path, toy.stage(20), loss=loss)
-    assert sorted(traced) == [(8, 4), (16, 4)] or len(traced) == 2
+    assert sorted(traced) == [(8, 4), (16, 4)]
 
 
 def test_sigkill_at_any_moment(tmp_path):
-    """Three kills, by the clock, anywhere in the run; the end has the same bits as a run without."""
+    """Three kills, by the clock, anywhere in the run; it ends with the bits of a run without."""
     steps = 300
     directory = tmp_path / "killed"
     command = [sys.executable, "-m", "tests.training.toy", str(directory), str(steps)]
@@ -213,7 +213,7 @@ def test_sigkill_at_any_moment(tmp_path):
         time.sleep(wait)
         process.kill()
         reached.append(b"finished" in process.communicate()[0])
-    assert not all(reached), "no kill struck: make the run longer"
+    assert sum(reached) < 2, "kills came too late: make the run longer"
     killed = toy.run(directory, toy.stage(steps, checkpoint_every=5))
     whole = toy.run(tmp_path / "whole", toy.stage(steps, checkpoint_every=5))
     assert same(killed, whole)
@@ -221,7 +221,7 @@ def test_sigkill_at_any_moment(tmp_path):
 
 
 def test_mesh_of_several_devices(tmp_path):
-    """Batches sharded over data and fsdp give the single device's result; in a process with four CPU devices."""
+    """Batches sharded over data and fsdp give one device's result (a process with four CPUs)."""
     program = (
         "import sys, jax, pathlib, numpy as np; from tests.training import toy;"
         "from d2m_jax.config import MeshConfig; from d2m_jax.sharding import make_mesh;"

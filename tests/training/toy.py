@@ -52,7 +52,7 @@ def loss(params, constants, batch, key, noise=0.01):
 
 def stage(steps=40, **changes):
     optimizer = changes.pop("optimizer", OptimizerConfig(warmup=4, ema=0.9))
-    defaults = dict(batch_size=8, log_every=4, evaluate_every=10, checkpoint_every=10)
+    defaults = {"batch_size": 8, "log_every": 4, "evaluate_every": 10, "checkpoint_every": 10}
     return StageConfig(steps=steps, optimizer=optimizer, **(defaults | changes))
 
 

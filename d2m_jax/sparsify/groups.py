@@ -1,0 +1,154 @@
+"""Blocks in other stacks: Mixture of Blocks groups for a student, the same shape for its teacher (PAPER.md)."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate, groupby
+
+import jax
+import numpy as np
+from flax import nnx
+
+from d2m_jax.config import FluxConfig, GroupsConfig, StackConfig, check
+from d2m_jax.models.flux import over_axes
+from d2m_jax.models.mob import BlockRouter
+
+KINDS = ("double", "single")
+Shapes = Mapping[str, Sequence[tuple[int, int]]]  # (groups, blocks) of the stacks, per kind of block
+
+
+def shapes(config: FluxConfig) -> Shapes:
+    """(groups, blocks) of every stack, per kind of block."""
+    return {kind: [(s.groups, s.blocks) for s in getattr(config, kind)] for kind in KINDS}
+
+
+def align(config: FluxConfig, params: dict, shapes: Shapes) -> tuple[FluxConfig, dict]:
+    """The same model in stacks of these (groups, blocks), all blocks active: how a teacher meets its student.
+
+    Raises ConfigError where depths differ, a router would be lost, or a stack would mix dense and MoE FFNs.
+    """
+    for stack in config.stacks:
+        check(not stack.mixes, f"align: expected a model whose blocks all run, found {stack}")
+    stacks = {}
+    for kind in KINDS:
+        depth, wanted = len(_ffns(config, kind)), sum(g * b for g, b in shapes[kind])
+        check(depth == wanted, f"align: the model has {depth} {kind} blocks, expected {wanted}")
+        new = [StackConfig(groups, blocks, blocks) for groups, blocks in shapes[kind]]
+        stacks[kind] = _with_ffns(config, kind, new, "align: (groups, blocks)")
+    return _rearrange(config, params, stacks)
+
+
+def regroup(
+    config: FluxConfig, params: dict, groups: GroupsConfig, seed: int
+) -> tuple[FluxConfig, dict]:
+    """The model with its blocks in MoB groups: all parameters of blocks stay, routers are fresh.
+
+    Raises ConfigError where groups do not fit the depth or would mix dense and MoE FFNs.
+    """
+    stacks = {}
+    for kind in KINDS:
+        keep, blocks, active = (
+            getattr(groups, name) for name in (f"keep_{kind}", f"{kind}_blocks", f"{kind}_active")
+        )
+        depth = len(_ffns(config, kind))
+        check(
+            0 <= keep <= depth,
+            f"GroupsConfig.keep_{kind} = {keep}: expected 0 to {depth}, the model's {kind} blocks",
+        )
+        check(
+            blocks >= 1 and (depth - keep) % blocks == 0,
+            f"GroupsConfig.{kind}_blocks = {blocks}: expected a divisor of {depth - keep}, the"
+            f" {kind} blocks that keep_{kind} = {keep} leaves of {depth}",
+        )
+        check(
+            1 <= active <= blocks,
+            f"GroupsConfig.{kind}_active = {active}: expected 1 to {kind}_blocks = {blocks}",
+        )
+        number = (depth - keep) // blocks
+        single_groups = [StackConfig(1)] * keep + [StackConfig(1, blocks, active)] * number
+        single_groups = _with_ffns(config, kind, single_groups, f"GroupsConfig.{kind}_blocks")
+        stacks[kind] = [
+            replace(stack, groups=len(list(equal))) for stack, equal in groupby(single_groups)
+        ]
+    config, params = _rearrange(config, params, stacks)
+    for kind in KINDS:
+        for i, stack in enumerate(getattr(config, kind)):
+            if stack.mixes:
+                params[kind][i]["router"] = _router(config, stack, f"{kind}.{i}", seed)
+    return config, params
+
+
+def _ffns(config: FluxConfig, kind: str) -> list[tuple[str, float]]:
+    """Kind and expansion of every block's FFN."""
+    return [(s.ffn, s.mlp_ratio) for s in getattr(config, kind) for _ in range(s.depth)]
+
+
+def _with_ffns(
+    config: FluxConfig, kind: str, stacks: list[StackConfig], where: str
+) -> list[StackConfig]:
+    """The stacks with the FFNs that the model has at their places."""
+    found, result = _ffns(config, kind), []
+    ends = accumulate(stack.depth for stack in stacks)
+    for stack, end in zip(stacks, ends, strict=True):
+        mine = set(found[end - stack.depth : end])
+        check(
+            len(mine) == 1,
+            f"{where}: {kind} blocks {end - stack.depth} to {end - 1} would be together and have"
+            f" different FFNs, {sorted(mine)} (kind, mlp_ratio); expected equal ones",
+        )
+        ffn, mlp_ratio = mine.pop()
+        result.append(replace(stack, ffn=ffn, mlp_ratio=mlp_ratio))
+    return result
+
+
+def _rearrange(
+    config: FluxConfig, params: dict, stacks: dict[str, list[StackConfig]]
+) -> tuple[FluxConfig, dict]:
+    """The model with its blocks, in their order, in these stacks, without routers."""
+    params = dict(params)
+    for kind, new in stacks.items():
+        old = [(s, params[kind][i]["block"]) for i, s in enumerate(getattr(config, kind))]
+        ends = accumulate(stack.depth for stack in new)
+        params[kind] = {
+            i: {"block": _blocks(old, stack, end - stack.depth)}
+            for i, (stack, end) in enumerate(zip(new, ends, strict=True))
+        }
+    config = replace(config, **{kind: tuple(new) for kind, new in stacks.items()})
+    return config, params
+
+
+def _blocks(old: list[tuple[StackConfig, dict]], stack: StackConfig, start: int) -> dict:
+    """The parameters of a stack that begins with block `start` of these stacks; what stays whole is shared."""
+    parts, begin = [], 0
+    for source, block in old:
+        if begin == start and (source.groups, source.blocks) == (stack.groups, stack.blocks):
+            return block
+        low, high = max(start - begin, 0), min(start + stack.depth - begin, source.depth)
+        if low < high:
+            parts.append(
+                jax.tree.map(lambda a, i=low, j=high: _flat(a)[i:j], block)
+            )
+        begin += source.depth
+
+    def join(*parts):
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return whole.reshape(stack.groups, stack.blocks, *whole.shape[1:])
+
+    return jax.tree.map(join, *parts)
+
+
+def _flat(a) -> np.ndarray:
+    return np.asarray(a).reshape(-1, *a.shape[2:])
+
+
+def _router(config: FluxConfig, stack: StackConfig, name: str, seed: int) -> dict:
+    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(f"{name}.router".encode())))
+
+    def create(rngs):
+        return BlockRouter(config.hidden_size, stack.blocks, config.mob_alpha, rngs=rngs)
+
+    @jax.jit
+    def initialise(key):
+        return nnx.state(over_axes(create, (stack.groups,), nnx.Rngs(key)))
+
+    return nnx.to_pure_dict(initialise(key))

@@ -1,0 +1,28 @@
+"""Width pruning, the rival of the MoE: the best neurons stay, the others are gone."""
+
+import numpy as np
+from jaxtyping import Float
+
+
+def prune(ffn: dict, scores: Float[np.ndarray, "g m w"], width: int) -> dict:
+    """The FFNs of a stack [groups, blocks, …] with their `width` top-scored neurons, in their old order."""
+    return take(ffn, np.sort(ranked(scores)[..., :width], axis=-1))
+
+
+def ranked(scores: Float[np.ndarray, "*l w"]) -> np.ndarray:
+    """Neurons from the highest score to the lowest, of equal ones the first first."""
+    return np.argsort(-scores, axis=-1, kind="stable")
+
+
+def take(ffn: dict, neurons: np.ndarray) -> dict:
+    """The FFNs of a stack with these neurons [groups, blocks, w], in this order."""
+    kernel, bias = ffn["in_layer"]["kernel"], ffn["in_layer"]["bias"]
+    out = ffn["out_layer"]["kernel"]
+    return {
+        "in_layer": {
+            "kernel": np.take_along_axis(kernel, neurons[..., None, :], axis=-1),
+            "bias": np.take_along_axis(bias, neurons, axis=-1),
+        },
+        "out_layer": ffn["out_layer"]
+        | {"kernel": np.take_along_axis(out, neurons[..., None], axis=-2)},
+    }

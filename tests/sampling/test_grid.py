@@ -1,0 +1,35 @@
+"""Grids and files of images."""
+
+import numpy as np
+from PIL import Image
+
+from d2m_jax.sampling.grid import GAP, grid, write
+
+
+def plain(*levels: float) -> np.ndarray:
+    """Images of 4 × 6 pixels in one shade each."""
+    return np.broadcast_to(np.float32(levels)[:, None, None, None], (len(levels), 4, 6, 3))
+
+
+def test_grid_goes_row_by_row():
+    pixels = np.asarray(grid(plain(0.0, 0.2, 0.4, 0.6, 0.8), columns=3))
+    assert pixels.shape == (2 * 4 + GAP, 3 * 6 + 2 * GAP, 3)
+    corners = pixels[:: 4 + GAP, :: 6 + GAP, 0]
+    np.testing.assert_array_equal(
+        corners, [[0, 51, 102], [153, 204, 255]]
+    )  # an empty place is white
+    assert (pixels[4 : 4 + GAP] == 255).all()
+
+
+def test_grid_is_as_square_as_it_can():
+    assert grid(plain(*[0.5] * 5)).size == (3 * 6 + 2 * GAP, 2 * 4 + GAP)
+    assert grid(plain(0.5)).size == (6, 4)
+
+
+def test_write_rounds_clips_and_replaces(tmp_path):
+    write(plain(0.0, 1.0), tmp_path / "new")
+    write(plain(-0.5, 0.5, 1.5), tmp_path / "new")
+    files = sorted(file.name for file in (tmp_path / "new").iterdir())
+    assert files == ["0000.png", "0001.png", "0002.png", "grid.png"]
+    levels = [int(np.asarray(Image.open(tmp_path / "new" / f))[0, 0, 0]) for f in files[:3]]
+    assert levels == [0, 128, 255]

@@ -1,0 +1,46 @@
+"""Meshes over one device here; tests/training/test_loop.py trains on four."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from d2m_jax.config import ConfigError, MeshConfig
+from d2m_jax.sharding import AXES, batch_sharding, batch_shards, make_mesh, replicated
+
+DEVICES = jax.device_count()
+
+
+def test_rest_is_filled():
+    mesh = make_mesh(MeshConfig())
+    assert mesh.axis_names == AXES and mesh.shape["data"] == DEVICES
+    assert math.prod(mesh.shape.values()) == mesh.size == DEVICES
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+def test_arrays_on_the_mesh():
+    mesh = make_mesh(MeshConfig())
+    x = jax.device_put(jnp.ones((4 * DEVICES, 3)), batch_sharding(mesh))
+    assert x.addressable_shards[0].data.shape == (4 * DEVICES // batch_shards(mesh), 3)
+    assert jax.device_put(jnp.ones(3), replicated(mesh)).is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=1, fsdp=4 * DEVICES), f"needs {4 * DEVICES} devices, found {DEVICES}"),
+        (MeshConfig(data=-1, tensor=3 * DEVICES), "needs"),
+        (MeshConfig(data=-1, fsdp=-1), "expected one axis of -1, found data, fsdp"),
+        (MeshConfig(expert=0), "MeshConfig.expert = 0: expected at least 1"),
+    ],
+)
+def test_bad_meshes(config, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(config)
+
+
+def test_mesh_that_does_not_divide(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    with pytest.raises(ConfigError, match=r"MeshConfig \(data = -1, fsdp = 3\): 3 devices do not"):
+        make_mesh(MeshConfig(fsdp=3))

@@ -1,0 +1,160 @@
+"""Checkpoints: what is kept, damage of every kind, run directories of another config."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d2m_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, StageConfig
+from d2m_jax.training.checkpoint import Checkpoints, open_run
+from tests.training import toy
+
+
+def state(step):
+    return {"a": {0: jnp.arange(5.0) + step}, "b": jnp.full((64, 64), 1.0 / step, jnp.bfloat16)}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved") / "stage"
+    checkpoints = Checkpoints(directory, {"seed": 0})
+    for step in (1, 2):
+        checkpoints.save(step, state(step), {"position": 10 * step}, held_out=1.0 / step)
+    checkpoints.close()
+    return directory
+
+
+def restore(directory, identity=None):
+    checkpoints = Checkpoints(directory, identity or {"seed": 0})
+    restored = checkpoints.restore(state(1))
+    checkpoints.close()
+    return restored
+
+
+def assert_whole(restored):
+    assert restored.progress == {"position": 10 * restored.step}
+    expected = state(restored.step)
+    assert restored.state["b"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(restored.state["a"][0], expected["a"][0])
+    np.testing.assert_array_equal(restored.state["b"], expected["b"])
+
+
+def test_round_trip(saved):
+    restored = restore(saved)
+    assert restored.step == 2
+    assert_whole(restored)
+
+
+def files(saved):
+    return sorted(path.relative_to(saved) for path in (saved / "2").rglob("*") if path.is_file())
+
+
+def delete(file):
+    file.unlink()
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def garble(file):
+    file.write_bytes(np.random.default_rng(0).bytes(max(file.stat().st_size, 1)))
+
+
+def flip(file):
+    content = bytearray(file.read_bytes() or b"\0")
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [delete, truncate, garble, flip])
+def test_damage_to_any_file(saved, tmp_path, damage, capfd):
+    """Either the file does not matter, or the checkpoint before takes over: never other numbers."""
+    fallen_back = 0
+    for file in files(saved):
+        directory = tmp_path / damage.__name__ / str(file).replace("/", "_")
+        shutil.copytree(saved, directory)
+        damage(directory / file)
+        restored = restore(directory)
+        assert_whole(restored)
+        told = [line for line in capfd.readouterr().err.splitlines() if "is damaged" in line]
+        assert len(told) == (restored.step == 1), (file, told)
+        if restored.step == 1:
+            fallen_back += 1
+            assert told[0].endswith("going back to step 1")
+            assert (directory / "damaged_2").is_dir()
+    assert fallen_back >= 3
+
+
+def test_half_written_is_passed_over(saved, tmp_path):
+    """What a kill leaves of a checkpoint that was being written is no checkpoint."""
+    directory = tmp_path / "stage"
+    shutil.copytree(saved, directory)
+    half = directory / "3.orbax-checkpoint-tmp"
+    shutil.copytree(directory / "2" / "state", half / "state")
+    assert restore(directory).step == 2
+
+
+def test_all_damaged_starts_again(saved, tmp_path, capfd):
+    directory = tmp_path / "stage"
+    shutil.copytree(saved, directory)
+    for step in (1, 2):
+        delete(directory / str(step) / "run" / "metadata")
+    assert restore(directory) is None
+    assert "going back to the start of the stage" in capfd.readouterr().err
+
+
+def test_damaged_newest_checkpoint_ends_the_same(tmp_path, capfd):
+    expected = toy.run(tmp_path, toy.stage(20))
+    truncate(tmp_path / "checkpoints" / "toy" / "20" / "state" / "manifest.ocdbt")
+    params = toy.run(tmp_path, toy.stage(20))
+    np.testing.assert_array_equal(params["out"]["kernel"], expected["out"]["kernel"])
+    assert "going back to step 10" in capfd.readouterr().err
+    assert toy.run(tmp_path, toy.stage(20)) is not None  # step 20 is there again
+    assert "damaged" not in capfd.readouterr().err
+
+
+def test_last_and_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "stage", {}, keep=2)
+    for step, held_out in enumerate([0.5, 0.1, 0.4, None, 0.3, 0.2], start=1):
+        checkpoints.save(step, {"a": jnp.ones(3)}, {}, held_out)
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["2", "5", "6"]
+
+
+def test_another_identity_is_refused_and_nothing_moved(saved):
+    with pytest.raises(ConfigError, match="seed is 0 there and 1 here"):
+        restore(saved, {"seed": 1})
+    assert restore(saved).step == 2
+
+
+def test_not_finite_is_not_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {})
+    with pytest.raises(FloatingPointError, match="a.0 is not finite"):
+        checkpoints.save(1, {"a": [jnp.array([1.0, jnp.nan])]}, {}, None)
+    assert checkpoints.latest_step() is None
+    checkpoints.close()
+
+
+def run_config(**changes):
+    stages = {"dense": StageConfig(kind="flow", steps=changes.pop("steps", 100))}
+    return RunConfig(name="run", model=ModelConfig(), stages=stages, **changes)
+
+
+def test_run_directory_of_another_config(tmp_path):
+    directory = open_run(tmp_path / "run", run_config())
+    before = (directory / "config.json").read_text()
+    assert json.loads(before)["stages"]["dense"]["steps"] == 100
+    open_run(directory, run_config(mesh=MeshConfig(data=1), keep_checkpoints=5))
+    before = (directory / "config.json").read_text()
+    with pytest.raises(ConfigError, match="stages.dense.steps is 100 there and 200 here") as error:
+        open_run(directory, run_config(steps=200))
+    assert "\n" not in str(error.value) and (directory / "config.json").read_text() == before
+
+
+def test_damaged_run_config(tmp_path):
+    (tmp_path / "config.json").write_text('{"name": ')
+    with pytest.raises(ConfigError, match="config.json: damaged, expected JSON"):
+        open_run(tmp_path, run_config())

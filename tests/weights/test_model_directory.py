@@ -1,0 +1,168 @@
+"""The model directory: round trips, storage as bf16, damage, and writes that fail."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, MoEConfig, StackConfig
+from d2m_jax.models.flux import Flux, initialise
+from d2m_jax.weights import model_directory
+from d2m_jax.weights.named_arrays import fingerprint, names
+
+CONFIG = ModelConfig(
+    transformer=FluxConfig(
+        in_channels=12,
+        vec_in_dim=8,
+        context_in_dim=8,
+        hidden_size=32,
+        num_heads=2,
+        axes_dim=(4, 6, 6),
+        guidance_embed=False,
+        double=(StackConfig(1),),
+        single=(StackConfig(1), StackConfig(1, blocks=2, ffn="moe")),
+        moe=MoEConfig(experts=4),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return initialise(CONFIG.transformer, 0)
+
+
+@pytest.fixture
+def path(params, tmp_path):
+    model_directory.save(tmp_path / "model", CONFIG, params)
+    return tmp_path / "model"
+
+
+def test_round_trip(path, params):
+    config, loaded = model_directory.load(path)
+    assert config == CONFIG and jax.tree.structure(loaded) == jax.tree.structure(params)
+    assert fingerprint(loaded) == fingerprint(params)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
+
+
+def test_bf16_storage(params, tmp_path):
+    path = tmp_path / "model"
+    model_directory.save(path, CONFIG, params, dtype=jnp.bfloat16)
+    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), params)
+    assert fingerprint(model_directory.load(path)[1]) == fingerprint(rounded)
+    stored = model_directory.load(path, dtype=None)[1]
+    assert {a.dtype for a in jax.tree.leaves(stored)} == {jnp.dtype("bfloat16")}
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert size < 2.5 * sum(a.size for a in jax.tree.leaves(params)) + 100_000
+
+
+def test_open_model(path, params):
+    config, model = model_directory.open_model(path)
+    assert config == CONFIG and isinstance(model, Flux)
+    np.testing.assert_array_equal(model.img_in.kernel[...], params["img_in"]["kernel"])
+
+
+def test_replaced_whole(path, params):
+    other = jax.tree.map(lambda a: a + 1, params)
+    model_directory.save(path, CONFIG, other)
+    assert fingerprint(model_directory.load(path)[1]) == fingerprint(other)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
+
+
+def test_failed_write_loses_nothing(path, params):
+    bad = params | {"img_in": {"kernel": jnp.full(3, jnp.nan)}}
+    with pytest.raises(FloatingPointError):
+        model_directory.save(path, CONFIG, bad)
+    assert fingerprint(model_directory.load(path)[1]) == fingerprint(params)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
+
+
+def test_failed_rename_loses_nothing(path, params, monkeypatch):
+    rename = type(path).rename
+
+    def fail(self, target):
+        if self.name.endswith(".new"):
+            raise OSError("disk full")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(path), "rename", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model_directory.save(path, CONFIG, jax.tree.map(lambda a: a + 1, params))
+    assert fingerprint(model_directory.load(path)[1]) == fingerprint(params)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
+
+
+def test_something_else_is_not_replaced(params, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is no model directory"):
+        model_directory.save(tmp_path, CONFIG, params)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def refused(path, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        model_directory.load(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_missing(path):
+    refused(path.parent / "nothing", "found no such directory")
+    refused(path.parent, "found no config.json in it")
+    (path / "params").rename(path.parent / "elsewhere")
+    refused(path, "expected params/")
+
+
+def test_damaged_config(path):
+    content = (path / "config.json").read_text()
+    (path / "config.json").write_text(content[: len(content) // 2])
+    refused(path, "config.json: damaged, expected JSON")
+    (path / "config.json").write_text(content.replace('"shift"', '"shft"'))
+    refused(path, r"config.json.shft: unknown field, did you mean shift\?")
+
+
+@pytest.mark.parametrize("way", ["delete", "truncate", "garble", "flip"])
+def test_damaged_params(path, params, way):
+    """Whatever happens to a file: an error of one line, or the very same numbers; never others."""
+    refusals = 0
+    for file in sorted(f for f in (path / "params").rglob("*") if f.is_file()):
+        content = file.read_bytes()
+        half = len(content) // 2
+        damaged = {
+            "delete": None,
+            "truncate": content[:half],
+            "garble": np.random.default_rng(0).bytes(len(content)),
+            "flip": content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+            if content
+            else b"x",
+        }[way]
+        file.unlink()
+        if damaged is not None:
+            file.write_bytes(damaged)
+        try:
+            assert fingerprint(model_directory.load(path)[1]) == fingerprint(params), file
+        except ConfigError as error:
+            refusals += 1
+            assert "\n" not in str(error) and str(path) in str(error)
+        file.write_bytes(content)
+    assert refusals >= 2
+    assert fingerprint(model_directory.load(path)[1]) == fingerprint(params)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"in_channels": 12', '"in_channels": 16', r"bias is \(12,\), expected \(16,\) \(and 2"),
+        ('"guidance_embed": false', '"guidance_embed": true', "guidance_in.* is missing, expected"),
+    ],
+)
+def test_params_that_do_not_fit(path, old, new, message):
+    content = (path / "config.json").read_text()
+    assert old in content
+    (path / "config.json").write_text(content.replace(old, new))
+    refused(path, message)
+
+
+def test_names(params):
+    assert "single.1.block.mlp.experts.in_kernel" in names(params)
+    assert json.dumps(list(names(params)))
