@@ -41,11 +41,13 @@ def main(arguments: Sequence[str]) -> None:
         default=Arguments(config),
     )
     # Imported once the arguments are right: help and errors need not wait for jax.
-    from d2m_jax.evaluate import report
+    from d2m_jax.evaluate import accounting, report
+    from d2m_jax.sharding import use_cores
     from d2m_jax.training import run
 
+    use_cores()
     run_directory = parsed.run_dir or Path("runs") / parsed.config.name
-    run.run(parsed.config, run_directory)
+    run.run(parsed.config, run_directory, accounting.flops_per_example)
     if parsed.config.teacher is not None:
         report.write(run_directory)
 

@@ -5,6 +5,7 @@ import graphlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +111,13 @@ def test_file_and_its_public_names_say_what_they_are(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_only_root_scripts_read_the_command_line(module):
     assert not re.search(r"\bsys\.argv\b|\bargparse\b", MODULES[module].read_text())
+
+
+def test_array_types_are_checked():
+    from d2m_jax.sampling.grid import grid
+
+    with pytest.raises(TypeError, match="images"):
+        grid(np.zeros((1, 4, 4, 1), np.float32))
 
 
 def test_importing_the_package_costs_nothing():

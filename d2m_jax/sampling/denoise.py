@@ -15,7 +15,7 @@ def denoise(
     y: Float[Array, "b v"],
     grid: tuple[int, int],
     times: Float[Array, " s"],
-    guidance: float,
+    guidance: float | Float[Array, ""],
     top_k: int | None = None,
 ) -> Float[Array, "b n c"]:
     """From noise at times[0] to data at times[-1]: x += (t_next − t)·v, in float32. `grid`: rows, columns."""

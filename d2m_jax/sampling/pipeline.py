@@ -13,6 +13,7 @@ from d2m_jax.config import ConfigError, ModelConfig
 from d2m_jax.models.flux import model_of
 from d2m_jax.sampling.denoise import denoise
 from d2m_jax.sampling.encoders import Encoders
+from d2m_jax.sharding import batch_sharding, batch_shards, make_mesh, replicated
 from d2m_jax.weights import model_directory
 
 
@@ -20,7 +21,8 @@ class Pipeline:
     """A transformer and its encoders; called with prompts it gives images."""
 
     def __init__(self, config: ModelConfig, params: dict):
-        self.config, self.params = config, params
+        self.config, self.mesh = config, make_mesh()
+        self.params = jax.device_put(params, replicated(self.mesh))
         self.encoders = Encoders(config)
 
     def __call__(
@@ -58,10 +60,11 @@ class Pipeline:
             padding = (batch_size if len(ids) > batch_size else len(ids)) - (part.stop - part.start)
             # The last batch is filled up, so that one compiled program serves all.
             fill = [(0, padding), (0, 0)]
-            batch = _sample(
-                self.config, (height, width), top_k, self.params,
-                np.pad(ids[part], fill), jnp.pad(latents[part], [*fill, (0, 0)]), times, guidance,
-            )  # fmt: skip
+            inputs = np.pad(ids[part], fill), np.pad(np.asarray(latents[part]), [*fill, (0, 0)])
+            if len(inputs[0]) % batch_shards(self.mesh) == 0:
+                inputs = jax.device_put(inputs, batch_sharding(self.mesh))
+            size = height, width
+            batch = _sample(self.config, size, top_k, self.params, *inputs, times, guidance)
             images.append(np.asarray(batch)[: part.stop - part.start])
         return np.concatenate(images)
 

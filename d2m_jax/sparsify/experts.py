@@ -1,4 +1,4 @@
-"""An FFN as shared expert, normal experts and gate: the same neurons in groups (PAPER.md, RECIPE.md)."""
+"""An FFN as shared expert, normal experts and gate: the same neurons, dealt (PAPER.md, RECIPE.md)."""
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ def make_moe(
 ) -> dict:
     """Parameters of models.moe.MoE for the FFNs of one stack, leading axes (groups, blocks).
 
-    The top-scored neurons are the shared expert, the others are dealt to the normal ones. `inputs` are
-    calibration tokens; only a clustered deal and a fitted gate read them.
+    The top-scored neurons are the shared expert, the others are dealt to the normal ones. `inputs`
+    are calibration tokens; only a clustered deal and a fitted gate read them.
     """
     shared, experts = config.shared_width(stack), config.moe.experts
     order, lead = ranked(scores), scores.shape[:2]
@@ -62,7 +62,10 @@ def make_moe(
 
 
 def split(ffn: dict, shared: int, experts: int) -> dict:
-    """The first `shared` neurons as the shared expert, which owns the output bias, and the rest in equal runs."""
+    """The first `shared` neurons as the shared expert, the rest in equal runs as normal experts.
+
+    The output bias, where there is one, is the shared expert's.
+    """
     lead = ffn["in_layer"]["bias"].shape[:-1]
     kernel, bias = ffn["in_layer"]["kernel"], ffn["in_layer"]["bias"]
     out = ffn["out_layer"]["kernel"]
@@ -94,8 +97,8 @@ def features(
     in_bias: Float[Array | np.ndarray, " w"],
     out_kernel: Float[Array | np.ndarray, "w d"],
 ) -> Float[Array, "w t"]:
-    """What clustering compares: every neuron's activations over the tokens, times the norm of its output row,
-    centred and of unit length."""
+    """What clustering compares: every neuron's activations over the tokens, times the norm of its
+    output row, centred and of unit length."""
     into, bias, out = (part.astype(jnp.float32) for part in (in_kernel, in_bias, out_kernel))
     hidden = jax.nn.gelu(x.astype(jnp.float32) @ into + bias, approximate=True)
     hidden = hidden.T * jnp.linalg.norm(out, axis=-1)[:, None]
@@ -121,10 +124,10 @@ def cluster(
 
 
 def assign(cost: Float[np.ndarray, "w e"], steps: int = 60) -> Int[np.ndarray, " w"]:
-    """A cheap column for every row, each column equally often, within a per cent of the optimal sum.
+    """A cheap column for every row, each column equally often; within 1 % of the optimal sum.
 
-    Linear assignment costs rows³, hours for a FLUX.1 FFN; here a price per column balances the softmax over
-    columns while it cools (Sinkhorn), and the few rows still in excess move at the least cost.
+    Exact linear assignment takes rows³, too long for a FLUX.1 FFN. Here a price per column balances
+    the softmax over columns while it cools (Sinkhorn); rows still in excess move at the least cost.
     """
     rows, columns = cost.shape
     size, price = rows // columns, np.zeros(columns, cost.dtype)
@@ -153,7 +156,7 @@ def fit_gate(
 ) -> tuple[Float[Array, "d e"], Float[Array, " e"]]:
     """Ridge regression, with a bias, from the FFN's input to the norm of every expert's output.
 
-    Norms are centred over the experts of a token and divided by one common deviation: the logits of a gate.
+    Norms are centred over a token's experts and divided by one common deviation: a gate's logits.
     """
     with jax.default_matmul_precision("float32"):
         x = x.astype(jnp.float32)

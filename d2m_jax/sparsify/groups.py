@@ -1,4 +1,4 @@
-"""Blocks in other stacks: Mixture of Blocks groups for a student, the same shape for its teacher (PAPER.md)."""
+"""Blocks in other stacks: MoB groups for a student (PAPER.md), and the same shape for its teacher."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,9 @@ from d2m_jax.models.flux import over_axes
 from d2m_jax.models.mob import BlockRouter
 
 KINDS = ("double", "single")
-Shapes = Mapping[str, Sequence[tuple[int, int]]]  # (groups, blocks) of the stacks, per kind of block
+Shapes = Mapping[
+    str, Sequence[tuple[int, int]]
+]  # (groups, blocks) of the stacks, per kind of block
 
 
 def shapes(config: FluxConfig) -> Shapes:
@@ -23,9 +25,9 @@ def shapes(config: FluxConfig) -> Shapes:
 
 
 def align(config: FluxConfig, params: dict, shapes: Shapes) -> tuple[FluxConfig, dict]:
-    """The same model in stacks of these (groups, blocks), all blocks active: how a teacher meets its student.
+    """The same model in stacks of these (groups, blocks), all active: a teacher meets its student.
 
-    Raises ConfigError where depths differ, a router would be lost, or a stack would mix dense and MoE FFNs.
+    Raises ConfigError where depths differ, a router would be lost, or a stack would have unequal FFNs.
     """
     for stack in config.stacks:
         check(not stack.mixes, f"align: expected a model whose blocks all run, found {stack}")
@@ -118,16 +120,17 @@ def _rearrange(
 
 
 def _blocks(old: list[tuple[StackConfig, dict]], stack: StackConfig, start: int) -> dict:
-    """The parameters of a stack that begins with block `start` of these stacks; what stays whole is shared."""
+    """The parameters of a stack that begins with block `start` of the old ones.
+
+    A stack that stays as it was shares its arrays.
+    """
     parts, begin = [], 0
     for source, block in old:
         if begin == start and (source.groups, source.blocks) == (stack.groups, stack.blocks):
             return block
         low, high = max(start - begin, 0), min(start + stack.depth - begin, source.depth)
         if low < high:
-            parts.append(
-                jax.tree.map(lambda a, i=low, j=high: _flat(a)[i:j], block)
-            )
+            parts.append(jax.tree.map(lambda a, i=low, j=high: _flat(a)[i:j], block))
         begin += source.depth
 
     def join(*parts):

@@ -1,9 +1,10 @@
 """What each hidden FFN neuron is worth, and what each FFN reads, over calibration batches.
 
-Values per FFN are trees {"double": {stack: {"img_mlp": …}}, "single": …}, the shape that `ffns` gives.
+Values per FFN are trees {"double": {stack: {"img_mlp": …}}, "single": …}, as `ffns` gives.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,10 @@ def ffns(params: dict) -> dict:
 def taylor(
     config: FluxConfig, params: dict, batches: Sequence[dict], noisy: Noisy, key: Array
 ) -> dict:
-    """Taylor scores [groups, blocks, width] of every FFN: Σ |∂L/∂w · w| over a neuron's in-row, in-bias and
-    out-column, L the flow matching loss, averaged over the batches (PAPER.md, step 0)."""
+    """Taylor scores [groups, blocks, width] per FFN (PAPER.md, step 0), the mean over the batches.
+
+    Σ |∂L/∂w · w| over a neuron's in-row, in-bias and out-column; L is the flow matching loss.
+    """
     dtype = params["img_in"]["kernel"].dtype
 
     @jax.jit
@@ -52,7 +55,7 @@ def taylor(
             chosen,
             jax.grad(loss)(chosen),
         )
-        return _each(_per_neuron, products)
+        return each(_per_neuron, products)
 
     total = None
     for i, batch in enumerate(batches):
@@ -64,12 +67,12 @@ def taylor(
 def magnitude(params: dict) -> dict:
     """Σ |w| over a neuron's weights, [groups, blocks, width] per FFN."""
     absolute = jax.tree.map(lambda w: np.abs(np.asarray(w, np.float32)), ffns(params))
-    return _each(_per_neuron, absolute)
+    return each(_per_neuron, absolute)
 
 
 def random(params: dict, generator: np.random.Generator) -> dict:
     """Scores that know nothing, [groups, blocks, width] per FFN."""
-    return _each(lambda ffn: generator.random(ffn["in_layer"]["bias"].shape), ffns(params))
+    return each(lambda ffn: generator.random(ffn["in_layer"]["bias"].shape), ffns(params))
 
 
 def ffn_inputs(
@@ -80,8 +83,10 @@ def ffn_inputs(
     key: Array,
     tokens: int,
 ) -> dict:
-    """About `tokens` inputs [groups, blocks, tokens, D] of every FFN, drawn evenly from the batches: fewer where
-    these hold fewer."""
+    """About `tokens` inputs [groups, blocks, tokens, D] of every FFN, equally many of each batch.
+
+    They are fewer where the batches hold fewer.
+    """
     dtype = params["img_in"]["kernel"].dtype
     share = -(-tokens // len(batches))
 
@@ -111,19 +116,19 @@ def ffn_inputs(
     return jax.tree.map(lambda *x: np.concatenate(x, axis=2), *parts)
 
 
-def _per_neuron(weights: dict) -> Float[Array | np.ndarray, "g m w"]:
-    inward = weights["in_layer"]["kernel"].sum(-2) + weights["in_layer"]["bias"]
-    return inward + weights["out_layer"]["kernel"].sum(-1)
-
-
-def _each(function: Callable[[dict], Array | np.ndarray], tree: dict) -> dict:
-    """The function of every FFN of a tree."""
+def each(function: Callable[[dict], Any], tree: dict) -> dict:
+    """The function of every FFN of a tree, as a tree."""
     return {
         kind: {
             i: {name: function(ffn) for name, ffn in named.items()} for i, named in stacks.items()
         }
         for kind, stacks in tree.items()
     }
+
+
+def _per_neuron(weights: dict) -> Float[Array | np.ndarray, "g m w"]:
+    inward = weights["in_layer"]["kernel"].sum(-2) + weights["in_layer"]["bias"]
+    return inward + weights["out_layer"]["kernel"].sum(-1)
 
 
 def _with_ffns(params: dict, chosen: dict) -> dict:

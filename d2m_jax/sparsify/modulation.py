@@ -1,4 +1,4 @@
-"""Low-rank modulation: one basis shared by all blocks, a small factor and a bias for each (PAPER.md)."""
+"""Low-rank modulation: one basis for all blocks, a small factor and a bias for each (PAPER.md)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +18,10 @@ COMPARED = 256  # calibration vectors that the error is measured on
 def modulation_inputs(
     config: FluxConfig, params: dict, batches: Sequence[dict], noisy: Noisy, key: Array
 ) -> Float[np.ndarray, "n d"]:
-    """silu(vec) of every calibration sample: over times and pooled texts, and over guidance from 0 to twice the
-    calibration's."""
+    """silu(vec) of every calibration sample, over times and pooled texts.
+
+    Guidance, where the model has it, goes from 0 to twice the calibration's.
+    """
 
     @jax.jit
     def collect(params, batch, key):
@@ -30,7 +32,6 @@ def modulation_inputs(
         _, context = model_of(config, params).embed(*inputs, guidance)
         return jax.nn.silu(context.vec)
 
-    # Nothing but the embedders runs, so the blocks need not be on the device.
     keys = [jax.random.fold_in(key, i) for i in range(len(batches))]
     return np.concatenate([collect(params, b, k) for b, k in zip(batches, keys, strict=True)])
 
@@ -38,10 +39,11 @@ def modulation_inputs(
 def low_rank(
     config: FluxConfig, params: dict, inputs: Float[np.ndarray, "n d"], rank: int
 ) -> tuple[FluxConfig, dict, float]:
-    """The model with modulations of this rank, and the relative error of all their outputs on the inputs.
+    """The model with modulations of this rank, and their outputs' relative error on the inputs.
 
-    The basis P [D, r] holds the first principal directions of the inputs; a block's factor is Pᵀ W, and its
-    bias takes up what P loses of the mean: lin(c) = W (mean + P Pᵀ (c − mean)) + b. Rank D loses nothing.
+    The basis P [D, r] holds the first principal directions of the inputs c. lin(c) = c W + b becomes
+    (mean + (c − mean) P Pᵀ) W + b: a block's factor is Pᵀ W, and its bias takes up what P loses of
+    the mean. Rank D loses nothing.
     """
     config = replace(config, modulation_rank=rank)
     inputs = inputs.astype(np.float64)

@@ -1,4 +1,4 @@
-"""A student from its teacher, as SparsifyConfig says: importance, experts or pruning, modulation (RECIPE.md)."""
+"""A student from its teacher, as SparsifyConfig says: importance, experts or pruning, modulation."""
 
 import zlib
 from collections.abc import Callable, Iterable
@@ -8,7 +8,7 @@ from itertools import groupby, islice
 import jax
 import numpy as np
 
-from d2m_jax.config import FluxConfig, ModelConfig, SparsifyConfig, StackConfig, check
+from d2m_jax.config import FluxConfig, ModelConfig, SparsifyConfig, check
 from d2m_jax.sparsify import importance
 from d2m_jax.sparsify.experts import make_moe
 from d2m_jax.sparsify.groups import KINDS, align
@@ -26,18 +26,20 @@ def make_student(
     seed: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[ModelConfig, dict]:
-    """The student and its parameters, on the host where they are new; the same seed gives the same student.
+    """The student and its parameters, which are on the host where new; equal seeds, equal students.
 
-    Of `batches`, {"image", "words"} each, the first `sparsify.batches` calibrate; `noisy(batch, key)` gives the
-    arguments of Flux.embed and the true velocity. Raises ConfigError where the sizes do not fit.
+    Of `batches`, {"image", "words"} each, the first `sparsify.batches` calibrate; `noisy(batch, key)`
+    gives the arguments of Flux.embed and the true velocity. Raises ConfigError where sizes do not fit.
     """
-    check(sparsify.batches >= 1, f"SparsifyConfig.batches = {sparsify.batches}: expected at least 1")
+    check(
+        sparsify.batches >= 1, f"SparsifyConfig.batches = {sparsify.batches}: expected at least 1"
+    )
     check(sparsify.tokens >= 1, f"SparsifyConfig.tokens = {sparsify.tokens}: expected at least 1")
     config, params = _in_runs(teacher.transformer, params, sparsify)
     student = _student_config(config, sparsify)
     batches = list(islice(batches, sparsify.batches))
     check(len(batches) > 0, "calibration: expected at least one batch, found none")
-    calibration = config, params, batches, noisy, jax.random.key(seed)
+    calibration = config, jax.device_put(params), batches, noisy, jax.random.key(seed)
 
     if sparsify.shared == "taylor":
         scores = importance.taylor(*calibration)
@@ -47,7 +49,7 @@ def make_student(
         scores = importance.random(params, _generator(seed, "scores"))
     say(f"importance of the FFN's neurons: {sparsify.shared}")
 
-    inputs = None
+    inputs = importance.each(lambda ffn: None, scores)
     if sparsify.method == "moe" and (sparsify.deal == "clustered" or sparsify.gate == "fitted"):
         inputs = importance.ffn_inputs(*calibration, sparsify.tokens)
     made = dict(params)
@@ -62,18 +64,67 @@ def make_student(
                 if sparsify.method == "prune":
                     block[name] = prune(ffn, mine, student.ffn_width(stack))
                 else:
-                    seen = inputs and inputs[kind][i][name]
+                    seen = inputs[kind][i][name]
                     generator = _generator(seed, f"{kind}.{i}.{name}")
                     block[name] = make_moe(ffn, mine, seen, student, stack, sparsify, generator)
             made[kind][i] = {"block": block}
-    if sparsify.method == "prune":
-        say(f"FFNs pruned to {sparsify.mlp_ratio} of {_ratios(config)} times the width")
-    else:
-        moe = sparsify.moe
-        say(f"FFNs to {moe.experts} experts, deal {sparsify.deal}, gate {sparsify.gate}")
+    ways = f"deal {sparsify.deal}, gate {sparsify.gate}"
+    say(f"FFNs: {sparsify.method}" + (f", {ways}" if sparsify.method == "moe" else ""))
 
     if sparsify.modulation_rank is not None:
         seen = modulation_inputs(*calibration)
         student, made, error = low_rank(student, made, seen, sparsify.modulation_rank)
         say(f"modulation of rank {sparsify.modulation_rank}: relative error {error:.1e}")
     return replace(teacher, transformer=student), made
+
+
+def _in_runs(config: FluxConfig, params: dict, sparsify: SparsifyConfig) -> tuple[FluxConfig, dict]:
+    """The teacher in one stack per run of blocks that stay dense, or do not."""
+    shapes = {}
+    for kind in KINDS:
+        stacks, dense = getattr(config, kind), getattr(sparsify, f"dense_{kind}")
+        depth = sum(stack.depth for stack in stacks)
+        for stack in stacks:
+            check(
+                stack.ffn == "dense",
+                f"teacher: expected dense FFNs in its {kind} blocks, found {stack}",
+            )
+        check(
+            all(0 <= block < depth for block in dense),
+            f"SparsifyConfig.dense_{kind} = {dense}: expected indices below {depth}, the teacher's"
+            f" {kind} blocks",
+        )
+        runs = groupby(block in dense for block in range(depth))
+        shapes[kind] = [(len(list(run)), 1) for _, run in runs]
+    return align(config, params, shapes)
+
+
+def _student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
+    """The student's config, from the teacher's in runs."""
+    bodies, rank = {}, sparsify.modulation_rank
+    check(
+        rank is None or config.modulation_rank is None,
+        f"SparsifyConfig.modulation_rank = {rank}: the teacher's modulations have rank"
+        f" {config.modulation_rank} already, expected none",
+    )
+    for kind in KINDS:
+        start, body = 0, []
+        for stack in getattr(config, kind):
+            if start in getattr(sparsify, f"dense_{kind}"):
+                body.append(stack)
+            elif sparsify.method == "moe":
+                body.append(replace(stack, ffn="moe"))
+            else:
+                check(
+                    0 < sparsify.mlp_ratio < stack.mlp_ratio,
+                    f"SparsifyConfig.mlp_ratio = {sparsify.mlp_ratio}: expected more than 0 and"
+                    f" less than the teacher's {stack.mlp_ratio}",
+                )
+                body.append(replace(stack, mlp_ratio=sparsify.mlp_ratio))
+            start += stack.depth
+        bodies[kind] = tuple(body)
+    return replace(config, moe=sparsify.moe, **bodies)
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    return np.random.default_rng((seed, zlib.crc32(name.encode())))

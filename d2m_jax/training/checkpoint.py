@@ -1,4 +1,4 @@
-"""Checkpoints of one stage through Orbax: the last n and the best, every bit verified at restore."""
+"""Checkpoints of one stage through Orbax: the last n and the best, bits verified on restore."""
 
 import json
 import os
@@ -50,7 +50,7 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, progress: dict[str, Any], held_out: float | None) -> None:
-        """Save in the background. Raises FloatingPointError, saving nothing, if one is not finite."""
+        """Save in the background. FloatingPointError for a NaN or infinity, nothing saved."""
         content = {
             "identity": self.identity,
             "progress": progress,
@@ -64,10 +64,10 @@ class Checkpoints:
         self._manager.save(step, args=arguments, metrics=metrics, force=True)
 
     def restore(self, like: Any) -> Restored | None:
-        """The newest whole checkpoint, its arrays placed like those of `like`; None if there is none.
+        """The newest whole checkpoint, its arrays placed like those of `like`; None without one.
 
-        A damaged one is set aside as `damaged_STEP` with one line on stderr. Raises ConfigError where
-        a checkpoint belongs to another run.
+        A damaged one is set aside as `damaged_STEP`, with one line on stderr. Raises ConfigError
+        where a checkpoint belongs to another run.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:

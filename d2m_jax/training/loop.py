@@ -1,4 +1,4 @@
-"""The training loop of a stage: a jitted step on pure trees, the host one step behind the device."""
+"""The loop of one stage: a jitted step on pure trees, the host one step behind the device."""
 
 import signal
 import threading
@@ -26,7 +26,7 @@ from d2m_jax.weights.named_arrays import fingerprint, shapes
 
 Batch = dict[str, np.ndarray]
 
-# loss(params, constants, batch, key) → the batch's mean, and metrics: scalars, or a value per layer.
+# loss(params, constants, batch, key) → the batch's mean, and metrics: scalars or one per layer.
 Loss = Callable[[dict, Any, dict, Array], tuple[Float[Array, ""], dict[str, Array]]]
 
 
@@ -58,15 +58,15 @@ def train_stage(
     keep: int = 2,
     mesh: Mesh | None = None,
 ) -> dict:
-    """Train what `stage` selects of `params`; return all of them (the running average if there is one).
+    """Train what `stage` selects of `params`; return all of them (the running average if any).
 
-    Continues from the newest whole checkpoint in `run_directory`, exactly: the same seed ends with the
-    same bits, however often the process was killed; a finished stage is read, not run. `params` must be
-    the same at every start. `constants` reach the loss as arguments of the compiled step;
+    Continues from the newest whole checkpoint in `run_directory`, exactly: the same seed ends with
+    the same bits, however often the process was killed; a finished stage is read, not run. `params`
+    must be the same at every start. `constants` reach the loss as arguments of the compiled step;
     `flops_per_example` counts a whole step's work for one example; `sample(params, step)` draws
-    pictures. Raises ConfigError for a loss that is not finite, and keeps the last good checkpoint. On
-    SIGTERM or SIGINT it saves and exits with 128 + the signal's number (143, 130): what schedulers
-    read as "stopped, start me again".
+    pictures. Raises ConfigError for a loss that is not finite, and keeps the last good checkpoint.
+    On SIGTERM or SIGINT it saves and exits with 128 + the signal's number (143, 130): what
+    schedulers read as "stopped, start me again".
     """
     run_directory = Path(run_directory)
     mesh = mesh or make_mesh(MeshConfig())
@@ -100,18 +100,22 @@ def train_stage(
     window = Window(progress.get("window"))
     clock = _Clock(progress.get("seconds", 0.0), stage, flops_per_example, mesh.size)
 
+    not_finite = partial(_not_finite, name, stage, checkpoints)
+
     def read(step: int, values: dict) -> None:
         """Wait for a step that the device was given; its numbers go into the window."""
         values = jax.device_get(values)
         clock.tick()
-        if not np.isfinite(values["loss"]) or not np.isfinite(values["gradient_norm"]):
-            raise _not_finite(name, step, stage, checkpoints, f"loss is {values['loss']}")
+        loss, norm = values["loss"], values["gradient_norm"]
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            raise not_finite(step, f"loss is {loss}, gradient norm {norm}")
         window.add(values)
         metrics.advance(step)
 
-    def log(step: int, extra: dict | None = None) -> None:
+    def log(step: int, result: dict | None = None) -> None:
+        """The means since the last logged step, and the held-out results where there are any."""
         nonlocal window
-        metrics.write(step, window.means() | clock.rates() | (extra or {}))
+        metrics.write(step, window.means() | clock.rates() | (result or {}))
         window = Window()
 
     try:
@@ -127,9 +131,7 @@ def train_stage(
                     if pending[0] % stage.log_every == 0:
                         log(pending[0])
                 pending = (step, values)
-                last = step == stage.steps
-                due = [last or bool(n and step % n == 0) for n in _periods(stage)]
-                evaluate_now, sample_now, save_now = due
+                evaluate_now, sample_now, save_now = due = _due(stage, step)
                 if not (any(due) or caught):
                     continue
                 read(*pending)
@@ -138,9 +140,8 @@ def train_stage(
                 if evaluate_now and held_out:
                     result = evaluate(_trained(state), frozen, constants)
                     if not np.isfinite(result["held_out"]):
-                        what = f"held-out loss is {result['held_out']}"
-                        raise _not_finite(name, step, stage, checkpoints, what)
-                if result or last or step % stage.log_every == 0:
+                        raise not_finite(step, f"held-out loss is {result['held_out']}")
+                if evaluate_now or step % stage.log_every == 0:
                     log(step, result)
                 if sample_now and sample:
                     sample(merge(_trained(state), frozen), step)
@@ -153,7 +154,7 @@ def train_stage(
                     try:
                         checkpoints.save(step, state, progress, result.get("held_out"))
                     except FloatingPointError as error:
-                        raise _not_finite(name, step, stage, checkpoints, str(error)) from None
+                        raise not_finite(step, str(error)) from None
                 if caught:
                     checkpoints.close()
                     stopped = f"stopped by {caught[0].name} at step {step}, saved"
@@ -166,8 +167,19 @@ def train_stage(
     return merge(_trained(state), frozen)
 
 
-def _periods(stage: StageConfig) -> tuple[int, int, int]:
-    return stage.evaluate_every, stage.sample_every, stage.checkpoint_every
+def _due(stage: StageConfig, step: int) -> tuple[bool, bool, bool]:
+    """Whether to evaluate, to draw samples and to save after this step; 0 means at the end only,
+    for samples never."""
+    last = step == stage.steps
+
+    def now(every: int) -> bool:
+        return bool(every) and (last or step % every == 0)
+
+    return (
+        last or now(stage.evaluate_every),
+        now(stage.sample_every),
+        last or now(stage.checkpoint_every),
+    )
 
 
 def _check_batch(name: str, stage: StageConfig, shards: int) -> None:
@@ -181,9 +193,9 @@ def _check_batch(name: str, stage: StageConfig, shards: int) -> None:
 
 
 def _start(stage, optimizer, trainable, frozen, constants, mesh) -> tuple[dict, dict, Any]:
-    """The state before the first step, a copy, for the step donates it; and all else on the mesh."""
+    """The state before the first step, a copy because steps donate it; all else on the mesh."""
     everywhere = replicated(mesh)
-    frozen, constants = jax.device_put((frozen, constants), everywhere)
+    trainable, frozen, constants = jax.device_put((trainable, frozen, constants), everywhere)
 
     def fresh(trainable):
         state = {
@@ -330,7 +342,7 @@ def _announce(name: str, stage: StageConfig, start: int, state: dict, frozen: di
 
 
 def _not_finite(
-    name: str, step: int, stage: StageConfig, checkpoints: Checkpoints, what: str
+    name: str, stage: StageConfig, checkpoints: Checkpoints, step: int, what: str
 ) -> ConfigError:
     latest = checkpoints.latest_step()
     kept = "no checkpoint yet" if latest is None else f"checkpoint {latest} is kept"

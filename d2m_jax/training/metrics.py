@@ -140,7 +140,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _drop_after(file: Path, stage: str, step: int) -> None:
-    """Drop a stage's lines after a step (all of them at 0), which are written anew, and a half line."""
+    """Drop the lines of a stage after a step (at 0 all), to be written anew, and a half line."""
     if not file.exists():
         return
     kept = []

@@ -59,7 +59,7 @@ def make_optimizer(
 
 
 def match(pattern: str, known: Sequence[str], field: str) -> list[str]:
-    """The names that a pattern (fnmatch) matches. Raises ConfigError with a near word if none do."""
+    """The names that an fnmatch pattern matches. Raises ConfigError with a near word if none do."""
     found = [name for name in known if fnmatchcase(name, pattern)]
     if not found:
         words = {word for name in known for word in name.split(".")}

@@ -1,4 +1,4 @@
-"""The model directory: config.json (ModelConfig) and Orbax params/; runs leave it, tools read it."""
+"""The model directory: config.json (a ModelConfig) and Orbax params/; runs end in one."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def load_config(path: Path | str) -> ModelConfig:
 def load(path: Path | str, dtype=jnp.float32) -> tuple[ModelConfig, dict]:
     """Config and parameters, floats restored as `dtype` (None: as stored).
 
-    Raises ConfigError where the directory is missing or damaged, or params/ does not fit its config.
+    Raises ConfigError where it is missing or damaged, or params/ does not fit config.json.
     """
     config = load_config(path)
     directory = Path(os.path.abspath(path)) / "params"
@@ -83,8 +83,10 @@ def load(path: Path | str, dtype=jnp.float32) -> tuple[ModelConfig, dict]:
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             metadata = checkpointer.metadata(directory)
-            stored, note = dict(metadata.item_metadata), metadata.custom_metadata or {}
-            kinds = {name: (tuple(m.shape), m.dtype) for name, m in stored.items()}
+            stored, note = metadata.item_metadata, metadata.custom_metadata or {}
+            if stored is None:
+                raise ValueError("its list of arrays is gone")
+            kinds = {name: (tuple(m.shape), m.dtype) for name, m in dict(stored).items()}
         except Exception as error:  # Orbax, tensorstore and JSON each have their own
             raise ConfigError(f"{directory}: damaged, cannot be read ({_line(error)})") from None
         _check_fit(path, {name: shape for name, (shape, _) in kinds.items()}, names(expected))

@@ -140,7 +140,9 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
             batch = super().__next__()
             return batch | {"y": batch["y"] * np.nan} if self.position == 17 else batch
 
-    with pytest.raises(ConfigError, match=r"step 17: loss is nan; checkpoint 10 is kept") as error:
+    with pytest.raises(
+        ConfigError, match=r"step 17: loss is nan, gradient norm nan; checkpoint 10 is kept"
+    ) as error:
         toy.run(tmp_path, toy.stage(40), batches=Poisoned())
     assert "\n" not in str(error.value)
     kept = [path.name for path in (tmp_path / "checkpoints" / "toy").iterdir()]

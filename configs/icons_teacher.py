@@ -1,0 +1,55 @@
+"""The dense teacher that ships with the repository: text to scenes of coloured glyphs, by flow matching.
+
+    python train.py configs/icons_teacher.py
+"""
+
+from d2m_jax.config import (
+    FluxConfig,
+    IconsConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PixelsConfig,
+    RunConfig,
+    StackConfig,
+    StageConfig,
+    WordsConfig,
+)
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        name="icons_teacher",
+        model=ModelConfig(
+            transformer=FluxConfig(
+                in_channels=108,
+                vec_in_dim=128,
+                context_in_dim=128,
+                hidden_size=96,
+                num_heads=3,
+                axes_dim=(8, 12, 12),
+                guidance_embed=False,
+                double=(StackConfig(1),),
+                single=(StackConfig(4),),
+            ),
+            text=WordsConfig(dim=128, length=6),
+            image=PixelsConfig(height=24, width=24, patch=6),
+        ),
+        data=IconsConfig(task="scenes", glyphs=256, train_size=100_000_000),
+        stages={
+            "flow": StageConfig(
+                kind="flow",
+                steps=24_000,
+                batch_size=128,
+                loss=LossConfig(timesteps="uniform"),
+                optimizer=OptimizerConfig(
+                    learning_rate=3e-3, schedule="cosine", warmup=300, ema=0.999, final_rate=0.01
+                ),
+                remat=False,
+                log_every=50,
+                evaluate_every=1000,
+                checkpoint_every=1000,
+                sample_every=2000,
+            )
+        },
+    )
