@@ -25,8 +25,8 @@ def get_config() -> RunConfig:
                 in_channels=108,
                 vec_in_dim=128,
                 context_in_dim=128,
-                hidden_size=96,
-                num_heads=3,
+                hidden_size=128,
+                num_heads=4,
                 axes_dim=(8, 12, 12),
                 guidance_embed=False,
                 double=(StackConfig(1),),
@@ -39,16 +39,16 @@ def get_config() -> RunConfig:
         stages={
             "flow": StageConfig(
                 kind="flow",
-                steps=24_000,
+                steps=16_000,
                 batch_size=128,
                 loss=LossConfig(timesteps="uniform"),
                 optimizer=OptimizerConfig(
-                    learning_rate=3e-3, schedule="cosine", warmup=300, ema=0.999, final_rate=0.01
+                    learning_rate=2e-3, schedule="cosine", warmup=200, ema=0.999, final_rate=0.01
                 ),
                 remat=False,
                 log_every=50,
                 evaluate_every=1000,
-                checkpoint_every=1000,
+                checkpoint_every=500,
                 sample_every=2000,
             )
         },

@@ -1,4 +1,5 @@
-"""Rectified flow: noisy input, velocity target, schedules, packing of images into tokens, position ids."""
+"""Rectified flow: noisy input, velocity target, schedules, packing of images into tokens, position
+ids."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,8 @@ def velocity(data: Float[Array, "b n c"], noise: Float[Array, "b n c"]) -> Float
 
 
 def schedule(steps: int, image_tokens: int, shift: bool) -> np.ndarray:
-    """`steps` + 1 times from 1 to 0; shifted by length as FLUX.1 [dev] does (BFL sampling.get_schedule)."""
+    """`steps` + 1 times from 1 to 0; shifted by length as FLUX.1 [dev] does (BFL
+    sampling.get_schedule)."""
     t = np.linspace(1, 0, steps + 1)
     if shift:
         mu = 0.5 + (image_tokens - 256) * 0.65 / 3840
@@ -30,7 +32,8 @@ def schedule(steps: int, image_tokens: int, shift: bool) -> np.ndarray:
 
 
 def pack(image: Float[Array, "b H W c"], patch: int = 2) -> Float[Array, "b n k"]:
-    """Image or latent to tokens, channels outermost within a token (BFL's layout); k = c · patch²."""
+    """Image or latent to tokens, channels outermost within a token (BFL's layout); k = c ·
+    patch²."""
     return rearrange(image, "b (h ph) (w pw) c -> b (h w) (c ph pw)", ph=patch, pw=patch)
 
 
@@ -43,7 +46,8 @@ def unpack(
 
 
 def image_ids(rows: int, columns: int) -> Float[Array, "1 n 3"]:
-    """Position ids (0, row, column) of an image's tokens in float32; one row serves a whole batch."""
+    """Position ids (0, row, column) of an image's tokens in float32; one row serves a whole
+    batch."""
     row, column = jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij")
     ids = jnp.stack([jnp.zeros_like(row), row, column], axis=-1)
     return ids.reshape(1, rows * columns, 3).astype(jnp.float32)

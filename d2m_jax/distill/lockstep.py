@@ -1,4 +1,5 @@
-"""Teacher and student through the same scan: one step runs a group of both and emits per-layer scalars.
+"""Teacher and student through the same scan: one step runs a group of both and emits per-layer
+scalars.
 
 No features are stored, so memory does not grow with depth (DESIGN.md, decision 4).
 """
@@ -16,7 +17,8 @@ from d2m_jax.models.flux import Flux, Stack, join
 
 
 def check_aligned(teacher: FluxConfig, student: FluxConfig) -> None:
-    """Raise ConfigError unless both have equal stacks of groups and blocks, which lockstep pairs one to one."""
+    """Raise ConfigError unless both have equal stacks of groups and blocks, which lockstep pairs
+    one to one."""
     for kind in ("double", "single"):
         shapes = [[(s.groups, s.blocks) for s in getattr(c, kind)] for c in (teacher, student)]
         check(
@@ -35,8 +37,9 @@ def lockstep(
     features: bool = True,
     remat: bool = True,
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"], dict[str, Array], dict[str, list]]:
-    """Both velocities; per group `feature` (mean squared difference of the streams at its end) and `norm` (root
-    mean square of the teacher's), each [L]; and the student's report (see Flux.run)."""
+    """Both velocities; per group `feature` (mean squared difference of the streams at its end) and
+    `norm` (root mean square of the teacher's), each [L]; and the student's report (see
+    Flux.run)."""
     (t_streams, t_context), (s_streams, s_context) = teacher_start, student_start
     scalars, report = [], {"double": [], "single": []}
     for kind in report:

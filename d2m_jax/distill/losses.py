@@ -13,7 +13,8 @@ def mean_square(a: Float[Array, "b n c"], b: Float[Array, "b n c"]) -> Float[Arr
 def feature_weights(
     distill: Float[Array, ""], feature: Float[Array, " l"], norm: Float[Array, " l"]
 ) -> Float[Array, " l"]:
-    """w_l = |L_distill| / |L_feature^l| · Σ_j ‖f_tea^j‖ / (L · ‖f_tea^l‖), constants for the gradient (PAPER.md).
+    """w_l = |L_distill| / |L_feature^l| · Σ_j ‖f_tea^j‖ / (L · ‖f_tea^l‖), constants for the
+    gradient (PAPER.md).
 
     A feature that is already right to 0.1 % of its norm gains no more weight from being better.
     """
@@ -23,16 +24,18 @@ def feature_weights(
 
 
 def balance(load: Float[Array, "*l b n"], probability: Float[Array, "*l b n"]) -> Float[Array, ""]:
-    """Switch loss n · Σ_i f_i P_i, mean over layers; 1 when even. f and P are shares over the whole batch."""
+    """Switch loss n · Σ_i f_i P_i, mean over layers; 1 when even. f and P are shares over the whole
+    batch."""
     f, p = load.mean(-2), probability.mean(-2)
-    # In a Mixture of Blocks a block reports zeros for the samples that skip it, so shares are taken anew.
+    # In a Mixture of Blocks a block reports zeros for the samples that skip it, so shares are taken
+    # anew.
     f, p = (a / jnp.maximum(a.sum(-1, keepdims=True), 1e-9) for a in (f, p))
     return (load.shape[-1] * (jax.lax.stop_gradient(f) * p).sum(-1)).mean()
 
 
 def health(load: Float[Array, "l b n"]) -> dict[str, Float[Array, " l"]]:
-    """Per layer: entropy of the loads over ln n (1: even), the largest load as a multiple of the even one, and
-    how many get less than a twentieth of it ("dead")."""
+    """Per layer: entropy of the loads over ln n (1: even), the largest load as a multiple of the
+    even one, and how many get less than a twentieth of it ("dead")."""
     f = load.mean(1)
     f = f / jnp.maximum(f.sum(-1, keepdims=True), 1e-9)
     n = f.shape[-1]
@@ -44,7 +47,8 @@ def health(load: Float[Array, "l b n"]) -> dict[str, Float[Array, " l"]]:
 
 
 def routing(report: dict[str, list]) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Array]]:
-    """Balance loss over experts, the same over blocks, and metrics by layer, of one forward (models.flux.Flux.run).
+    """Balance loss over experts, the same over blocks, and metrics by layer, of one forward
+    (models.flux.Flux.run).
 
     Layers are named like their parameters: `double.0.img_mlp`, `single.1.blocks`.
     """

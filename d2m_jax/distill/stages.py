@@ -1,6 +1,7 @@
 """A stage's loss as a function of (params, constants, batch, key), for the training loop."""
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,11 @@ def flow_loss(config: ModelConfig, stage: StageConfig) -> Loss:
 
 
 def distill_loss(teacher: ModelConfig, student: ModelConfig, stage: StageConfig) -> Loss:
-    """Output distillation, block or group features, balance of experts and of blocks (PAPER.md, pipeline).
+    """Output distillation, block or group features, balance of experts and of blocks (PAPER.md,
+    pipeline).
 
-    The loop's constants are the teacher's parameters. Raises ConfigError where the two bodies do not align.
+    The loop's constants are the teacher's parameters. Raises ConfigError where the two bodies do
+    not align.
     """
     check_aligned(teacher.transformer, student.transformer)
     encoders, dtype, weight = Encoders(student), jnp.dtype(stage.dtype), stage.loss

@@ -1,1 +1,2 @@
-"""One function per operation that decides speed: a plain reference and the fast ways per backend."""
+"""One function per operation that decides speed: a plain reference and the fast ways per
+backend."""

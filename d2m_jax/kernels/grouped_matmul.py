@@ -1,7 +1,8 @@
 """Grouped matmul: rows sorted by group, one weight matrix per group.
 
-The rows of a group start at a multiple of `tile`, so a tile of rows never meets two groups and the shapes stay
-static without dropping a row: `tiles(rows, groups, tile)` tiles hold any split of `rows` rows.
+The rows of a group start at a multiple of `tile`, so a tile of rows never meets two groups and the
+shapes stay static without dropping a row: `tiles(rows, groups, tile)` tiles hold any split of
+`rows` rows.
 """
 
 from functools import partial
@@ -12,12 +13,14 @@ from jaxtyping import Array, Float, Int
 
 
 def tiles(rows: int, groups: int, tile: int) -> int:
-    """Tiles that hold `rows` rows however they fall into `groups` groups, each padded to whole tiles."""
+    """Tiles that hold `rows` rows however they fall into `groups` groups, each padded to whole
+    tiles."""
     return -(-rows // tile) + groups
 
 
 def tile_groups(sizes: Int[Array, " g"], count: int, tile: int) -> Int[Array, " t"]:
-    """The group of each of `count` tiles, for padded group sizes; tiles past the end belong to the last group."""
+    """The group of each of `count` tiles, for padded group sizes; tiles past the end belong to the
+    last group."""
     ends = jnp.cumsum(sizes)
     starts = jnp.arange(count) * tile
     return jnp.minimum(jnp.searchsorted(ends, starts, side="right"), sizes.shape[0] - 1)
@@ -26,15 +29,16 @@ def tile_groups(sizes: Int[Array, " g"], count: int, tile: int) -> Int[Array, " 
 def reference(
     x: Float[Array, "r d"], w: Float[Array, "g d f"], sizes: Int[Array, " g"]
 ) -> Float[Array, "r f"]:
-    """Every group's matrix on every row, the right one selected: the plain form that tests compare with."""
+    """Every group's matrix on every row, the right one selected: the plain form that tests compare
+    with."""
     ends = jnp.cumsum(sizes)
     group = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")
     chosen = jax.nn.one_hot(group, w.shape[0], dtype=x.dtype)
     return jnp.einsum("rd,gdf,rg->rf", x, w, chosen)
 
 
-# A gathered copy of one weight matrix per tile is quickest while it stays in the cache; above this size a scan
-# reads each matrix in place and sums its gradient in the carry.
+# A gathered copy of one weight matrix per tile is quickest while it stays in the cache; above this
+# size a scan reads each matrix in place and sums its gradient in the carry.
 GATHER_BYTES = 16 * 2**20
 
 
@@ -42,7 +46,8 @@ GATHER_BYTES = 16 * 2**20
 def tiled(
     x: Float[Array, "r d"], w: Float[Array, "g d f"], sizes: Int[Array, " g"], tile: int
 ) -> Float[Array, "r f"]:
-    """The sparse form for a CPU: tile by tile with its group's matrix. `sizes` are multiples of `tile`, as are r."""
+    """The sparse form for a CPU: tile by tile with its group's matrix. `sizes` are multiples of
+    `tile`, as are r."""
     return _forward(x, w, tile_groups(sizes, x.shape[0] // tile, tile), tile)
 
 

@@ -1,6 +1,7 @@
 """FLUX.1's two kinds of block (BFL src/flux/modules/layers.py), each with dense or MoE FFNs.
 
-A block maps a tuple of streams to the same tuple: (img, txt) in a double block, the joined (x,) in a single one.
+A block maps a tuple of streams to the same tuple: (img, txt) in a double block, the joined (x,) in
+a single one.
 """
 
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ def ffn(config: FluxConfig, stack: StackConfig, *, out_bias: bool = True, rngs) 
 def call_ffn(
     module: FFN | MoE, x: Array, unmodulated: Array, context: Context
 ) -> tuple[Array, dict[str, Any]]:
-    """The FFN's output and what there is to know about it: routing, and evenly spaced inputs when asked for."""
+    """The FFN's output and what there is to know about it: routing, and evenly spaced inputs when
+    asked for."""
     if isinstance(module, MoE):
         y, aux = module(x, unmodulated, context.vec, context.top_k)
     else:
@@ -105,8 +107,8 @@ class DoubleStreamBlock(nnx.Module):
 
 
 class SingleStreamBlock(nnx.Module):
-    """Text and image joined; attention and FFN side by side. BFL's linear1 is qkv and mlp.in_layer, its linear2
-    attn_out (which owns the bias of both) and mlp.out_layer."""
+    """Text and image joined; attention and FFN side by side. BFL's linear1 is qkv and mlp.in_layer,
+    its linear2 attn_out (which owns the bias of both) and mlp.out_layer."""
 
     def __init__(self, config: FluxConfig, stack: StackConfig, *, rngs):
         dim = config.hidden_size

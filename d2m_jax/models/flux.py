@@ -1,4 +1,5 @@
-"""FLUX.1 (BFL src/flux/model.py) as stacks of equal blocks: dense, MoE and Mixture of Blocks are configs of it."""
+"""FLUX.1 (BFL src/flux/model.py) as stacks of equal blocks: dense, MoE and Mixture of Blocks are
+configs of it."""
 
 from functools import partial
 from typing import Any
@@ -22,7 +23,8 @@ from d2m_jax.models.mob import BlockRouter, choose, run_chosen
 
 
 class Stack(nnx.Module):
-    """Groups of equal blocks; every parameter has the leading axes (groups, blocks), one scan runs them all."""
+    """Groups of equal blocks; every parameter has the leading axes (groups, blocks), one scan runs
+    them all."""
 
     def __init__(self, kind: type, config: FluxConfig, stack: StackConfig, *, rngs):
         def create(rngs):
@@ -38,13 +40,15 @@ class Stack(nnx.Module):
         self.config = stack
 
     def split(self) -> tuple[Any, Any]:
-        """What run_group needs: the program of one group, and parameters with the leading axis of groups."""
+        """What run_group needs: the program of one group, and parameters with the leading axis of
+        groups."""
         block = nnx.split(self.block)
         router = nnx.split(self.router) if self.config.mixes else (None, ())
         return (block[0], router[0]), (block[1], router[1])
 
     def run_group(self, graphs, params, streams: Streams, context: Context) -> tuple[Streams, dict]:
-        """One group, given its slice of the parameters; auxiliary arrays come back as [blocks, b, …]."""
+        """One group, given its slice of the parameters; auxiliary arrays come back as [blocks, b,
+        …]."""
         block, router = params
 
         def run_block(block, streams, context):
@@ -61,7 +65,8 @@ class Stack(nnx.Module):
     def __call__(
         self, streams: Streams, context: Context, *, remat: bool = False
     ) -> tuple[Streams, dict]:
-        """All groups; auxiliary arrays come back as [groups, blocks, b, …] ("blocks" as [groups, b, m])."""
+        """All groups; auxiliary arrays come back as [groups, blocks, b, …] ("blocks" as [groups, b,
+        m])."""
         graphs, params = self.split()
 
         def body(streams, params):
@@ -73,7 +78,8 @@ class Stack(nnx.Module):
 
 
 def over_axes(create, axes: tuple[int, ...], rngs) -> nnx.Module:
-    """A module whose parameters have extra leading axes, each element initialised with its own key."""
+    """A module whose parameters have extra leading axes, each element initialised with its own
+    key."""
     for _ in axes:
         create = nnx.vmap(create, in_axes=0, out_axes=0)
     return create(rngs.fork(split=axes))
@@ -124,8 +130,8 @@ class Flux(nnx.Module):
         guidance: Float[Array, " b"] | None = None,
         top_k: int | None = None,
     ) -> Float[Array, "b n c"]:
-        """Velocity in float32. timesteps in [0, 1]; ids with one row serve the whole batch; `top_k` normal
-        experts per token, 0 to n (None: the config's)."""
+        """Velocity in float32. timesteps in [0, 1]; ids with one row serve the whole batch; `top_k`
+        normal experts per token, 0 to n (None: the config's)."""
         streams, context = self.embed(img, img_ids, txt, txt_ids, timesteps, y, guidance, top_k)
         return self.run(streams, context)[0]
 
@@ -156,7 +162,8 @@ class Flux(nnx.Module):
     def run(
         self, streams: Streams, context: Context, *, remat: bool = False
     ) -> tuple[Float[Array, "b n c"], dict[str, list]]:
-        """Blocks and last layer: the velocity, and per stack what its blocks reported (see Stack)."""
+        """Blocks and last layer: the velocity, and per stack what its blocks reported (see
+        Stack)."""
         report = {"double": [], "single": []}
         for stack in self.double:
             streams, aux = stack(streams, context, remat=remat)
@@ -190,7 +197,8 @@ def initialise(config: FluxConfig, seed: int) -> dict:
 
 
 def program(config: FluxConfig, dtype=jnp.float32):
-    """The graph definition of a model, without its parameters: nnx.merge(program(config), params) is the model."""
+    """The graph definition of a model, without its parameters: nnx.merge(program(config), params)
+    is the model."""
     return nnx.split(nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0), dtype=dtype)))[0]
 
 

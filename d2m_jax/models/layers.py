@@ -9,7 +9,8 @@ from d2m_jax.kernels.attention import attention
 
 
 class Linear(nnx.Module):
-    """x W + b in the dtype of x; parameters are float32 at birth and stay in whatever dtype they were loaded."""
+    """x W + b in the dtype of x; parameters are float32 at birth and stay in whatever dtype they
+    were loaded."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = True, zero: bool = False, rngs):
         init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
@@ -50,7 +51,8 @@ class QKNorm(nnx.Module):
 
 
 class MLPEmbedder(nnx.Module):
-    """Linear, SiLU, Linear: timestep, guidance and pooled text enter the global vector through one each."""
+    """Linear, SiLU, Linear: timestep, guidance and pooled text enter the global vector through one
+    each."""
 
     def __init__(self, inputs: int, dim: int, *, rngs):
         self.in_layer = Linear(inputs, dim, rngs=rngs)
@@ -61,7 +63,8 @@ class MLPEmbedder(nnx.Module):
 
 
 class FFN(nnx.Module):
-    """Linear, GELU (tanh form), Linear. Without `out_bias` the caller owns the bias of the output."""
+    """Linear, GELU (tanh form), Linear. Without `out_bias` the caller owns the bias of the
+    output."""
 
     def __init__(self, dim: int, width: int, *, out_bias: bool = True, rngs):
         self.in_layer = Linear(dim, width, rngs=rngs)
@@ -74,7 +77,8 @@ class FFN(nnx.Module):
 class Modulation(nnx.Module):
     """lin(silu(vec)) in chunks of D: (shift, scale, gate) once or twice, each [b, 1, D].
 
-    `cond` is silu(vec), or its projection on the basis that all blocks share (Flux.modulation_basis).
+    `cond` is silu(vec), or its projection on the basis that all blocks share
+    (Flux.modulation_basis).
     """
 
     def __init__(self, inputs: int, dim: int, chunks: int, *, rngs):
@@ -103,7 +107,8 @@ def timestep_embedding(
 def rope(
     ids: Float[Array, "b n a"], axes_dim: tuple[int, ...], theta: int
 ) -> tuple[Float[Array, "b n 1 f"], Float[Array, "b n 1 f"]]:
-    """Cosines and sines of the rotary embedding, float32, f = half a head's width (BFL math.rope)."""
+    """Cosines and sines of the rotary embedding, float32, f = half a head's width (BFL
+    math.rope)."""
     angles = []
     for axis, dim in enumerate(axes_dim):
         frequency = theta ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)

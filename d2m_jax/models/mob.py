@@ -1,8 +1,9 @@
-"""Mixture of Blocks (PAPER.md): a router picks κ of a group's m blocks per sample; only those run, in order."""
+"""Mixture of Blocks (PAPER.md): a router picks κ of a group's m blocks per sample; only those run,
+in order."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,14 @@ from jaxtyping import Array, Float, Int
 from d2m_jax.models.blocks import Context, Streams
 from d2m_jax.models.layers import Linear
 
-# Samples run side by side while copies of their blocks' weights fit in this many bytes, else one after the other
-# with weights read in place.
+# Samples run side by side while copies of their blocks' weights fit in this many bytes, else one
+# after the other with weights read in place.
 GATHER_BYTES = 64 * 2**20
 
 
 class BlockRouter(nnx.Module):
-    """α · W_x [x_p, c_p] + (1 − α) · W_y y in float32: pooled image and text features, and the global vector."""
+    """α · W_x [x_p, c_p] + (1 − α) · W_y y in float32: pooled image and text features, and the
+    global vector."""
 
     def __init__(self, dim: int, blocks: int, alpha: float, *, rngs):
         self.features = Linear(2 * dim, blocks, rngs=rngs)
@@ -32,7 +34,8 @@ class BlockRouter(nnx.Module):
 
 
 def layer_pool(streams: Streams, text_tokens: int) -> Float[Array, "b e"]:
-    """[x_p, c_p]: means over image and over text tokens, each normalised, for they grow with depth; float32."""
+    """[x_p, c_p]: means over image and over text tokens, each normalised, for they grow with depth;
+    float32."""
     if len(streams) == 2:
         img, txt = streams
     else:
@@ -45,7 +48,8 @@ def layer_pool(streams: Streams, text_tokens: int) -> Float[Array, "b e"]:
 def choose(
     logits: Float[Array, "b m"], active: int
 ) -> tuple[Float[Array, "b m"], Int[Array, "b k"], Float[Array, "b k"]]:
-    """Probabilities, the chosen blocks in their order, and weights: exactly 1 forward, straight-through backward."""
+    """Probabilities, the chosen blocks in their order, and weights: exactly 1 forward,
+    straight-through backward."""
     probability = jax.nn.softmax(logits, axis=-1)
     chosen = jnp.sort(jax.lax.top_k(logits, active)[1], axis=-1)
     p = jnp.take_along_axis(probability, chosen, axis=-1)
@@ -60,7 +64,8 @@ def run_chosen(
     chosen: Int[Array, "b k"],
     weight: Float[Array, "b k"],
 ) -> tuple[Streams, dict]:
-    """Run each sample through its chosen blocks. `params` leaves are [m, …]; `run_block(params, streams, context)`.
+    """Run each sample through its chosen blocks. `params` leaves are [m, …]; `run_block(params,
+    streams, context)`.
 
     What a block reports per sample comes back as [m, b, …], zero where the block did not run.
     """

@@ -1,4 +1,5 @@
-"""The MoE FFN of PAPER.md: y = MLP_s(x) + scale · Σ_{i in TopK} g_i · MLP_i(x), token by token, dropless."""
+"""The MoE FFN of PAPER.md: y = MLP_s(x) + scale · Σ_{i in TopK} g_i · MLP_i(x), token by token,
+dropless."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from d2m_jax.models.layers import FFN, Linear
 
 
 class Experts(nnx.Module):
-    """The normal experts: n FFNs of equal width, without output bias (the shared expert owns it)."""
+    """The normal experts: n FFNs of equal width, without output bias (the shared expert owns
+    it)."""
 
     def __init__(self, experts: int, dim: int, width: int, *, rngs):
         init = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
@@ -44,7 +46,8 @@ class MoE(nnx.Module):
         vec: Float[Array, "b d"],
         top_k: int | None = None,
     ) -> tuple[Float[Array, "b n d"], dict[str, Array]]:
-        """Output and what the router did, per sample: `load` (share of choices) and `probability`, each [b, n]."""
+        """Output and what the router did, per sample: `load` (share of choices) and `probability`,
+        each [b, n]."""
         k = self.config.top_k if top_k is None else top_k
         y = self.shared(x)
         if k == 0:
@@ -67,7 +70,8 @@ class MoE(nnx.Module):
         return y, {"load": load, "probability": probability.mean(1), "entropy": entropy}
 
     def logits(self, x, unmodulated, vec) -> Float[Array, "b n e"]:
-        """Gate logits in float32. With router_input "unmodulated" the timestep enters beside the token."""
+        """Gate logits in float32. With router_input "unmodulated" the timestep enters beside the
+        token."""
         if self.config.router_input == "modulated":
             return self.gate(x.astype(jnp.float32))
         cond = self.gate_cond(jax.nn.silu(vec.astype(jnp.float32)))[:, None]
@@ -78,8 +82,8 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "b n e"], Int[Array, "b n k"], Float[Array, "b n k"]]:
         """Probabilities over experts (for balance), the chosen experts, and their weights.
 
-        "renormalised": k·s_i / Σ_TopK s with s = softmax, so that a uniform gate gives every weight 1 (PAPER.md);
-        "softmax": n·s_i, "sigmoid": 2·sigmoid, scaled likewise to 1 at zero logits.
+        "renormalised": k·s_i / Σ_TopK s with s = softmax, so that a uniform gate gives every weight
+        1 (PAPER.md); "softmax": n·s_i, "sigmoid": 2·sigmoid, scaled likewise to 1 at zero logits.
         """
         probability = jax.nn.softmax(logits, axis=-1)
         top, chosen = jax.lax.top_k(logits, k)
@@ -100,7 +104,8 @@ def reference_experts(
     in_bias: Float[Array, "e f"],
     out_kernel: Float[Array, "e f d"],
 ) -> Float[Array, "t d"]:
-    """Σ_k weight · expert(x): all experts on all tokens, those not chosen masked. The plain form."""
+    """Σ_k weight · expert(x): all experts on all tokens, those not chosen masked. The plain
+    form."""
     masked = (jax.nn.one_hot(chosen, in_kernel.shape[0]) * weight[..., None]).sum(1)
     hidden = jax.nn.gelu(jnp.einsum("td,edf->tef", x, in_kernel) + in_bias, approximate=True)
     return jnp.einsum("tef,efd->td", hidden * masked[..., None].astype(x.dtype), out_kernel)
@@ -131,7 +136,8 @@ def tiled_experts(
 
 
 def tile_rows(rows: int, experts: int) -> int:
-    """Rows per tile: large enough for a matmul to be efficient, small enough that padding stays a small share."""
+    """Rows per tile: large enough for a matmul to be efficient, small enough that padding stays a
+    small share."""
     share = rows / experts
     return next((tile for tile in (128, 64, 32) if share >= 4 * tile), 16)
 
@@ -139,7 +145,8 @@ def tile_rows(rows: int, experts: int) -> int:
 def place(
     chosen: Int[Array, "t k"], experts: int, tile: int
 ) -> tuple[Int[Array, " tk"], Int[Array, " e"], Int[Array, " r"]]:
-    """Where each choice goes in the tiled order: its row, the padded group sizes, and each row's token."""
+    """Where each choice goes in the tiled order: its row, the padded group sizes, and each row's
+    token."""
     flat = chosen.reshape(-1)
     one_hot = jax.nn.one_hot(flat, experts, dtype=jnp.int32)
     rank = jnp.take_along_axis(jnp.cumsum(one_hot, axis=0), flat[:, None], axis=1)[:, 0] - 1

@@ -18,7 +18,8 @@ def denoise(
     guidance: float | Float[Array, ""],
     top_k: int | None = None,
 ) -> Float[Array, "b n c"]:
-    """From noise at times[0] to data at times[-1]: x += (t_next − t)·v, in float32. `grid`: rows, columns."""
+    """From noise at times[0] to data at times[-1]: x += (t_next − t)·v, in float32. `grid`: rows,
+    columns."""
     batch = noise.shape[0]
     img_ids, txt_ids = flow.image_ids(*grid), flow.text_ids(txt.shape[1])
     strength = jnp.full(batch, guidance) if model.config.guidance_embed else None

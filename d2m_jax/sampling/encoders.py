@@ -1,4 +1,5 @@
-"""What surrounds a transformer, as its model directory names it: captions and images in, images out."""
+"""What surrounds a transformer, as its model directory names it: captions and images in, images
+out."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +37,8 @@ class Encoders:
         return jnp.clip(pixels / 2 + 0.5, 0, 1)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens of an image; ConfigError where the patch does not divide it."""
+        """Rows and columns of tokens of an image; ConfigError where the patch does not divide
+        it."""
         patch = self.config.image.patch
         if height % patch or width % patch or min(height, width) < patch:
             raise ConfigError(f"image size {height} × {width}: expected multiples of {patch}")

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from d2m_jax import flow
-from d2m_jax.config import ConfigError, ModelConfig
+from d2m_jax.config import ConfigError, MeshConfig, ModelConfig
 from d2m_jax.models.flux import model_of
 from d2m_jax.sampling.denoise import denoise
 from d2m_jax.sampling.encoders import Encoders
@@ -21,7 +21,7 @@ class Pipeline:
     """A transformer and its encoders; called with prompts it gives images."""
 
     def __init__(self, config: ModelConfig, params: dict):
-        self.config, self.mesh = config, make_mesh()
+        self.config, self.mesh = config, make_mesh(MeshConfig())
         self.params = jax.device_put(params, replicated(self.mesh))
         self.encoders = Encoders(config)
 
@@ -37,10 +37,11 @@ class Pipeline:
         top_k: int | None = None,
         batch_size: int = 128,
     ) -> Float[np.ndarray, "b H W 3"]:
-        """Images in [0, 1], float32. What is None comes from the model's config; `latents` is packed noise.
+        """Images in [0, 1], float32. What is None comes from the model's config; `latents` is
+        packed noise.
 
-        The noise of prompt i depends on the seed and i alone, and a batch never changes a sample. ConfigError for
-        unknown words, sizes that the patch does not divide, top_k outside 0 to n.
+        The noise of prompt i depends on the seed and i alone, and a batch never changes a sample.
+        ConfigError for unknown words, sizes that the patch does not divide, top_k outside 0 to n.
         """
         height, width = height or self.config.image.height, width or self.config.image.width
         rows, columns = self.encoders.grid(height, width)

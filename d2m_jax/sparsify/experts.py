@@ -1,4 +1,4 @@
-"""An FFN as shared expert, normal experts and gate: the same neurons, dealt (PAPER.md, RECIPE.md)."""
+"""An FFN as shared expert, normal experts and gate: the same neurons, dealt out (RECIPE.md)."""
 
 import jax
 import jax.numpy as jnp

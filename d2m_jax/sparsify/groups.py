@@ -1,4 +1,4 @@
-"""Blocks in other stacks: MoB groups for a student (PAPER.md), and the same shape for its teacher."""
+"""Blocks in other stacks: MoB groups for a student, and the same shape for its teacher."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ def shapes(config: FluxConfig) -> Shapes:
 def align(config: FluxConfig, params: dict, shapes: Shapes) -> tuple[FluxConfig, dict]:
     """The same model in stacks of these (groups, blocks), all active: a teacher meets its student.
 
-    Raises ConfigError where depths differ, a router would be lost, or a stack would have unequal FFNs.
+    Raises ConfigError where depths differ, a router would be lost, or FFNs in a stack would differ.
     """
     for stack in config.stacks:
         check(not stack.mixes, f"align: expected a model whose blocks all run, found {stack}")

@@ -1,9 +1,11 @@
-"""What each hidden FFN neuron is worth, and what each FFN reads, over calibration batches.
+"""What each hidden FFN neuron is worth, and what FFNs and modulations read: measured on a teacher.
 
 Values per FFN are trees {"double": {stack: {"img_mlp": …}}, "single": …}, as `ffns` gives.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,50 +20,87 @@ from d2m_jax.models.flux import model_of
 Noisy = Callable[[dict, Array], tuple[tuple, Array]]
 
 FFNS = {"double": ("img_mlp", "txt_mlp"), "single": ("mlp",)}
-SPREAD = 64  # tokens of one sample that calibration draws from, evenly spaced
+SPREAD = 64  # evenly spaced tokens of one sample that calibration inputs are drawn from
 
 
-def ffns(params: dict) -> dict:
-    """The parameters of all FFNs, per kind of block, stack and name."""
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration batches tell of a teacher."""
+
+    taylor: dict  # scores [groups, blocks, width] per FFN
+    inputs: dict  # of every FFN, [groups, blocks, tokens, D]
+    cond: Float[np.ndarray, "n d"]  # of the modulations: silu(vec), one per sample
+
+
+def calibrate(
+    config: FluxConfig,
+    params: dict,
+    batches: Sequence[dict],
+    noisy: Noisy,
+    key: Array,
+    tokens: int,
+) -> Calibration:
+    """One pass over the batches, forward and backward; about `tokens` inputs are kept of every FFN.
+
+    Taylor scores (PAPER.md, step 0) are Σ |∂L/∂w · w| over a neuron's in-row, in-bias and out-column,
+    L the flow matching loss, averaged over the batches. Every batch gives equally many inputs.
+    """
+    params, count = jax.device_put(params), -(-tokens // len(batches))
+    parts = []
+    for i, batch in enumerate(batches):
+        mine = jax.random.fold_in(key, i)
+        found = _measure(params, batch, mine, config=config, noisy=noisy, count=count)
+        parts.append(jax.tree.map(np.asarray, found))
+    scores, inputs, cond = zip(*parts, strict=True)
+    return Calibration(
+        taylor=jax.tree.map(lambda *a: sum(a) / len(a), *scores),
+        inputs=jax.tree.map(lambda *a: np.concatenate(a, axis=2), *inputs),
+        cond=np.concatenate(cond),
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "noisy", "count"))
+def _measure(
+    params: dict, batch: dict, key: Array, *, config: FluxConfig, noisy: Noisy, count: int
+):
+    """Calibration of one batch, as a tuple."""
+    noise, drawn, spread = jax.random.split(key, 3)
+    inputs, target = noisy(batch, noise)
+    dtype = params["img_in"]["kernel"].dtype
+
+    def loss(chosen):
+        model = model_of(config, _with_ffns(params, chosen), dtype)
+        velocity, report = model.run(*model.embed(*inputs, collect=SPREAD), remat=True)
+        return jnp.square(velocity - target).mean(), _draw(report, drawn, count)
+
+    chosen = ffns(params)
+    gradient, seen = jax.grad(loss, has_aux=True)(chosen)
+    product = jax.tree.map(
+        lambda w, g: jnp.abs(w.astype(jnp.float32) * g.astype(jnp.float32)), chosen, gradient
+    )
+    # Modulations must hold for other guidance too: from 0 to twice the calibration's.
+    *others, guidance = inputs
+    if guidance is not None:
+        guidance = guidance * jax.random.uniform(spread, guidance.shape, maxval=2.0)
+    _, context = model_of(config, params).embed(*others, guidance)
+    return each(_per_neuron, product), seen, jax.nn.silu(context.vec)
+
+
+def _draw(report: dict, key: Array, count: int) -> dict:
+    """`count` of the inputs that every FFN reported, or all where there are fewer."""
+
+    def draw(x: Float[Array, "g m b n d"]) -> Float[Array, "g m t d"]:
+        x = x.reshape(*x.shape[:2], -1, x.shape[-1])
+        chosen = jax.random.permutation(key, x.shape[2])[:count]
+        return x[:, :, chosen]
+
     return {
         kind: {
-            i: {name: stack["block"][name] for name in names} for i, stack in params[kind].items()
+            i: {name: draw(aux[name]["input"]) for name in names}
+            for i, aux in enumerate(report[kind])
         }
         for kind, names in FFNS.items()
     }
-
-
-def taylor(
-    config: FluxConfig, params: dict, batches: Sequence[dict], noisy: Noisy, key: Array
-) -> dict:
-    """Taylor scores [groups, blocks, width] per FFN (PAPER.md, step 0), the mean over the batches.
-
-    Σ |∂L/∂w · w| over a neuron's in-row, in-bias and out-column; L is the flow matching loss.
-    """
-    dtype = params["img_in"]["kernel"].dtype
-
-    @jax.jit
-    def score(params, batch, key):
-        inputs, target = noisy(batch, key)
-
-        def loss(chosen):
-            model = model_of(config, _with_ffns(params, chosen), dtype)
-            velocity, _ = model.run(*model.embed(*inputs), remat=True)
-            return jnp.square(velocity - target).mean()
-
-        chosen = ffns(params)
-        products = jax.tree.map(
-            lambda w, g: jnp.abs(w.astype(jnp.float32) * g.astype(jnp.float32)),
-            chosen,
-            jax.grad(loss)(chosen),
-        )
-        return each(_per_neuron, products)
-
-    total = None
-    for i, batch in enumerate(batches):
-        new = score(params, batch, jax.random.fold_in(key, i))
-        total = new if total is None else jax.tree.map(jnp.add, total, new)
-    return jax.tree.map(lambda a: np.asarray(a) / len(batches), total)
 
 
 def magnitude(params: dict) -> dict:
@@ -75,45 +114,14 @@ def random(params: dict, generator: np.random.Generator) -> dict:
     return each(lambda ffn: generator.random(ffn["in_layer"]["bias"].shape), ffns(params))
 
 
-def ffn_inputs(
-    config: FluxConfig,
-    params: dict,
-    batches: Sequence[dict],
-    noisy: Noisy,
-    key: Array,
-    tokens: int,
-) -> dict:
-    """About `tokens` inputs [groups, blocks, tokens, D] of every FFN, equally many of each batch.
-
-    They are fewer where the batches hold fewer.
-    """
-    dtype = params["img_in"]["kernel"].dtype
-    share = -(-tokens // len(batches))
-
-    @jax.jit
-    def collect(params, batch, key):
-        noise, drawn = jax.random.split(key)
-        model = model_of(config, params, dtype)
-        _, report = model.run(*model.embed(*noisy(batch, noise)[0], collect=SPREAD))
-
-        def draw(x: Float[Array, "g m b n d"]) -> Float[Array, "g m t d"]:
-            x = x.reshape(*x.shape[:2], -1, x.shape[-1])
-            count = min(share, x.shape[2])
-            return x[:, :, jax.random.choice(drawn, x.shape[2], (count,), replace=False)]
-
-        return {
-            kind: {
-                i: {name: draw(aux[name]["input"]) for name in names}
-                for i, aux in enumerate(report[kind])
-            }
-            for kind, names in FFNS.items()
+def ffns(params: dict) -> dict:
+    """The parameters of all FFNs, per kind of block, stack and name."""
+    return {
+        kind: {
+            i: {name: stack["block"][name] for name in names} for i, stack in params[kind].items()
         }
-
-    parts = [
-        jax.tree.map(np.asarray, collect(params, batch, jax.random.fold_in(key, i)))
-        for i, batch in enumerate(batches)
-    ]
-    return jax.tree.map(lambda *x: np.concatenate(x, axis=2), *parts)
+        for kind, names in FFNS.items()
+    }
 
 
 def each(function: Callable[[dict], Any], tree: dict) -> dict:

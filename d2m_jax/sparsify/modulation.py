@@ -1,57 +1,32 @@
 """Low-rank modulation: one basis for all blocks, a small factor and a bias for each (PAPER.md)."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from d2m_jax.config import FluxConfig
-from d2m_jax.models.flux import model_of
-from d2m_jax.sparsify.importance import Noisy
 
 MODULATIONS = {"double": ("img_mod", "txt_mod"), "single": ("modulation",)}
 COMPARED = 256  # calibration vectors that the error is measured on
 
 
-def modulation_inputs(
-    config: FluxConfig, params: dict, batches: Sequence[dict], noisy: Noisy, key: Array
-) -> Float[np.ndarray, "n d"]:
-    """silu(vec) of every calibration sample, over times and pooled texts.
-
-    Guidance, where the model has it, goes from 0 to twice the calibration's.
-    """
-
-    @jax.jit
-    def collect(params, batch, key):
-        noise, spread = jax.random.split(key)
-        *inputs, guidance = noisy(batch, noise)[0]
-        if guidance is not None:
-            guidance = guidance * jax.random.uniform(spread, guidance.shape, maxval=2.0)
-        _, context = model_of(config, params).embed(*inputs, guidance)
-        return jax.nn.silu(context.vec)
-
-    keys = [jax.random.fold_in(key, i) for i in range(len(batches))]
-    return np.concatenate([collect(params, b, k) for b, k in zip(batches, keys, strict=True)])
-
-
 def low_rank(
-    config: FluxConfig, params: dict, inputs: Float[np.ndarray, "n d"], rank: int
+    config: FluxConfig, params: dict, cond: Float[np.ndarray, "n d"], rank: int
 ) -> tuple[FluxConfig, dict, float]:
-    """The model with modulations of this rank, and their outputs' relative error on the inputs.
+    """The model with modulations of this rank, and their outputs' relative error on `cond`.
 
-    The basis P [D, r] holds the first principal directions of the inputs c. lin(c) = c W + b becomes
-    (mean + (c − mean) P Pᵀ) W + b: a block's factor is Pᵀ W, and its bias takes up what P loses of
-    the mean. Rank D loses nothing.
+    The basis P [D, r] holds the first principal directions of `cond`. c W + b becomes
+    (mean + (c − mean) P Pᵀ) W + b: a block's factor is Pᵀ W, and its bias takes up what P loses
+    of the mean. Rank D loses nothing.
     """
     config = replace(config, modulation_rank=rank)
-    inputs = inputs.astype(np.float64)
-    mean = inputs.mean(0)
-    _, directions = np.linalg.eigh(np.cov(inputs.T, bias=True))
+    cond = cond.astype(np.float64)
+    mean = cond.mean(0)
+    _, directions = np.linalg.eigh(np.cov(cond.T, bias=True))
     basis = directions[:, ::-1][:, :rank]
     rest = mean - basis @ (basis.T @ mean)
-    compared = inputs[:: -(-len(inputs) // COMPARED)]
+    compared = cond[:: -(-len(cond) // COMPARED)]
     lost = compared - mean - (compared - mean) @ basis @ basis.T
 
     error = total = 0.0

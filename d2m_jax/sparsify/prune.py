@@ -5,7 +5,7 @@ from jaxtyping import Float
 
 
 def prune(ffn: dict, scores: Float[np.ndarray, "g m w"], width: int) -> dict:
-    """The FFNs of a stack [groups, blocks, …] with their `width` best neurons, in their old order."""
+    """The FFNs of a stack [groups, blocks, …] with their `width` best neurons, in old order."""
     return take(ffn, np.sort(ranked(scores)[..., :width], axis=-1))
 
 

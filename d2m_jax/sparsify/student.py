@@ -1,4 +1,4 @@
-"""A student from its teacher, as SparsifyConfig says: importance, experts or pruning, modulation."""
+"""A student from its teacher, as SparsifyConfig says: experts or pruning, modulation."""
 
 import zlib
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from d2m_jax.sparsify import importance
 from d2m_jax.sparsify.experts import make_moe
 from d2m_jax.sparsify.groups import KINDS, align
 from d2m_jax.sparsify.importance import FFNS, Noisy
-from d2m_jax.sparsify.modulation import low_rank, modulation_inputs
+from d2m_jax.sparsify.modulation import low_rank
 from d2m_jax.sparsify.prune import prune
 
 
@@ -28,8 +28,9 @@ def make_student(
 ) -> tuple[ModelConfig, dict]:
     """The student and its parameters, which are on the host where new; equal seeds, equal students.
 
-    Of `batches`, {"image", "words"} each, the first `sparsify.batches` calibrate; `noisy(batch, key)`
-    gives the arguments of Flux.embed and the true velocity. Raises ConfigError where sizes do not fit.
+    Of `batches` the first `sparsify.batches` calibrate; `noisy(batch, key)` gives the arguments of
+    Flux.embed and the true velocity, jitted once for all calls with the same function. Raises
+    ConfigError where sizes do not fit.
     """
     check(
         sparsify.batches >= 1, f"SparsifyConfig.batches = {sparsify.batches}: expected at least 1"
@@ -39,19 +40,16 @@ def make_student(
     student = _student_config(config, sparsify)
     batches = list(islice(batches, sparsify.batches))
     check(len(batches) > 0, "calibration: expected at least one batch, found none")
-    calibration = config, jax.device_put(params), batches, noisy, jax.random.key(seed)
+    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(b"calibration")))
+    measured = importance.calibrate(config, params, batches, noisy, key, sparsify.tokens)
+    say(f"calibrated on {len(batches)} batches")
 
     if sparsify.shared == "taylor":
-        scores = importance.taylor(*calibration)
+        scores = measured.taylor
     elif sparsify.shared == "magnitude":
         scores = importance.magnitude(params)
     else:
         scores = importance.random(params, _generator(seed, "scores"))
-    say(f"importance of the FFN's neurons: {sparsify.shared}")
-
-    inputs = importance.each(lambda ffn: None, scores)
-    if sparsify.method == "moe" and (sparsify.deal == "clustered" or sparsify.gate == "fitted"):
-        inputs = importance.ffn_inputs(*calibration, sparsify.tokens)
     made = dict(params)
     for kind in KINDS:
         made[kind] = dict(params[kind])
@@ -64,17 +62,19 @@ def make_student(
                 if sparsify.method == "prune":
                     block[name] = prune(ffn, mine, student.ffn_width(stack))
                 else:
-                    seen = inputs[kind][i][name]
+                    seen = measured.inputs[kind][i][name]
                     generator = _generator(seed, f"{kind}.{i}.{name}")
                     block[name] = make_moe(ffn, mine, seen, student, stack, sparsify, generator)
             made[kind][i] = {"block": block}
-    ways = f"deal {sparsify.deal}, gate {sparsify.gate}"
-    say(f"FFNs: {sparsify.method}" + (f", {ways}" if sparsify.method == "moe" else ""))
+    if sparsify.method == "moe":
+        say(f"experts: shared {sparsify.shared}, deal {sparsify.deal}, gate {sparsify.gate}")
+    else:
+        say(f"pruned to {sparsify.mlp_ratio}, by {sparsify.shared}")
 
     if sparsify.modulation_rank is not None:
-        seen = modulation_inputs(*calibration)
-        student, made, error = low_rank(student, made, seen, sparsify.modulation_rank)
-        say(f"modulation of rank {sparsify.modulation_rank}: relative error {error:.1e}")
+        rank = sparsify.modulation_rank
+        student, made, error = low_rank(student, made, measured.cond, rank)
+        say(f"modulation of rank {rank}: relative error {error:.1e}")
     return replace(teacher, transformer=student), made
 
 
@@ -107,6 +107,13 @@ def _student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
         f"SparsifyConfig.modulation_rank = {rank}: the teacher's modulations have rank"
         f" {config.modulation_rank} already, expected none",
     )
+    check(
+        sparsify.method == "prune"
+        or sparsify.gate == "random"
+        or sparsify.moe.router_input == "modulated",
+        "SparsifyConfig.gate = fitted: calibration holds modulated inputs alone, expected"
+        f" MoEConfig.router_input = modulated, found {sparsify.moe.router_input}",
+    )
     for kind in KINDS:
         start, body = 0, []
         for stack in getattr(config, kind):
@@ -123,7 +130,8 @@ def _student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
                 body.append(replace(stack, mlp_ratio=sparsify.mlp_ratio))
             start += stack.depth
         bodies[kind] = tuple(body)
-    return replace(config, moe=sparsify.moe, **bodies)
+    student = replace(config, moe=sparsify.moe, **bodies)
+    return student if rank is None else replace(student, modulation_rank=rank)
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:

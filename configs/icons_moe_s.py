@@ -1,0 +1,67 @@
+"""From the icons teacher to a MoE with Mixture of Blocks, beside the paper's recipe and a width-pruned rival.
+
+    python train.py configs/icons_moe_s.py --run-dir runs/demo        (or: make demo)
+
+1S12E2A: a shared expert of a quarter of the FFN and 2 of 12 normal experts, 37.5 % of the FFN per token, then one
+group of 2 single blocks of which 1 runs. The rival keeps the 37.5 % of neurons that matter most, and trains on the
+same batches for the same steps.
+"""
+
+from d2m_jax.config import (
+    GroupsConfig,
+    IconsConfig,
+    LossConfig,
+    OptimizerConfig,
+    RunConfig,
+    SparsifyConfig,
+    StageConfig,
+    StudentConfig,
+)
+
+STEPS = 1200  # of every student, whatever its stages
+MOB_STEPS = 400  # on top: of the Mixture of Blocks, and of the rival
+
+BLOCKS = ("double.*", "single.*")  # everything but the embedders and the last layer
+SHARED = ("*.shared.*",)
+ROUTED = ("*.experts.*", "*.gate.*", "*mlp.scale")
+
+
+def stage(steps: int, train: tuple[str, ...] = BLOCKS, **fields) -> StageConfig:
+    """A stage of this experiment; the optimizer is the same for all students."""
+    optimizer = OptimizerConfig(learning_rate=2e-3, warmup=50, rates={"*mlp.scale": 30.0})
+    return StageConfig(
+        steps=steps,
+        train=train,
+        optimizer=optimizer,
+        loss=LossConfig(feature=fields.pop("feature", 0.0)),
+        remat=False,
+        log_every=20,
+        evaluate_every=200,
+        checkpoint_every=200,
+        sample_every=400,
+        **fields,
+    )
+
+
+def get_config() -> RunConfig:
+    groups = GroupsConfig(keep_double=1, keep_single=2, single_blocks=2, single_active=1)
+    return RunConfig(
+        name="icons_moe_s",
+        teacher="teachers/icons",
+        data=IconsConfig(task="scenes", glyphs=256, seed=0),
+        sparsify=SparsifyConfig(deal="clustered", gate="fitted"),
+        stages={"moe": stage(STEPS), "mob": stage(MOB_STEPS, groups=groups)},
+        rivals={
+            "pruned": StudentConfig(
+                SparsifyConfig(method="prune", mlp_ratio=1.5),
+                {"retrain": stage(STEPS), "longer": stage(MOB_STEPS)},
+            ),
+            "paper": StudentConfig(
+                SparsifyConfig(deal="rank", gate="random", routed_scale=0.0),
+                {
+                    "shared": stage(STEPS // 3, SHARED, top_k=0, feature=1.0),
+                    "moe": stage(STEPS - STEPS // 3, ROUTED, feature=1.0),
+                },
+            ),
+        },
+    )

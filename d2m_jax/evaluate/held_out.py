@@ -1,0 +1,72 @@
+"""The held-out distillation error: E ‖v_teacher − v_student‖² on noisy examples that are the same for all models."""
+
+import zlib
+from functools import partial
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from d2m_jax import flow
+from d2m_jax.config import LossConfig, MeshConfig, ModelConfig, RunConfig
+from d2m_jax.data import icons
+from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.models.flux import model_of
+from d2m_jax.sampling.encoders import Encoders
+from d2m_jax.sharding import batch_sharding, batch_shards, make_mesh, replicated
+
+BATCH = 32  # examples of one forward
+SPLITS = {"seen": "validation", "held_out": "held_out"}  # pairs of glyph and colour → data split
+
+Inputs = dict[str, Array]  # img, txt, timesteps, y of a batch
+
+
+def noisy_batches(config: RunConfig, model: ModelConfig, pairs: str) -> list[Inputs]:
+    """As many examples of SPLITS[pairs] as a stage's own evaluation has, at fixed times with fixed noise."""
+    stage = next(iter(config.stages.values()))
+    count = max(1, config.held_out_batches * stage.batch_size // BATCH)
+    key = jax.random.fold_in(
+        jax.random.key(config.seed), np.uint32(zlib.crc32(f"report/{pairs}".encode()))
+    )
+    encoders = Encoders(model)
+
+    @jax.jit
+    def noisy(batch, i):
+        inputs, _ = noisy_inputs(model, encoders, LossConfig(), batch, jax.random.fold_in(key, i))
+        img, _, txt, _, timesteps, y, _ = inputs
+        return {"img": img, "txt": txt, "timesteps": timesteps, "y": y}
+
+    batches = icons.batches(config.data, model.text, model.image, BATCH, config.seed, SPLITS[pairs])
+    return [noisy(batch, np.uint32(i)) for i, batch in enumerate(islice(batches, count))]
+
+
+@partial(jax.jit, static_argnums=0)
+def forward(config: ModelConfig, params: dict, inputs: Inputs) -> Float[Array, "b n c"]:
+    """The velocity of one batch."""
+    image, timesteps = config.image, inputs["timesteps"]
+    img_ids = flow.image_ids(image.height // image.patch, image.width // image.patch)
+    txt_ids = flow.text_ids(inputs["txt"].shape[1])
+    guided = config.transformer.guidance_embed
+    guidance = jnp.full(timesteps.shape, config.guidance) if guided else None
+    model = model_of(config.transformer, params)
+    img, txt, y = inputs["img"], inputs["txt"], inputs["y"]
+    return model(img, img_ids, txt, txt_ids, timesteps, y, guidance)
+
+
+def place(params: dict, inputs: Inputs) -> tuple[dict, Inputs]:
+    """Both on the devices: a batch cut over all of them, or on one where it cannot be cut."""
+    mesh = make_mesh(MeshConfig())
+    if len(inputs["timesteps"]) % batch_shards(mesh):
+        return jax.device_put((params, inputs), jax.devices()[0])
+    return jax.device_put(params, replicated(mesh)), jax.device_put(inputs, batch_sharding(mesh))
+
+
+def velocities(
+    config: ModelConfig, params: dict, batches: list[Inputs]
+) -> Float[np.ndarray, "b n c"]:
+    """What a model answers to all of the batches."""
+    return np.concatenate(
+        [np.asarray(forward(config, *place(params, inputs))) for inputs in batches]
+    )

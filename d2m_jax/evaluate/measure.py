@@ -1,0 +1,152 @@
+"""What a model is worth: its scores, samples and held-out errors, kept on disk as soon as they are known."""
+
+import base64
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from d2m_jax.config import ModelConfig, to_json
+from d2m_jax.data import icons
+from d2m_jax.evaluate.benchmark import Scores
+from d2m_jax.evaluate.held_out import SPLITS, Inputs, noisy_batches, velocities
+from d2m_jax.evaluate.icons import Score, score
+from d2m_jax.evaluate.rows import Run
+from d2m_jax.sampling.grid import to_image
+from d2m_jax.sampling.pipeline import Pipeline
+from d2m_jax.weights.named_arrays import fingerprint
+
+SAMPLES = 12  # images that are kept: two of every category
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one model, by pairs of glyph and colour ("seen" in training and "held_out" of it)."""
+
+    scores: Scores
+    errors: dict[str, float]  # held-out distillation error; 0 is the teacher's own
+    samples: UInt8[np.ndarray, "n h w 3"]  # of the first prompts of seen pairs
+
+
+class Bench:
+    """Prompts, noise and noisy examples that all models of a run meet, and the teacher's answers.
+
+    Results lie in `folder`, one file each, with what they were measured from.
+    """
+
+    def __init__(self, run: Run, folder: Path, versions: Mapping[str, str]):
+        self.run, self.folder, self.versions = run, folder, dict(versions)
+
+    @cached_property
+    def inputs(self) -> dict[str, list[Inputs]]:
+        """Noisy examples by pairs."""
+        model = self.run.teacher.config
+        return {pairs: noisy_batches(self.run.config, model, pairs) for pairs in SPLITS}
+
+    @cached_property
+    def targets(self) -> dict[str, Float[np.ndarray, "b n c"]]:
+        """The teacher's velocities there."""
+        teacher = self.run.teacher
+        return {
+            pairs: velocities(teacher.config, teacher.params, batches)
+            for pairs, batches in self.inputs.items()
+        }
+
+    @cached_property
+    def teacher(self) -> str:
+        """The fingerprint of the teacher."""
+        return fingerprint(self.run.teacher.params)
+
+    def measure(
+        self, name: str, config: ModelConfig, params: dict, prompts: Mapping[str, int]
+    ) -> Measured:
+        """Measure a model on so many prompts by pairs, unless `name`.json has it from the same parts."""
+        key = {
+            "model": fingerprint(params),
+            "config": to_json(config),
+            "teacher": self.teacher,
+            "data": to_json(self.run.config.data),
+            "seed": self.run.config.seed,
+            "prompts": dict(prompts),
+            "held_out_batches": self.run.config.held_out_batches,
+            "versions": self.versions,
+        }
+        file = self.folder / f"{name}.json"
+        value = cached(file, key, lambda: self._measure(config, params, prompts))
+        return self._read(value, config, prompts)
+
+    def _measure(
+        self, config: ModelConfig, params: dict, prompts: Mapping[str, int]
+    ) -> dict[str, Any]:
+        pipe, value = Pipeline(config, params), {}
+        lexicon = icons.lexicon_for(self.run.config.data, config.image)
+        for pairs, count in prompts.items():
+            scenes = self._scenes(config, pairs, count)
+            images = pipe([scene.caption for scene in scenes], seed=self.run.config.seed)
+            judged = score(images, scenes, lexicon)
+            answers = velocities(config, params, self.inputs[pairs])
+            value[pairs] = {
+                "correct": _bits(judged.correct),
+                "floor": _bits(judged.floor),
+                "error": float(np.square(answers - self.targets[pairs], dtype=np.float64).mean()),
+            }
+            if pairs == "seen":
+                value["samples"] = [png(to_image(image)) for image in images[:SAMPLES]]
+        return value
+
+    def _read(self, value: dict, config: ModelConfig, prompts: Mapping[str, int]) -> Measured:
+        scores = {
+            pairs: Score(
+                tuple(self._scenes(config, pairs, count)),
+                *(np.array(list(value[pairs][judged])) == "1" for judged in ("correct", "floor")),
+            )
+            for pairs, count in prompts.items()
+        }
+        files = [io.BytesIO(base64.b64decode(text)) for text in value["samples"]]
+        samples = np.stack([np.asarray(Image.open(file)) for file in files])
+        return Measured(scores, {pairs: value[pairs]["error"] for pairs in prompts}, samples)
+
+    def _scenes(self, config: ModelConfig, pairs: str, count: int) -> list[icons.Scene]:
+        return icons.prompts(self.run.config.data, config.image, count, pairs == "held_out")
+
+
+def cached(file: Path, key: Any, compute: Callable[[], Any]) -> Any:
+    """The value in `file` if it was computed from `key`, else compute it and write both; all JSON."""
+    key = json.loads(json.dumps(key))
+    if file.exists():
+        try:
+            found = json.loads(file.read_text())
+            if found["key"] == key:
+                return found["value"]
+        except (ValueError, TypeError, KeyError):
+            pass  # of no use: it is computed anew
+    value = compute()
+    write_whole(file, json.dumps({"key": key, "value": value}).encode())
+    return value
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f".{file.name}.new")
+    new.write_bytes(content)
+    os.replace(new, file)
+
+
+def png(image: Image.Image) -> str:
+    """A picture as base64 text."""
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def _bits(values: np.ndarray) -> str:
+    return "".join("01"[int(value)] for value in values)

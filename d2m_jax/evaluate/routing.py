@@ -1,0 +1,141 @@
+"""Where tokens and samples go: loads of experts and use of blocks, by timestep and by place in the image."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from d2m_jax import flow
+from d2m_jax.config import ModelConfig
+from d2m_jax.distill.losses import health
+from d2m_jax.evaluate.held_out import Inputs
+from d2m_jax.models.flux import model_of
+
+BINS = 8  # of the timestep, from 0 (data) to 1 (noise)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The experts of one MoE layer; shares sum to 1 over experts (zeros where no sample came by)."""
+
+    name: str
+    by_time: Float[np.ndarray, "t n"]
+    by_place: Float[np.ndarray, "h w n"] | None  # None: sees no image, or routes on other inputs
+    health: dict[str, float]  # of losses.health
+
+
+@dataclass(frozen=True)
+class Group:
+    """The blocks of one Mixture of Blocks; shares of the samples that run each."""
+
+    name: str
+    by_time: Float[np.ndarray, "t m"]
+
+
+def measure(
+    config: ModelConfig, params: dict, batches: Iterable[Inputs]
+) -> tuple[list[Layer], list[Group]]:
+    """The routing of a model on noisy examples; layers are named by the number of their block."""
+    results, times = [], []
+    for inputs in batches:
+        results.append(jax.device_get(_route(config, params, inputs)))
+        times.append(np.asarray(inputs["timesteps"]))
+    bins = np.minimum((np.concatenate(times) * BINS).astype(int), BINS - 1)
+    loads, places, used = (
+        {name: [result[i][name] for result in results] for name in results[0][i]} for i in range(3)
+    )
+    image = config.image
+    grid = image.height // image.patch, image.width // image.patch
+    layers, groups = [], []
+    for kind, i, block, stack in _stacks(config):
+        for group in range(stack.groups):
+            first = block + group * stack.blocks
+            if (kind, i) in used:
+                use = np.concatenate([u[group] for u in used[kind, i]])
+                name = f"{kind} {first} to {first + stack.blocks - 1}"
+                groups.append(Group(name, _by_time(use, bins)))
+            for b in range(stack.blocks):
+                for key in [key for key in loads if key[:2] == (kind, i)]:
+                    load = np.concatenate([a[group, b] for a in loads[key]])
+                    place = None
+                    if key in places:
+                        total = sum(a[group, b] for a in places[key])
+                        place = _shares(total).reshape(*grid, -1)
+                    values = {n: float(v[0]) for n, v in health(jnp.asarray(load[None])).items()}
+                    side = {"img_mlp": " image", "txt_mlp": " text"}.get(key[2], "")
+                    name = f"{kind} {first + b}{side}"
+                    layers.append(Layer(name, _shares(_by_time(load, bins)), place, values))
+    return layers, groups
+
+
+@partial(jax.jit, static_argnums=0)
+def _route(config: ModelConfig, params: dict, inputs: Inputs) -> tuple[dict, dict, dict]:
+    """By (kind, stack, FFN): loads [g, m, b, n], choices by image token [g, m, tokens, n]; by (kind, stack):
+    blocks used [g, b, m]."""
+    transformer, image = config.transformer, config.image
+    model = model_of(transformer, params)
+    tokens, text = inputs["img"].shape[1], inputs["txt"].shape[1]
+    times = inputs["timesteps"]
+    _, report = model.run(
+        *model.embed(
+            inputs["img"],
+            flow.image_ids(image.height // image.patch, image.width // image.patch),
+            inputs["txt"],
+            flow.text_ids(text),
+            times,
+            inputs["y"],
+            jnp.full(times.shape, config.guidance) if transformer.guidance_embed else None,
+            collect=tokens + text,
+        )
+    )
+    loads, places, used = {}, {}, {}
+    for kind, i, _, _ in _stacks(config):
+        for name, values in report[kind][i].items():
+            if name == "blocks":
+                used[kind, i] = values["used"]
+            elif "load" in values:
+                loads[kind, i, name] = values["load"]
+                if transformer.moe.router_input == "modulated" and name != "txt_mlp":
+                    gate = params[kind][i]["block"][name]["gate"]
+                    places[kind, i, name] = _choices(
+                        gate, values["input"][..., -tokens:, :], values["load"], transformer.moe.top_k
+                    )
+    return loads, places, used
+
+
+def _choices(
+    gate: dict,
+    x: Float[Array, "g m b t d"],
+    load: Float[Array, "g m b n"],
+    top_k: int,
+) -> Float[Array, "g m t n"]:
+    """How often each token chose each expert, as the gate (models.moe.MoE.logits) has it."""
+    logits = jnp.einsum("gmbtd,gmdn->gmbtn", x.astype(jnp.float32), gate["kernel"])
+    logits += gate["bias"][:, :, None, None]
+    chosen = jax.nn.one_hot(jax.lax.top_k(logits, top_k)[1], logits.shape[-1]).sum(-2)
+    ran = load.sum(-1) > 0  # a block of a Mixture of Blocks reports zeros for samples that skip it
+    return (chosen * ran[..., None, None]).sum(2)
+
+
+def _stacks(config: ModelConfig) -> Iterator[tuple]:
+    """Kind, index and first block of every stack, and its config."""
+    for kind in ("double", "single"):
+        block = 0
+        for i, stack in enumerate(getattr(config.transformer, kind)):
+            yield kind, i, block, stack
+            block += stack.depth
+
+
+def _by_time(values: Float[np.ndarray, "b n"], bins: np.ndarray) -> Float[np.ndarray, "t n"]:
+    """Means over the samples of each bin, zero where there are none."""
+    return np.stack(
+        [values[bins == t].mean(0) if (bins == t).any() else 0 * values[0] for t in range(BINS)]
+    )
+
+
+def _shares(values: Float[np.ndarray, "*s n"]) -> Float[np.ndarray, "*s n"]:
+    return values / np.maximum(values.sum(-1, keepdims=True), 1e-9)
