@@ -1,5 +1,4 @@
-"""Rectified flow: noisy input, velocity target, schedules, packing of images into tokens, position
-ids."""
+"""Rectified flow: noisy input, velocity target, schedule, packing into tokens, position ids."""
 
 import jax.numpy as jnp
 import numpy as np

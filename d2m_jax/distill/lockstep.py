@@ -1,5 +1,4 @@
-"""Teacher and student through the same scan: one step runs a group of both and emits per-layer
-scalars.
+"""Teacher and student through the same scan: a step runs a group of both and compares them.
 
 No features are stored, so memory does not grow with depth (DESIGN.md, decision 4).
 """

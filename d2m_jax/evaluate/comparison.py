@@ -1,4 +1,4 @@
-"""A student against the pruned rival, at equal steps and at equal time, and against the project's aims."""
+"""A student against the pruned rival, at equal steps and at equal time, and against our aims."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Verdict:
 
 
 def rival_at(row: Row, rival: Sequence[Row], by: By) -> tuple[Row, bool]:
-    """The rival's row with the least training that is at least this row's; else its last, and False."""
+    """The rival's row with the least training that is at least this row's; else its last, False."""
     amounts = {other: getattr(other, by) for other in rival}
     enough = [other for other in rival if amounts[other] >= getattr(row, by)]
     if enough:
@@ -61,7 +61,7 @@ def compare(
 
 
 def note(row: Row, comparison: Comparison) -> str:
-    """What one should know of the rival's row, where it does not have the same training; else empty."""
+    """What one should know where the rival's row does not have the same training; else empty."""
     rival, by = comparison.rival, comparison.by
     amounts = getattr(row, by), getattr(rival, by)
     mine, theirs = (f"{a:,} steps" if by == "steps" else f"{a:,.1f} s" for a in amounts)
@@ -83,7 +83,7 @@ def verdicts(
     gflops: Mapping[Row, float],
     milliseconds: Mapping[Row, float],
 ) -> dict[str, Verdict]:
-    """How a sparse row stands to the aims: its score, its held-out error, its time beside its FLOPs."""
+    """How a sparse row stands to the aims: score, held-out error, time beside FLOPs."""
     scores = [measured[model].scores["seen"].overall.mean for model in (row, run.teacher)]
     share = scores[0] / max(scores[1], 1e-12)
     met = share >= SCORE_AIM

@@ -1,4 +1,4 @@
-"""The held-out distillation error: E ‖v_teacher − v_student‖² on noisy examples that are the same for all models."""
+"""One forward on noisy held-out examples that are the same for all models: its velocities."""
 
 import zlib
 from functools import partial
@@ -24,7 +24,7 @@ Inputs = dict[str, Array]  # img, txt, timesteps, y of a batch
 
 
 def noisy_batches(config: RunConfig, model: ModelConfig, pairs: str) -> list[Inputs]:
-    """As many examples of SPLITS[pairs] as a stage's own evaluation has, at fixed times with fixed noise."""
+    """As many examples of SPLITS[pairs] as training evaluates on, noise and times fixed."""
     stage = next(iter(config.stages.values()))
     count = max(1, config.held_out_batches * stage.batch_size // BATCH)
     key = jax.random.fold_in(

@@ -1,4 +1,4 @@
-"""How long a forward takes, measured side by side so that what else the machine does meets all models."""
+"""How long a forward takes, all models side by side on whatever else the machine does."""
 
 import time
 from collections.abc import Mapping
@@ -15,9 +15,10 @@ ROUNDS = 25
 def milliseconds(
     models: Mapping[ModelConfig, dict], inputs: Inputs, batch: int
 ) -> dict[ModelConfig, float]:
-    """Milliseconds per image of one forward over a batch: the median of ROUNDS, the models taking turns.
+    """Milliseconds per image of one forward over a batch.
 
-    On all devices where the batch can be cut over them, else on one.
+    The median of ROUNDS in which the models take turns; on all devices where the batch can be
+    cut over them, else on one.
     """
     first = {name: array[:batch] for name, array in inputs.items()}
     placed = {config: place(params, first) for config, params in models.items()}

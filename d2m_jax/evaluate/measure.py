@@ -1,4 +1,4 @@
-"""What a model is worth: its scores, samples and held-out errors, kept on disk as soon as they are known."""
+"""What a model is worth: scores, samples and held-out errors, on disk as soon as they are known."""
 
 import base64
 import io
@@ -68,7 +68,7 @@ class Bench:
     def measure(
         self, name: str, config: ModelConfig, params: dict, prompts: Mapping[str, int]
     ) -> Measured:
-        """Measure a model on so many prompts by pairs, unless `name`.json has it from the same parts."""
+        """Measure a model on so many prompts by pairs, unless `name`.json has just that."""
         key = {
             "model": fingerprint(params),
             "config": to_json(config),
@@ -119,7 +119,7 @@ class Bench:
 
 
 def cached(file: Path, key: Any, compute: Callable[[], Any]) -> Any:
-    """The value in `file` if it was computed from `key`, else compute it and write both; all JSON."""
+    """The value in `file` if it was computed from `key`, else compute and write it; all JSON."""
     key = json.loads(json.dumps(key))
     if file.exists():
         try:

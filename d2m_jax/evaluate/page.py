@@ -1,5 +1,6 @@
-"""The page of a report: one HTML file that needs nothing else, for screens of any size, light or dark."""
+"""The page of a report: one HTML file that needs nothing else, for any screen, light or dark."""
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -37,10 +38,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG as base64 text."""
+    """A PNG and what to say of it."""
 
     title: str
-    png: str
+    png: bytes
     caption: str
 
 
@@ -50,7 +51,7 @@ def page(
     verdicts: Mapping[str, Sequence[tuple[str, bool | None]]],
     parts: Sequence[Table | Picture],
 ) -> str:
-    """The HTML: title, facts about the run, sentences by model (met, missed or neither), then the parts."""
+    """The HTML: title, facts, sentences by model (aim met, missed or none), then the parts."""
     said = "".join(
         f"<h3>{escape(model)}</h3><ul class=verdicts>"
         + "".join(f'<li class="{_class(met)}">{escape(text)}</li>' for text, met in lines)
@@ -87,8 +88,9 @@ def _table(table: Table) -> str:
 
 
 def _picture(picture: Picture) -> str:
+    png = base64.b64encode(picture.png).decode()
     return (
         f"<h2>{escape(picture.title)}</h2><figure><div>"
-        f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{picture.png}"></div>'
+        f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{png}"></div>'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )

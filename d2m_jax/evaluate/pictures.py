@@ -18,7 +18,7 @@ RIGHT, WRONG = "#2ca02c", "#d62728"
 
 
 def samples(rows: Sequence[Row], measured: Mapping[Row, Measured]) -> Figure:
-    """The same prompts with the same noise, a column per model; a frame says whether it came out right."""
+    """The same prompts with the same noise, a column per model; frames say what came out right."""
     images = [measured[row].samples for row in rows]
     scenes = measured[rows[0]].scores["seen"].prompts[: len(images[0])]
     order = sorted(range(len(scenes)), key=lambda i: CATEGORIES.index(scenes[i].category))

@@ -1,4 +1,4 @@
-"""The report of a distillation run: report.json for programs, report.html and a table for people."""
+"""The report of a distillation run: report.json for programs, report.html and tables for people."""
 
 import datetime
 import io
@@ -6,24 +6,154 @@ import json
 import os
 import platform
 import subprocess
-import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import rich.table
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.text import Text
 
-from d2m_jax.config import to_json
-from d2m_jax.data.icons import CATEGORIES
-from d2m_jax.evaluate import benchmark, latency, page, pictures, routing, tables
-from d2m_jax.evaluate.accounting import Account, account
-from d2m_jax.evaluate.comparison import By, Comparison, Verdict, compare, note, verdicts
+from d2m_jax.evaluate import pictures, tables
+from d2m_jax.evaluate.findings import Findings, gather, to_json
 from d2m_jax.evaluate.held_out import BATCH
-from d2m_jax.evaluate.measure import Bench, Measured, png, write_whole
-from d2m_jax.evaluate.rows import ROOT, Row, Run, read
+from d2m_jax.evaluate.measure import Bench, write_whole
+from d2m_jax.evaluate.page import Picture, Table, page
+from d2m_jax.evaluate.rows import ROOT, Row, read
+
+
+def write(run_directory: Path | str, command: str | None = None) -> None:
+    """Measure the models of a run and print the tables.
+
+    Leaves report.json, report.html and the pictures in report/. Scores and errors are kept in
+    evaluation/, so that a killed report goes on and ends with the same. `command` is told in the
+    report. Raises ConfigError where the directory holds no run with a teacher.
+    """
+    directory = Path(run_directory)
+    run = read(directory)
+    about = _environment() | {
+        "name": run.config.name,
+        "seed": run.config.seed,
+        "command": command,
+    }
+    findings = gather(run, Bench(run, directory / "evaluation", about["versions"]))
+    drawn = _draw(findings)
+    for name, picture in drawn.items():
+        write_whole(directory / "report" / f"{name}.png", picture.png)
+    html = _page(findings, about, drawn)
+    write_whole(directory / "report.html", html.encode())
+    content = json.dumps(about | to_json(findings), indent=1) + "\n"
+    write_whole(directory / "report.json", content.encode())
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    for table in (tables.costs(findings), tables.worth(findings)):
+        console.print(tables.for_terminal(table))
+    for row, judged in findings.verdicts.items():
+        for verdict in judged.values():
+            console.print(f"{row.label}: {verdict.text}", highlight=False, markup=False)
+    print(f"report: {directory / 'report.html'}")
+
+
+def _environment() -> dict[str, Any]:
+    """Where and with what the numbers were taken."""
+    devices = jax.devices()
+    affinity = getattr(os, "sched_getaffinity", None)
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip() or None,
+        "device": f"{len(devices)} × {devices[0].device_kind}",
+        "processor": _processor(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("jax", "flax", "numpy")},
+        },
+    }
+
+
+def _processor() -> str:
+    """The name of the processor, where the system tells it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _draw(findings: Findings) -> dict[str, Picture]:
+    """The pictures by name."""
+    run, measured = findings.run, findings.measured
+    milliseconds = findings.milliseconds[BATCH]
+    drawn = {
+        "costs": Picture(
+            "Score against cost",
+            _png(pictures.costs(run, measured, findings.gflops, milliseconds, BATCH)),
+            "Bars are 95 % intervals.",
+        ),
+        "samples": Picture(
+            "Samples, side by side",
+            _png(pictures.samples(run.finals, measured)),
+            "The same prompts and the same noise in every column: the first two prompts of each"
+            " category. Frames say what the oracle says.",
+        ),
+        "curves": Picture(
+            "Distillation error while training",
+            _png(pictures.curves(run)),
+            "Lines with points: on held-out images; thin: on training batches. Dotted: the end of"
+            " a stage. Seconds count training steps alone.",
+        ),
+    }
+    for row, (layers, groups) in findings.routing.items():
+        caption = (
+            "How often each expert is chosen, as a multiple of the even share: by timestep (left)"
+            " and by place in the image (right), on noisy held-out images."
+        )
+        if groups:
+            caption += " At the end, the share of samples that run each block of a group."
+        picture = Picture(f"Routing: {row.label}", _png(pictures.routing(layers, groups)), caption)
+        drawn[_routing_name(row)] = picture
+    return drawn
+
+
+def _routing_name(row: Row) -> str:
+    return "routing_blocks" if row.mixes else "routing"
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", facecolor="white")
+    return content.getvalue()
+
+
+def _page(findings: Findings, about: dict[str, Any], drawn: dict[str, Picture]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    facts = [
+        f"{about['date']}, commit {about['commit'] or 'unknown'}, seed {about['seed']}",
+        f"{about['processor']}, {about['cores']} cores, {about['device']}; {versions}",
+        *([about["command"]] if about["command"] else []),
+    ]
+    judged = {
+        row.label: [(verdict.text, verdict.met) for verdict in verdicts.values()]
+        for row, verdicts in findings.verdicts.items()
+    }
+    parts: list[Table | Picture | None] = [
+        tables.costs(findings),
+        tables.worth(findings),
+        drawn["costs"],
+        drawn["samples"],
+        tables.categories(findings),
+        drawn["curves"],
+        tables.sweep(findings),
+    ]
+    for row in findings.routing:
+        parts += [
+            drawn[_routing_name(row)],
+            tables.health(findings, row),
+        ]
+    return page(about["name"], facts, judged, [part for part in parts if part is not None])

@@ -1,4 +1,4 @@
-"""Where tokens and samples go: loads of experts and use of blocks, by timestep and by place in the image."""
+"""Where tokens and samples go: loads of experts and use of blocks, by timestep and by place."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ BINS = 8  # of the timestep, from 0 (data) to 1 (noise)
 
 @dataclass(frozen=True)
 class Layer:
-    """The experts of one MoE layer; shares sum to 1 over experts (zeros where no sample came by)."""
+    """The experts of one MoE layer; shares sum to 1 over experts (0 where no sample came by)."""
 
     name: str
     by_time: Float[np.ndarray, "t n"]
@@ -74,8 +74,10 @@ def measure(
 
 @partial(jax.jit, static_argnums=0)
 def _route(config: ModelConfig, params: dict, inputs: Inputs) -> tuple[dict, dict, dict]:
-    """By (kind, stack, FFN): loads [g, m, b, n], choices by image token [g, m, tokens, n]; by (kind, stack):
-    blocks used [g, b, m]."""
+    """By (kind, stack, FFN): loads [g, m, b, n], and choices by image token [g, m, tokens, n].
+
+    By (kind, stack): blocks used [g, b, m].
+    """
     transformer, image = config.transformer, config.image
     model = model_of(transformer, params)
     tokens, text = inputs["img"].shape[1], inputs["txt"].shape[1]
@@ -102,7 +104,10 @@ def _route(config: ModelConfig, params: dict, inputs: Inputs) -> tuple[dict, dic
                 if transformer.moe.router_input == "modulated" and name != "txt_mlp":
                     gate = params[kind][i]["block"][name]["gate"]
                     places[kind, i, name] = _choices(
-                        gate, values["input"][..., -tokens:, :], values["load"], transformer.moe.top_k
+                        gate,
+                        values["input"][..., -tokens:, :],
+                        values["load"],
+                        transformer.moe.top_k,
                     )
     return loads, places, used
 

@@ -1,4 +1,4 @@
-"""The rows of a report: what a run directory holds of its teacher, its students and their stages."""
+"""The rows of a report: what a run directory holds of teacher, students and their stages."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -95,7 +95,7 @@ class Run:
 
 
 def read(run_directory: Path | str) -> Run:
-    """The models of a run. Raises ConfigError where there is no teacher, no student or no metrics."""
+    """The models of a run. ConfigError where there is no teacher, no student or no metrics."""
     directory = Path(run_directory)
     file = directory / "config.json"
     check(file.is_file(), f"{file}: no such file, expected the config of a run")
@@ -118,9 +118,7 @@ def read(run_directory: Path | str) -> Run:
     return Run(config, teacher, tuple(students))
 
 
-def _student(
-    name: str, method: str, directory: Path, stages: Mapping[str, StageConfig]
-) -> Student:
+def _student(name: str, method: str, directory: Path, stages: Mapping[str, StageConfig]) -> Student:
     done = [stage for stage in stages if (directory / "models" / stage).is_dir()]
     rows = []
     for stage in done:
@@ -136,7 +134,7 @@ def _student(
 
 
 def history(directory: Path, stages: Sequence[str]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, one stage after the other; `step` and `seconds` go on through them.
+    """The lines of metrics.jsonl, stage after stage; `step` and `seconds` go on through them.
 
     Raises ConfigError where a stage has none.
     """

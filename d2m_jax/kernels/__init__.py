@@ -1,2 +1,1 @@
-"""One function per operation that decides speed: a plain reference and the fast ways per
-backend."""
+"""One function per operation that decides speed: a reference and the fast ways per backend."""

@@ -70,14 +70,16 @@ def _backward_rule(tile, residuals, dy):
     dx = _forward(dy, w.swapaxes(1, 2), group, tile)
     x, dy = x.reshape(-1, tile, x.shape[-1]), dy.reshape(-1, tile, dy.shape[-1])
     if x.shape[0] * w[0].nbytes <= GATHER_BYTES:
-        dw = jax.ops.segment_sum(jnp.einsum("tbd,tbf->tdf", x, dy), group, w.shape[0])
+        parts = jnp.einsum("tbd,tbf->tdf", x, dy, preferred_element_type=jnp.float32)
+        dw = jax.ops.segment_sum(parts, group, w.shape[0])
     else:
 
         def add(dw, a):
-            return dw.at[a[2]].add(a[0].T @ a[1]), None
+            part = jnp.matmul(a[0].T, a[1], preferred_element_type=jnp.float32)
+            return dw.at[a[2]].add(part), None
 
-        dw, _ = jax.lax.scan(add, jnp.zeros_like(w), (x, dy, group))
-    return dx, dw, None
+        dw, _ = jax.lax.scan(add, jnp.zeros(w.shape, jnp.float32), (x, dy, group))
+    return dx, dw.astype(w.dtype), None
 
 
 tiled.defvjp(_forward_rule, _backward_rule)

@@ -90,7 +90,7 @@ class DoubleStreamBlock(nnx.Module):
 
         img_qkv = self.img_attn.project(modulate(layer_norm(img), img_shift1, img_scale1))
         txt_qkv = self.txt_attn.project(modulate(layer_norm(txt), txt_shift1, txt_scale1))
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv))
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))
         attn = attend(q, k, v, context.pe)
         txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
 

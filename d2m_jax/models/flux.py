@@ -1,5 +1,4 @@
-"""FLUX.1 (BFL src/flux/model.py) as stacks of equal blocks: dense, MoE and Mixture of Blocks are
-configs of it."""
+"""FLUX.1 (BFL src/flux/model.py) as stacks of equal blocks; dense, MoE and MoB are configs."""
 
 from functools import partial
 from typing import Any

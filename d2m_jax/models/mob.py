@@ -1,5 +1,4 @@
-"""Mixture of Blocks (PAPER.md): a router picks κ of a group's m blocks per sample; only those run,
-in order."""
+"""Mixture of Blocks (PAPER.md): κ of a group's m blocks run per sample, in order, as a router picks."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,7 +87,10 @@ def run_chosen(
                 lambda a: jax.lax.dynamic_index_in_dim(a, block, keepdims=False), params
             )
             new, aux = run_block(mine_params, streams, mine)
-            streams = tuple(x + w.astype(x.dtype) * (y - x) for x, y in zip(streams, new))
+            # w − 1 is exactly 0, so the block's output passes as it is; the gradient of w is y − x.
+            streams = tuple(
+                y + (w - 1).astype(x.dtype) * (y - x) for x, y in zip(streams, new, strict=True)
+            )
             return streams, aux
 
         streams, aux = jax.lax.scan(step, streams, (chosen, weight))

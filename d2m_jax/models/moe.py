@@ -1,5 +1,4 @@
-"""The MoE FFN of PAPER.md: y = MLP_s(x) + scale · Σ_{i in TopK} g_i · MLP_i(x), token by token,
-dropless."""
+"""The MoE FFN of PAPER.md: y = MLP_s(x) + scale · Σ_TopK g_i · MLP_i(x), dropless."""
 
 import jax
 import jax.numpy as jnp

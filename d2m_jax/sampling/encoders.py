@@ -1,5 +1,4 @@
-"""What surrounds a transformer, as its model directory names it: captions and images in, images
-out."""
+"""What surrounds a transformer, as its model directory names it: captions in, images out."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from d2m_jax import flow
-from d2m_jax.config import ConfigError, MeshConfig, ModelConfig
+from d2m_jax.config import MeshConfig, ModelConfig, check
 from d2m_jax.models.flux import model_of
 from d2m_jax.sampling.denoise import denoise
 from d2m_jax.sampling.encoders import Encoders
@@ -41,44 +41,43 @@ class Pipeline:
         packed noise.
 
         The noise of prompt i depends on the seed and i alone, and a batch never changes a sample.
-        ConfigError for unknown words, sizes that the patch does not divide, top_k outside 0 to n.
+        ConfigError for unknown words, sizes that the patch does not divide, latents of another
+        shape, top_k outside 0 to n.
         """
-        height, width = height or self.config.image.height, width or self.config.image.width
+        height = self.config.image.height if height is None else height
+        width = self.config.image.width if width is None else width
         rows, columns = self.encoders.grid(height, width)
         self._check(steps, top_k)
-        times = jnp.asarray(
-            flow.schedule(
-                steps or self.config.sample_steps, rows * columns, self.config.shift == "flux"
-            )
-        )
-        guidance = self.config.guidance if guidance is None else guidance
+        check(len(prompts) > 0, "prompts: found none, expected at least one")
         ids = self.encoders.ids(list(prompts))
-        if latents is None:
-            latents = noise(seed, len(ids), rows * columns, self.config.transformer.in_channels)
+        shape = len(ids), rows * columns, self.config.transformer.in_channels
+        latents = noise(seed, *shape) if latents is None else latents
+        check(latents.shape == shape, f"latents: found shape {latents.shape}, expected {shape}")
+        steps = steps or self.config.sample_steps
+        times = jnp.asarray(flow.schedule(steps, rows * columns, self.config.shift == "flux"))
+        guidance = self.config.guidance if guidance is None else guidance
+        # The last batch is filled up, so that one compiled program serves all.
+        size = min(batch_size, len(ids))
+        filled = np.arange(-(-len(ids) // size) * size) % len(ids)
         images = []
-        for start in range(0, len(ids), batch_size):
-            part = slice(start, min(start + batch_size, len(ids)))
-            padding = (batch_size if len(ids) > batch_size else len(ids)) - (part.stop - part.start)
-            # The last batch is filled up, so that one compiled program serves all.
-            fill = [(0, padding), (0, 0)]
-            inputs = np.pad(ids[part], fill), np.pad(np.asarray(latents[part]), [*fill, (0, 0)])
-            if len(inputs[0]) % batch_shards(self.mesh) == 0:
+        for part in filled.reshape(-1, size):
+            inputs = ids[part], np.asarray(latents)[part]
+            if size % batch_shards(self.mesh) == 0:
                 inputs = jax.device_put(inputs, batch_sharding(self.mesh))
-            size = height, width
-            batch = _sample(self.config, size, top_k, self.params, *inputs, times, guidance)
-            images.append(np.asarray(batch)[: part.stop - part.start])
-        return np.concatenate(images)
+            batch = _sample(
+                self.config, (height, width), top_k, self.params, *inputs, times, guidance
+            )
+            images.append(np.asarray(batch))
+        return np.concatenate(images)[: len(ids)]
 
     def _check(self, steps: int | None, top_k: int | None) -> None:
-        if steps is not None and steps < 1:
-            raise ConfigError(f"steps = {steps}: expected at least 1")
-        experts = self.config.transformer.moe.experts
-        if top_k is not None and not any(s.ffn == "moe" for s in self.config.transformer.stacks):
-            raise ConfigError(f"top_k = {top_k}: this model has no MoE layers, expected none")
-        if top_k is not None and not 0 <= top_k <= experts:
-            raise ConfigError(
-                f"top_k = {top_k}: expected 0 to {experts}, the number of normal experts"
-            )
+        check(steps is None or steps >= 1, f"steps = {steps}: expected at least 1")
+        if top_k is not None:
+            moe = any(stack.ffn == "moe" for stack in self.config.transformer.stacks)
+            check(moe, f"top_k = {top_k}: this model has no MoE layers, expected none")
+            experts = self.config.transformer.moe.experts
+            expected = f"expected 0 to {experts}, the number of normal experts"
+            check(0 <= top_k <= experts, f"top_k = {top_k}: {expected}")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -42,8 +42,8 @@ def calibrate(
 ) -> Calibration:
     """One pass over the batches, forward and backward; about `tokens` inputs are kept of every FFN.
 
-    Taylor scores (PAPER.md, step 0) are Σ |∂L/∂w · w| over a neuron's in-row, in-bias and out-column,
-    L the flow matching loss, averaged over the batches. Every batch gives equally many inputs.
+    Taylor scores (PAPER.md, step 0) are Σ |∂L/∂w · w| over a neuron's in-row, in-bias and
+    out-column, L the flow matching loss, averaged over the batches, which give equally many inputs.
     """
     params, count = jax.device_put(params), -(-tokens // len(batches))
     parts = []

@@ -22,7 +22,7 @@ def test_attention_is_the_formula(dtype, tolerance):
 
 def test_softmax_is_float32_in_half_precision():
     """Two keys whose scores differ by less than bfloat16 can tell at this size."""
-    q = jnp.asarray([16.0, 0.0], jnp.bfloat16).reshape(1, 1, 1, 2)
+    q = jnp.asarray([[16.0, 0.0], [0.0, 0.0]], jnp.bfloat16).reshape(1, 2, 1, 2)
     k = jnp.asarray([[23.0, 0.0], [23.125, 0.0]], jnp.bfloat16).reshape(1, 2, 1, 2)
     v = jnp.asarray([[0.0, 0.0], [1.0, 1.0]], jnp.bfloat16).reshape(1, 2, 1, 2)
     weight = float(attention(q, k, v)[0, 0, 0, 0])

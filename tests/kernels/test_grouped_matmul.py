@@ -97,18 +97,17 @@ def test_tile_groups_counts_and_ends_in_the_last_group():
     np.testing.assert_array_equal(groups, [0, 0, 2, 3, 3])
 
 
-def test_gradient_of_half_precision_weights_is_summed_in_float32():
-    """Many tiles of one group: summed in bfloat16 the small ones would vanish."""
-    tiles, tile = 600, 1
-    x, w = jnp.ones((tiles, 1), jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16)
+@pytest.mark.parametrize("limit", [grouped_matmul.GATHER_BYTES, 0])
+def test_gradient_of_half_precision_weights_is_summed_in_float32(limit, monkeypatch):
+    """Many tiles of one group: bfloat16 sums would stop at 256."""
+    monkeypatch.setattr(grouped_matmul, "GATHER_BYTES", limit)
+    x, w = jnp.ones((600, 1), jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16)
 
-    def total(w):
-        sizes = jnp.asarray([tiles], jnp.int32)
-        return grouped_matmul.tiled(x, w, sizes, tile).astype(jnp.float32).sum()
+    @jax.jit
+    @jax.grad
+    def gradient(w):
+        sizes = jnp.asarray([600], jnp.int32)
+        return grouped_matmul.tiled(x, w, sizes, 1).astype(jnp.float32).sum()
 
-    for limit in (grouped_matmul.GATHER_BYTES, 0):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grouped_matmul, "GATHER_BYTES", limit)
-            gradient = jax.jit(jax.grad(lambda w: total(w)))(w)  # noqa: PLW0108 (compiled anew)
-        assert gradient.dtype == jnp.bfloat16
-        np.testing.assert_allclose(gradient.astype(jnp.float32), tiles, rtol=4e-3)
+    assert gradient(w).dtype == jnp.bfloat16
+    np.testing.assert_allclose(gradient(w).astype(jnp.float32), 600, rtol=4e-3)

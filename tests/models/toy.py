@@ -34,8 +34,9 @@ def random_like(tree, seed=0):
     rng = np.random.default_rng(seed)
 
     def draw(path, a):
-        fan_in = a.shape[-2] if "kernel" in str(path[-1]) else 4
-        mean = 1.0 if "scale" in str(path[-1]) else 0.0
+        name = jax.tree_util.keystr(path)
+        fan_in = a.shape[-2] if "kernel" in name else 4
+        mean = 1.0 if "scale" in name else 0.0
         return jnp.asarray(mean + rng.normal(size=a.shape) / np.sqrt(fan_in), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, tree)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from d2m_jax import flow
-from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
+from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.flux import initialise, model_of
 
 CONFIG = FluxConfig(
@@ -21,12 +21,12 @@ CONFIG = FluxConfig(
     axes_dim=(4, 6, 6),
     double=(StackConfig(2),),
     single=(StackConfig(4),),
-    moe=MoEConfig(experts=12, top_k=2),
 )
 
 
 def noisy(batch, key):
     """Random data at random times: arguments of Flux.embed, and the velocity."""
+    batch = jax.tree.map(jnp.asarray, batch)
     noise = jax.random.normal(key, batch["image"].shape)
     t = (jnp.arange(len(noise)) + 0.5) / len(noise)
     ids = flow.image_ids(3, 3), flow.text_ids(batch["words"].shape[1])

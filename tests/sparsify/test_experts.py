@@ -63,10 +63,11 @@ def test_fitted_gate_knows_the_strong_experts():
 
 
 def test_split_keeps_every_neuron():
+    numbers = np.arange(24.0)
     ffn = {
-        "in_layer": {"kernel": np.arange(24.0).reshape(1, 1, 2, 12), "bias": np.arange(12.0)[None, None]},
-        "out_layer": {"kernel": np.arange(24.0).reshape(1, 1, 12, 2)},
-    }  # fmt: skip
+        "in_layer": {"kernel": numbers.reshape(1, 1, 2, 12), "bias": numbers[None, None, :12]},
+        "out_layer": {"kernel": numbers.reshape(1, 1, 12, 2)},
+    }
     moe = split(ffn, shared=4, experts=2)
     assert moe["shared"]["in_layer"]["bias"].tolist() == [[[0, 1, 2, 3]]]
     assert moe["experts"]["in_bias"].tolist() == [[[[4, 5, 6, 7], [8, 9, 10, 11]]]]

@@ -5,7 +5,10 @@ from d2m_jax.sparsify.prune import prune
 
 def test_the_best_neurons_stay():
     rng = np.random.default_rng(0)
-    shapes = {"in_layer": {"kernel": (2, 1, 3, 8), "bias": (2, 1, 8)}, "out_layer": {"kernel": (2, 1, 8, 3), "bias": (2, 1, 3)}}  # fmt: skip
+    shapes = {
+        "in_layer": {"kernel": (2, 1, 3, 8), "bias": (2, 1, 8)},
+        "out_layer": {"kernel": (2, 1, 8, 3), "bias": (2, 1, 3)},
+    }
     ffn = {k: {n: rng.standard_normal(s) for n, s in v.items()} for k, v in shapes.items()}
     scores = np.array([[[0, 9, 1, 8, 2, 7, 3, 6.0]], [[5, 0, 5, 0, 5, 0, 5, 0.0]]])
     kept = prune(ffn, scores, 4)

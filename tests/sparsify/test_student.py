@@ -8,6 +8,7 @@ from d2m_jax.config import ConfigError, ModelConfig, MoEConfig, SparsifyConfig
 from d2m_jax.models.flux import initialise
 from d2m_jax.sparsify import align, make_student, shapes
 
+UNMODULATED = MoEConfig(router_input="unmodulated")
 SMALL = SparsifyConfig(batches=3, batch_size=8, tokens=96)
 
 
@@ -31,11 +32,11 @@ def same(a, b):
     [
         SMALL,
         replace(SMALL, deal="rank", gate="random", shared="random"),
-        replace(SMALL, shared="magnitude", modulation_rank=5, moe=MoEConfig(router_input="unmodulated"), gate="random"),
-        replace(SMALL, method="prune", dense_double=(1,), dense_single=(0, 3)),
+        replace(SMALL, shared="magnitude", modulation_rank=5, gate="random", moe=UNMODULATED),
+        replace(SMALL, method="prune"),
     ],
     ids=["fitted", "paper", "unmodulated", "pruned"],
-)  # fmt: skip
+)
 def test_student_is_whole_and_the_seed_decides(small, sparsify):
     config, params = make(small, sparsify)
     wanted = jax.eval_shape(lambda: initialise(config, 0))
@@ -47,7 +48,7 @@ def test_student_is_whole_and_the_seed_decides(small, sparsify):
 
 
 def test_dense_blocks_stay_and_the_rest_is_exact(small):
-    """Every expert active under a zero gate is the teacher again, in stacks around the dense blocks."""
+    """Every expert active under a zero gate is the teacher again, around its dense blocks."""
     moe = MoEConfig(top_k=12)
     sparsify = replace(SMALL, moe=moe, dense_double=(0,), dense_single=(1, 2))
     config, params = make(small, sparsify)
@@ -65,7 +66,7 @@ def test_dense_blocks_stay_and_the_rest_is_exact(small):
 
 
 def test_pruned_student_is_the_teacher_without_its_worst_neurons(small):
-    """Shared by magnitude, so that the neurons are known: those beside are cut out of the teacher."""
+    """Shared by magnitude, so that the neurons are known: the others are cut out there."""
     config, params = make(small, replace(SMALL, method="prune", shared="magnitude"))
     assert {s.mlp_ratio for s in config.stacks} == {1.5}
     cut = jax.tree.map(np.array, small.params)
@@ -97,10 +98,10 @@ def test_routed_scale_starts_where_asked(small):
         (replace(SMALL, tokens=0), {}, "SparsifyConfig.tokens = 0"),
         (replace(SMALL, moe=MoEConfig(experts=7)), {}, "MoEConfig.experts = 7"),
         (replace(SMALL, modulation_rank=33), {}, "modulation_rank = 33"),
-        (replace(SMALL, modulation_rank=4), {"modulation_rank": 8}, "SparsifyConfig.modulation_rank = 4"),
-        (replace(SMALL, moe=MoEConfig(router_input="unmodulated")), {}, "SparsifyConfig.gate = fitted"),
+        (replace(SMALL, modulation_rank=4), {"modulation_rank": 8}, "rank = 4: the teacher"),
+        (replace(SMALL, moe=UNMODULATED), {}, "SparsifyConfig.gate = fitted"),
     ],
-)  # fmt: skip
+)
 def test_contradictions_are_told_before_any_work(small, sparsify, changes, message):
     def batches():
         raise AssertionError("calibration began")

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2m_jax.config import ConfigError, OptimizerConfig
+from d2m_jax.config import ConfigError, MeshConfig, OptimizerConfig
+from d2m_jax.sharding import make_mesh, replicated
 from d2m_jax.weights.named_arrays import names
 from tests.training import toy
 
@@ -55,11 +56,12 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_resume_equals_uninterrupted(uninterrupted, tmp_path):
-    # Checkpoints are at 10, 20, …; log_every = 4, so that a window is open at step 10.
-    for last in (13, 29, 30):
+    # Some checkpoints fall between logged steps (4, 8, …, and every evaluation at 10, 20, …).
+    stage = toy.stage(40, checkpoint_every=5)
+    for last in (7, 29, 30):
         with pytest.raises(Stop):
-            toy.run(tmp_path, toy.stage(40), batches=CrashingStream(last))
-    params = toy.run(tmp_path, toy.stage(40))
+            toy.run(tmp_path, stage, batches=CrashingStream(last))
+    params = toy.run(tmp_path, stage)
     assert same(params, uninterrupted[1])
     assert lines(tmp_path) == lines(uninterrupted[0])
 
@@ -102,7 +104,7 @@ def test_other_frozen_parameters_are_refused(tmp_path):
 
 
 def test_frozen_stay_identical(tmp_path):
-    before = toy.initial()
+    before = jax.device_put(toy.initial(), replicated(make_mesh(MeshConfig())))
     stage = toy.stage(10, train=("body.*",), freeze=("*.bias",))
     after = toy.run(tmp_path, stage, params=before)
     for name, array in names(after).items():
@@ -182,6 +184,19 @@ def test_sigterm_saves_and_exits(uninterrupted, tmp_path):
     assert (tmp_path / "checkpoints" / "toy" / "17").is_dir()
     assert same(toy.run(tmp_path, toy.stage(40)), uninterrupted[1])
     assert lines(tmp_path) == lines(uninterrupted[0])
+
+
+def test_keys(tmp_path):
+    """Every step draws anew, every evaluation the same."""
+
+    def loss(params, constants, batch, key):
+        value, _ = toy.loss(params, constants, batch, key)
+        return value, {"draw": jax.random.uniform(key)}
+
+    toy.run(tmp_path, toy.stage(20, log_every=1), loss=loss)
+    found = lines(tmp_path)
+    assert len({line["draw"] for line in found[1:]}) == 20
+    assert len({line["held_out_draw"] for line in found if "held_out" in line}) == 1
 
 
 def test_the_step_compiles_once(tmp_path):

@@ -1,0 +1,167 @@
+"""Everything that a report tells about a run, as numbers."""
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+from d2m_jax.config import ModelConfig
+from d2m_jax.evaluate import benchmark, latency, routing
+from d2m_jax.evaluate.accounting import Account, account
+from d2m_jax.evaluate.comparison import By, Comparison, Verdict, compare, verdicts
+from d2m_jax.evaluate.held_out import BATCH
+from d2m_jax.evaluate.measure import Bench, Measured
+from d2m_jax.evaluate.rows import Row, Run
+
+FEWEST = 12  # prompts: two of each category, for a standard error
+TOP_K = (0, 1, 2, 4, 8)  # of the sweep, beside the model's own and all of its experts
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured of a run's rows."""
+
+    run: Run
+    prompts: dict[str, int]  # by pairs of glyph and colour, "seen" in training or "held_out" of it
+    accounts: dict[Row, Account]
+    milliseconds: dict[int, dict[Row, float]]  # per image of one forward, by batch
+    measured: dict[Row, Measured]
+    compared: dict[Row, dict[By, Comparison]]  # with the rival, of all other students' rows
+    verdicts: dict[Row, dict[str, Verdict]]  # of sparse rows
+    sweep: tuple[Row, dict[int, Measured]] | None  # the main MoE row by experts per token
+    routing: dict[Row, tuple[list[routing.Layer], list[routing.Group]]]  # of the main student
+
+    @property
+    def gflops(self) -> dict[Row, float]:
+        """Per forward of one example."""
+        return {row: account.total.flops / 1e9 for row, account in self.accounts.items()}
+
+
+def gather(run: Run, bench: Bench) -> Findings:
+    """Measure all rows; what the bench has on disk is read."""
+    count = run.config.evaluate_prompts
+    prompts = {"seen": count, "held_out": max(FEWEST, count // 2)}
+    measured = {}
+    for row in run.rows:
+        measured[row] = found = bench.measure(row.file_name, row.config, row.params, prompts)
+        score = 100 * found.scores["seen"].overall.mean
+        _say(f"{row.label}: score {score:.1f} %, held-out error {found.errors['seen']:.3g}")
+    sweep = _sweep(run, bench, prompts["seen"] // 3)
+    routed = {
+        row: routing.measure(row.config, row.params, bench.inputs["seen"])
+        for row in run.main.finals
+        if row.sparse
+    }
+    accounts = {row: account(row.config) for row in run.rows}
+    gflops = {row: account.total.flops / 1e9 for row, account in accounts.items()}
+    milliseconds = {batch: _milliseconds(run, bench, batch) for batch in (1, BATCH)}
+    others = [s for s in run.students if s is not run.rival] if run.rival else []
+    compared = {
+        row: compare(row, measured, run.rival.rows) for student in others for row in student.rows
+    }
+    judged = {
+        row: verdicts(run, row, measured, compared.get(row, {}), gflops, milliseconds[BATCH])
+        for row in run.rows
+        if row.sparse
+    }
+    return Findings(run, prompts, accounts, milliseconds, measured, compared, judged, sweep, routed)
+
+
+def _sweep(run: Run, bench: Bench, count: int) -> tuple[Row, dict[int, Measured]] | None:
+    """The main student before it mixes blocks, with other numbers of experts per token."""
+    row = next((row for row in run.main.finals if row.sparse and not row.mixes), None)
+    if row is None:
+        return None
+    moe, prompts = row.config.transformer.moe, {"seen": max(FEWEST, count)}
+    found = {}
+    for k in sorted({k for k in TOP_K if k < moe.experts} | {moe.top_k, moe.experts}):
+        name = f"{row.file_name}.top_{k}"
+        found[k] = bench.measure(name, _with_top_k(row.config, k), row.params, prompts)
+    _say(f"{row.label}: measured with {', '.join(map(str, found))} experts per token")
+    return row, found
+
+
+def _with_top_k(config: ModelConfig, k: int) -> ModelConfig:
+    transformer = config.transformer
+    return replace(config, transformer=replace(transformer, moe=replace(transformer.moe, top_k=k)))
+
+
+def _milliseconds(run: Run, bench: Bench, batch: int) -> dict[Row, float]:
+    """Rows of equal config run the same program, so they share one measurement."""
+    models = {row.config: row.params for row in run.rows}
+    found = latency.milliseconds(models, bench.inputs["seen"][0], batch)
+    return {row: found[row.config] for row in run.rows}
+
+
+def _say(line: str) -> None:
+    print(f"report: {line}", file=sys.stderr, flush=True)
+
+
+def to_json(findings: Findings) -> dict[str, Any]:
+    """The findings for report.json; scores in percent."""
+    result = {
+        "prompts": findings.prompts,
+        "rows": [_row(findings, row) for row in findings.run.rows],
+        "rival": findings.run.rival.name if findings.run.rival else None,
+    }
+    if findings.sweep is not None:
+        row, found = findings.sweep
+        result["top_k"] = {
+            "row": row.label,
+            "values": [{"top_k": k, **_worth(measured)} for k, measured in found.items()],
+        }
+    result["routing"] = [
+        {
+            "row": row.label,
+            "layers": [
+                {"name": layer.name, **layer.health, "load_by_time": _rounded(layer.by_time)}
+                for layer in layers
+            ],
+            "groups": [
+                {"name": group.name, "use_by_time": _rounded(group.by_time)} for group in groups
+            ],
+        }
+        for row, (layers, groups) in findings.routing.items()
+    ]
+    return result
+
+
+def _row(findings: Findings, row: Row) -> dict[str, Any]:
+    cost = findings.accounts[row].total
+    return {
+        "name": row.label,
+        "student": row.student,
+        "stage": row.stage or None,
+        "steps": row.steps,
+        "seconds": row.seconds,
+        "parameters": cost.parameters,
+        "activated": cost.activated,
+        "gflops": findings.gflops[row],
+        "milliseconds_per_image": {
+            f"batch_{batch}": found[row] for batch, found in findings.milliseconds.items()
+        },
+        **_worth(findings.measured[row]),
+        "against_rival": {
+            f"at_equal_{by}": {
+                "row": c.rival.label,
+                "steps": c.rival.steps,
+                "seconds": c.rival.seconds,
+                "reached": c.reached,
+                "score_difference": 100 * c.score.mean,
+                "confidence_95": [100 * c.score.low, 100 * c.score.high],
+                "error_ratio": c.error,
+            }
+            for by, c in findings.compared.get(row, {}).items()
+        },
+        "verdicts": {
+            name: {"value": verdict.value, "met": verdict.met, "text": verdict.text}
+            for name, verdict in findings.verdicts.get(row, {}).items()
+        },
+    }
+
+
+def _worth(measured: Measured) -> dict[str, Any]:
+    return {"held_out_error": measured.errors, "scores": benchmark.to_json(measured.scores)}
+
+
+def _rounded(values) -> list:
+    return values.round(4).tolist()

@@ -1,0 +1,140 @@
+"""A stage's loss: what enters it, and that its parts add up."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d2m_jax import flow
+from d2m_jax.config import (
+    ConfigError,
+    LossConfig,
+    ModelConfig,
+    PixelsConfig,
+    StackConfig,
+    StageConfig,
+    WordsConfig,
+)
+from d2m_jax.distill import stages
+from d2m_jax.models.flux import model_of
+from d2m_jax.sampling.encoders import Encoders
+from tests.models import toy
+
+BODY = replace(toy.DENSE, in_channels=12, context_in_dim=16, vec_in_dim=16)
+TEACHER = ModelConfig(
+    transformer=BODY,
+    text=WordsConfig(dim=16, length=3, vocabulary=("red", "blue", "anchor")),
+    image=PixelsConfig(height=6, width=8, patch=2),
+)
+STUDENT = replace(
+    TEACHER,
+    transformer=replace(
+        toy.SPARSE, in_channels=12, context_in_dim=16, vec_in_dim=16, moe=toy.SPARSE.moe
+    ),
+)
+
+
+def batch(count=4):
+    rng = np.random.default_rng(0)
+    return {
+        "image": jnp.asarray(rng.integers(0, 256, (count, 6, 8, 3)), jnp.uint8),
+        "words": jnp.asarray(rng.integers(0, 4, (count, 3)), jnp.int32),
+    }
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])
+def test_times(timesteps):
+    loss = LossConfig(timesteps=timesteps)
+    t = np.asarray(stages.times(loss, jax.random.key(0), 1000))
+    assert t.shape == (1000,) and t.min() > 0 and t.max() < 1
+    other = np.asarray(stages.times(loss, jax.random.key(1), 1000))
+    assert not np.array_equal(t, other)
+    if timesteps == "uniform":  # one in each thousandth, in any order
+        np.testing.assert_array_equal(np.sort((t * 1000).astype(int)), np.arange(1000))
+        assert np.abs(np.corrcoef(t, np.arange(1000))[0, 1]) < 0.2
+    else:
+        assert np.mean(t) == pytest.approx(0.5, abs=0.03)
+        assert np.std(np.log(t / (1 - t))) == pytest.approx(1, abs=0.1)
+
+
+def test_noisy_inputs_lie_on_the_path_to_their_target():
+    encoders = Encoders(TEACHER)
+    inputs, target = stages.noisy_inputs(
+        TEACHER, encoders, LossConfig(), batch(), jax.random.key(0)
+    )
+    x, img_ids, txt, txt_ids, t, y, guidance = inputs
+    assert img_ids.shape == (1, 12, 3) and txt_ids.shape == (1, 3, 3) and txt.shape == (4, 3, 16)
+    # x_t − t·v is the image itself
+    data = encoders.latents(batch()["image"])
+    np.testing.assert_allclose(x - t[:, None, None] * target, data, atol=1e-5)
+    assert data.min() >= -1 and data.max() <= 1
+    np.testing.assert_array_equal(guidance, [TEACHER.guidance] * 4)
+    again, _ = stages.noisy_inputs(TEACHER, encoders, LossConfig(), batch(), jax.random.key(0))
+    np.testing.assert_array_equal(again[0], x)
+    without = replace(TEACHER, transformer=replace(BODY, guidance_embed=False))
+    assert (
+        stages.noisy_inputs(without, encoders, LossConfig(), batch(), jax.random.key(0))[0][6]
+        is None
+    )
+
+
+def test_flow_loss_is_the_error_of_the_velocity():
+    loss = stages.flow_loss(TEACHER, StageConfig(kind="flow"))
+    params, key = toy.params(BODY), jax.random.key(3)
+    value, metrics = jax.jit(loss)(params, None, batch(), key)
+    inputs, target = stages.noisy_inputs(TEACHER, Encoders(TEACHER), LossConfig(), batch(), key)
+    velocity = jax.jit(lambda p, *a: model_of(BODY, p)(*a))(params, *inputs)
+    assert value == pytest.approx(float(jnp.square(velocity - target).mean()), rel=1e-5)
+    np.testing.assert_allclose(target, flow.velocity(*_ends(key)), atol=1e-6)
+    assert metrics == {}
+
+
+def _ends(key):
+    data = Encoders(TEACHER).latents(batch()["image"])
+    return data, jax.random.normal(jax.random.split(key)[0], data.shape)
+
+
+def test_distill_loss_is_the_sum_of_its_parts():
+    teacher, student = toy.params(BODY, 1), toy.params(STUDENT.transformer, 2)
+    key = jax.random.key(0)
+
+    def value(**weights):
+        loss = stages.distill_loss(TEACHER, STUDENT, StageConfig(loss=LossConfig(**weights)))
+        return jax.jit(loss)(student, teacher, batch(), key)
+
+    whole, metrics = value(output=2.0, feature=0.5, balance=0.3, block_balance=0.0)
+    # Σ_l w_l · feature_l = L_distill · Σ_l mean(norm) / norm_l, from the formula of w_l
+    norm = np.sqrt(_features(teacher, key))
+    feature = float(metrics["output"]) * (norm.mean() / norm).sum()
+    expected = 2.0 * metrics["output"] + 0.5 * feature + 0.3 * metrics["balance"]
+    assert whole == pytest.approx(float(expected), rel=1e-4)
+    assert metrics["feature"].shape == (3,) and metrics["balance"] > 1
+    assert {"double.0.img_mlp/entropy", "single.0.mlp/dead_experts"} <= set(metrics)
+
+    output, metrics = value(output=1.0, feature=0.0, balance=0.0, block_balance=0.0)
+    assert output == pytest.approx(float(metrics["output"]), rel=1e-6)
+    assert "feature" not in metrics
+
+
+def _features(teacher, key):
+    """Mean squares of the teacher's streams after each group."""
+    inputs, _ = stages.noisy_inputs(TEACHER, Encoders(TEACHER), LossConfig(), batch(), key)
+    model = model_of(BODY, teacher)
+    streams, context = model.embed(*inputs)
+    streams, _ = model.double[0](streams, context)
+    squares = [np.square(np.concatenate(streams, axis=1)).mean()]
+    x = (jnp.concatenate(streams[::-1], axis=1),)
+    graphs, parameters = model.single[0].split()
+    for i in range(2):
+        mine = jax.tree.map(lambda a, i=i: a[i], parameters)
+        x, _ = model.single[0].run_group(graphs, mine, x, context)
+        squares.append(np.square(x[0]).mean())
+    return np.asarray(squares)
+
+
+def test_distill_refuses_bodies_that_do_not_align():
+    deeper = replace(STUDENT, transformer=replace(STUDENT.transformer, single=(StackConfig(3),)))
+    with pytest.raises(ConfigError, match="lockstep: teacher's single stacks"):
+        stages.distill_loss(TEACHER, deeper, StageConfig())

@@ -1,0 +1,156 @@
+"""The report of a run: its rows, its files, and that a killed one goes on."""
+
+import json
+import re
+
+import jax.numpy as jnp
+import pytest
+from PIL import Image
+
+from d2m_jax import weights
+from d2m_jax.evaluate import latency, report
+from d2m_jax.evaluate.accounting import account
+from d2m_jax.evaluate.measure import Bench
+from d2m_jax.models.flux import model_of
+
+ROWS = [
+    "teacher",
+    "pruned, after retrain",
+    "pruned, after longer",
+    "paper, after shared",
+    "paper, after moe",
+    "fitted, after moe",
+    "fitted, after mob",
+]
+
+
+class Killed(BaseException):
+    """Stands for a signal that no one can catch."""
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(latency, "ROUNDS", 3)
+
+
+def scores_of(directory) -> list:
+    rows = json.loads((directory / "report.json").read_text())["rows"]
+    return [(row["name"], row["scores"], row["held_out_error"]) for row in rows]
+
+
+def test_report_of_a_run(make_run, capsys):
+    directory = make_run()
+    report.write(directory, "train.py my_config.py")
+    said = capsys.readouterr().out
+    assert str(directory / "report.html") in said and "fitted, after mob" in said
+
+    value = json.loads((directory / "report.json").read_text())
+    rows = {row["name"]: row for row in value["rows"]}
+    assert list(rows) == ROWS
+    assert value["command"] == "train.py my_config.py" and value["rival"] == "pruned"
+    assert {"python", "jax", "flax", "numpy"} <= set(value["versions"])
+    assert value["cores"] >= 1
+
+    # costs: as accounting counts them, with the top_k of the stage
+    config = weights.load_config(directory / "models" / "mob")
+    assert rows["fitted, after mob"]["activated"] == account(config).total.activated
+    gflops = {name: row["gflops"] for name, row in rows.items()}
+    assert gflops["paper, after shared"] < gflops["paper, after moe"] < gflops["teacher"]
+    for row in rows.values():
+        assert all(t > 0 for t in row["milliseconds_per_image"].values())
+
+    # training, summed over stages
+    trained = {name: (row["steps"], row["seconds"]) for name, row in rows.items()}
+    assert trained["pruned, after longer"] == (30, pytest.approx(3))
+    assert trained["fitted, after mob"] == (40, pytest.approx(20))
+
+    # worth, and against the rival
+    assert rows["teacher"]["held_out_error"] == {"seen": 0, "held_out": 0}
+    assert all(row["held_out_error"]["seen"] > 0 for row in value["rows"][1:])
+    assert rows["teacher"]["against_rival"] == rows["pruned, after longer"]["against_rival"] == {}
+    steps = rows["fitted, after moe"]["against_rival"]["at_equal_steps"]
+    time = rows["fitted, after moe"]["against_rival"]["at_equal_seconds"]
+    assert (steps["row"], steps["reached"]) == ("pruned, after retrain", True)
+    assert (time["row"], time["reached"]) == ("pruned, after longer", False)
+    error = rows["fitted, after moe"]["held_out_error"]["seen"]
+    assert steps["error_ratio"] == pytest.approx(
+        error / rows["pruned, after retrain"]["held_out_error"]["seen"]
+    )
+    assert set(rows["fitted, after mob"]["verdicts"]) == {
+        "score_of_teacher",
+        "error_of_rival",
+        "time_of_teacher",
+    }
+    assert [v["top_k"] for v in value["top_k"]["values"]] == [0, 1, 2, 4]
+    trained_k = next(v for v in value["top_k"]["values"] if v["top_k"] == 2)
+    assert trained_k["held_out_error"]["seen"] == error
+
+    html = (directory / "report.html").read_text()
+    assert not re.search(r"https?://|<script|<link", html)
+    assert html.count("data:image/png;base64,") == 5
+    assert "longer than the rival ever did" in html
+    for name in ("samples", "curves", "costs", "routing", "routing_blocks"):
+        with Image.open(directory / "report" / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+
+
+def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch):
+    directory, measured = make_run(), []
+    measure = Bench._measure
+
+    def dies(self, config, params, prompts):
+        if len(measured) == 2:
+            raise Killed
+        measured.append(config)
+        return measure(self, config, params, prompts)
+
+    monkeypatch.setattr(Bench, "_measure", dies)
+    with pytest.raises(Killed):
+        report.write(directory)
+    assert not (directory / "report.json").exists()
+
+    def counts(self, config, params, prompts):
+        measured.append(config)
+        return measure(self, config, params, prompts)
+
+    monkeypatch.setattr(Bench, "_measure", counts)
+    report.write(directory)
+    assert len(measured) == len(ROWS) + 4  # and the top-k sweep's
+    uninterrupted = scores_of(directory)
+
+    # what is on disk is not measured again, but for a damaged file and another model
+    (directory / "evaluation" / "teacher.json").write_text('{"key": ')
+    config, params = weights.load(directory / "models" / "mob")
+    params["img_in"]["bias"] += jnp.float32(0.5)
+    weights.save(directory / "models" / "mob", config, params)
+    measured.clear()
+    report.write(directory)
+    assert len(measured) == 2
+    assert scores_of(directory)[:-1] == uninterrupted[:-1]
+    assert scores_of(directory)[-1] != uninterrupted[-1]
+
+
+def test_held_out_error_is_the_mean_squared_difference_of_velocities(make_run):
+    from d2m_jax import flow
+    from d2m_jax.evaluate import held_out, rows
+
+    run = rows.read(make_run())
+    batches = held_out.noisy_batches(run.config, run.teacher.config, "seen")
+    row = run.students[0].rows[0]
+    (inputs,) = batches
+    answers = [
+        model_of(model.config.transformer, model.params)(
+            inputs["img"],
+            flow.image_ids(2, 2),
+            inputs["txt"],
+            flow.text_ids(6),
+            inputs["timesteps"],
+            inputs["y"],
+        )
+        for model in (run.teacher, row)
+    ]
+    bench = Bench(run, run_folder := None, {})
+    assert run_folder is None
+    expected = float(jnp.square(answers[0] - answers[1]).mean())
+    found = held_out.velocities(row.config, row.params, batches) - bench.targets["seen"]
+    assert float((found**2).mean()) == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,221 @@
+"""Mixture of Blocks: what runs, what it gives, and how its router learns."""
+
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+
+from d2m_jax import flow
+from d2m_jax.config import StackConfig
+from d2m_jax.models import mob
+from d2m_jax.models.blocks import Context, SingleStreamBlock
+from d2m_jax.models.flux import over_axes
+from d2m_jax.models.layers import rope
+from tests.models import toy
+
+BLOCKS, TEXT, GRID = 4, 4, (3, 5)
+CHOICES = jnp.asarray([[0, 2], [1, 3], [0, 1], [0, 2], [2, 3]])
+BATCH, DIM = len(CHOICES), toy.DENSE.hidden_size
+IDS = jnp.concatenate([flow.text_ids(TEXT), flow.image_ids(*GRID)], axis=1)
+PE = rope(IDS, toy.DENSE.axes_dim, toy.DENSE.theta)
+
+
+def group(blocks=BLOCKS, ffn="dense"):
+    """run_block, and the parameters of a group of single blocks."""
+
+    def create(rngs):
+        return SingleStreamBlock(toy.SPARSE, StackConfig(1, ffn=ffn), rngs=rngs)
+
+    graph, state = nnx.split(nnx.eval_shape(lambda: over_axes(create, (blocks,), nnx.Rngs(0))))
+
+    def run_block(params, streams, context):
+        return nnx.merge(graph, params)(streams, context)
+
+    return run_block, toy.random_like(state)
+
+
+def entry(batch=BATCH):
+    """Streams and global vectors, a batch of arrays."""
+    rng = np.random.default_rng(0)
+    shapes = (batch, TEXT + GRID[0] * GRID[1], DIM), (batch, DIM)
+    return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+
+def context(vec, pe=PE):
+    return Context(vec=vec, cond=jax.nn.silu(vec), pe=pe, text_tokens=TEXT)
+
+
+def run(run_block, params, x, vec, chosen, weight, pe=PE):
+    return mob.run_chosen(run_block, params, (x,), context(vec, pe), chosen, weight)
+
+
+def plain(run_block, params, x, vec, chosen, weight):
+    """Sample by sample in a Python loop: the blocks chosen by hand."""
+    results = []
+    for i, blocks in enumerate(chosen.tolist()):
+        mine = x[i : i + 1]
+        for j, block in enumerate(blocks):
+            picked = jax.tree.map(lambda a, block=block: a[block], params)
+            (new,), _ = run_block(picked, (mine,), context(vec[i : i + 1]))
+            mine = mine + weight[i, j] * (new - mine)
+        results.append(mine)
+    return jnp.concatenate(results)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Output and gradients of the plain loop, all differentiable inputs included."""
+    run_block, params = group()
+    x, vec = entry()
+
+    def loss(params, x, vec, weight):
+        y = plain(run_block, params, x, vec, CHOICES, weight)
+        return jnp.square(y - 1).mean(), y
+
+    loss = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+    (_, y), gradients = loss(params, x, vec, jnp.ones(CHOICES.shape))
+    return y, gradients
+
+
+@pytest.mark.parametrize("limit", ["side by side", "two at a time", "one after the other"])
+def test_chosen_blocks_run_as_by_hand(limit, monkeypatch, expected):
+    run_block, params = group()
+    size = sum(a[0].nbytes for a in jax.tree.leaves(params))
+    samples = {"side by side": BATCH, "two at a time": 2, "one after the other": 0}[limit]
+    monkeypatch.setattr(mob, "GATHER_BYTES", samples * size)
+    x, vec = entry()
+
+    def loss(params, x, vec, weight):
+        (y,), _ = run(run_block, params, x, vec, CHOICES, weight)
+        return jnp.square(y - 1).mean(), y
+
+    loss = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+    (_, y), gradients = loss(params, x, vec, jnp.ones(CHOICES.shape))
+    np.testing.assert_allclose(y, expected[0], atol=2e-5)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected[1]), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+    # every block, and the weight of every choice, was reached
+    assert all(
+        jnp.abs(a).reshape(BLOCKS, -1).max(1).min() > 0 for a in jax.tree.leaves(gradients[0])
+    )
+    assert jnp.abs(gradients[3]).min() > 1e-5
+
+
+def test_the_batch_never_changes_a_sample(expected):
+    """Up to float rounding, for another batch is another program."""
+    run_block, params = group()
+    x, vec = entry()
+    order = jnp.asarray([3, 0])
+    call = jax.jit(lambda *a: run(run_block, *a)[0][0])
+    y = call(params, x[order], vec[order], CHOICES[order], jnp.ones((2, 2)))
+    np.testing.assert_allclose(y, expected[0][order], atol=1e-5)
+
+
+def test_positions_may_differ_by_sample(expected):
+    run_block, params = group()
+    x, vec = entry()
+    moved = rope(IDS + (jnp.arange(BATCH) == 1)[:, None, None] * IDS, (4, 6, 6), 10_000)
+    call = jax.jit(lambda *a: run(run_block, *a)[0][0])
+    y = call(params, x, vec, CHOICES, jnp.ones(CHOICES.shape), moved)
+    difference = jnp.abs(y - expected[0]).max((1, 2))
+    assert difference[1] > 1e-2 and difference[jnp.asarray([0, 2, 3, 4])].max() < 1e-5
+
+
+def test_reports_are_by_block_and_zero_where_skipped():
+    run_block, params = group(ffn="moe")
+    x, vec = entry()
+    call = jax.jit(lambda *a: run(run_block, *a)[1])
+    aux = call(params, x, vec, CHOICES, jnp.ones(CHOICES.shape))["mlp"]
+    assert aux["load"].shape == (BLOCKS, BATCH, toy.SPARSE.moe.experts)
+    ran = np.asarray(jax.nn.one_hot(CHOICES, BLOCKS).sum(1).T)
+    np.testing.assert_allclose(aux["load"].sum(-1), ran, atol=1e-6)
+    np.testing.assert_allclose(aux["probability"].sum(-1), ran, atol=1e-6)
+    assert ((np.asarray(aux["entropy"]) > 0) == (ran > 0)).all()
+
+
+def test_skipped_blocks_are_not_computed():
+    """Two of eight blocks: the work is that of two of two, so it does not grow with m."""
+
+    def work(blocks):
+        run_block, params = group(blocks)
+        x, vec = entry(1)
+        chosen, weight = jnp.asarray([[0, 1]]), jnp.ones((1, 2))
+        jaxpr = jax.make_jaxpr(lambda p: run(run_block, p, x, vec, chosen, weight)[0])(params)
+        return multiplications(jaxpr.jaxpr)
+
+    run_block, params = group(1)
+    x, vec = entry(1)
+    one = jax.make_jaxpr(
+        lambda p: run_block(jax.tree.map(lambda a: a[0], p), (x,), context(vec))[0]
+    )(params)
+    single = multiplications(one.jaxpr)
+    assert work(2) == work(8)
+    assert 2 * single <= work(8) < 2.1 * single
+
+
+def multiplications(jaxpr, times=1) -> int:
+    """Scalar multiplications of all matrix products, those in loops as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            inner = np.prod([left[i] for i in contracted])
+            total += times * int(inner * np.prod(equation.outvars[0].aval.shape))
+        assert equation.primitive.name not in ("cond", "while"), "count these too"
+        repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for inner in jaxprs_in_params(equation.params):
+            total += multiplications(inner, times * repeats)
+    return total
+
+
+def test_weight_is_exactly_1_and_its_gradient_reaches_the_router():
+    logits = jnp.asarray([[0.1, 2.0, -0.3, 1.5], [3.0, 0.0, 0.2, 0.1]])
+    probability, chosen, weight = mob.choose(logits, 2)
+    np.testing.assert_array_equal(chosen, [[1, 3], [0, 2]])
+    assert (weight == 1).all()
+    np.testing.assert_allclose(probability, jax.nn.softmax(logits), rtol=1e-6)
+    slope = jnp.asarray([[1.0, -2.0], [0.5, 3.0]])
+    through = jax.grad(lambda logits: (slope * mob.choose(logits, 2)[2]).sum())(logits)
+
+    def of_probability(logits):
+        return (slope * jnp.take_along_axis(jax.nn.softmax(logits), chosen, 1)).sum()
+
+    np.testing.assert_allclose(through, jax.grad(of_probability)(logits), rtol=1e-6)
+    assert jnp.abs(through).max() > 0.1
+
+
+def test_a_chosen_block_s_output_passes_as_it_is():
+    """Large inputs: x + 1·(y − x) would lose what y holds."""
+
+    def run_block(params, streams, context):
+        return (params["y"] + 0 * streams[0],), {}
+
+    x = jnp.full((1, 19, DIM), 3e7)
+    y = jnp.full((1, 19, DIM), 0.1)
+    (result,), _ = run(run_block, {"y": y}, x, entry(1)[1], jnp.asarray([[0]]), jnp.ones((1, 1)))
+    np.testing.assert_array_equal(result, y)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_router_is_that_of_the_paper(alpha):
+    router = mob.BlockRouter(DIM, BLOCKS, alpha, rngs=nnx.Rngs(0))
+    x, vec = entry()
+    logits = router((x.astype(jnp.bfloat16),), context(vec.astype(jnp.bfloat16)))
+    assert logits.dtype == jnp.float32
+    x, vec = (np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x, vec))
+    pooled = [x[:, TEXT:].mean(1), x[:, :TEXT].mean(1)]
+    pooled = [p / np.sqrt((p**2).mean(-1, keepdims=True) + 1e-6) for p in pooled]
+    features = np.concatenate(pooled, axis=-1) @ np.asarray(router.features.kernel[...])
+    expected = alpha * features + (1 - alpha) * vec @ np.asarray(router.vec.kernel[...])
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    # a double block's streams are pooled alike
+    streams = tuple(jnp.asarray(a, jnp.bfloat16) for a in (x[:, TEXT:], x[:, :TEXT]))
+    np.testing.assert_allclose(
+        router(streams, context(jnp.asarray(vec, jnp.bfloat16))), logits, atol=1e-5
+    )

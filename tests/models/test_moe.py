@@ -1,0 +1,237 @@
+"""The MoE FFN: both paths, gates, the run-time knob, independence of samples."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
+from d2m_jax.models import moe
+from tests.models import toy
+
+N, DIM, BATCH, TOKENS = 6, 16, 3, 20
+STACK = StackConfig(1, ffn="moe")
+CONFIG = FluxConfig(hidden_size=DIM, num_heads=1, axes_dim=(4, 6, 6), moe=MoEConfig(experts=N))
+
+
+def build(**changes):
+    """The layer's program, parameters, and a function (params, x, unmodulated, vec, k) → output."""
+    config = replace(CONFIG, moe=replace(CONFIG.moe, **changes))
+    graph, state = nnx.split(nnx.eval_shape(lambda: moe.MoE(config, STACK, rngs=nnx.Rngs(0))))
+
+    def call(params, x, unmodulated, vec, k=None):
+        return nnx.merge(graph, params)(x, unmodulated, vec, k)
+
+    return toy.random_like(state, seed=1), jax.jit(call, static_argnums=4)
+
+
+def inputs(batch=BATCH, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (batch, TOKENS, DIM), (batch, TOKENS, DIM), (batch, DIM)
+    return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return build(implementation="reference")
+
+
+@pytest.fixture(scope="module")
+def tiled():
+    return build(implementation="tiled")
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 6])
+def test_tiled_is_the_reference_forward_and_gradient(k):
+    (params, fast), (_, plain) = build(implementation="tiled"), build(implementation="reference")
+    x, unmodulated, vec = inputs()
+    target = jnp.sin(x)
+
+    def loss(call):
+        def value(params, x):
+            y, aux = call(params, x, unmodulated, vec, k)
+            return jnp.square(y - target).mean(), (y, aux)
+
+        return jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
+
+    ((_, (y, aux)), gradients), ((_, (y2, aux2)), gradients2) = (
+        loss(call)(params, x) for call in (fast, plain)
+    )
+    np.testing.assert_allclose(y, y2, atol=2e-5)
+    jax.tree.map(np.testing.assert_array_equal, aux, aux2)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(gradients2), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-6, err_msg=jax.tree_util.keystr(path))
+    moving = jax.tree.map(lambda a: float(jnp.abs(a).max()) > 1e-6, gradients[0])
+    still = [
+        jax.tree_util.keystr(path)
+        for path, moves in jax.tree_util.tree_leaves_with_path(moving)
+        if not moves
+    ]
+    assert not still or k == 1  # a single renormalised choice always weighs 1: its gate is still
+    assert all("gate" in name for name in still)
+
+
+def by_hand(params, x, weights):
+    """Σ weights[token, i] · expert i(x) + shared expert, in NumPy and float64."""
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(params))
+    x = np.asarray(x, np.float64)
+    shared = p["shared"]["in_layer"], p["shared"]["out_layer"]
+    y = gelu(x @ shared[0]["kernel"] + shared[0]["bias"]) @ shared[1]["kernel"] + shared[1]["bias"]
+    for i in range(N):
+        hidden = gelu(x @ p["experts"]["in_kernel"][i] + p["experts"]["in_bias"][i])
+        y += p["scale"] * weights[..., i, None] * (hidden @ p["experts"]["out_kernel"][i])
+    return y
+
+
+def scores(params, x):
+    gate = nnx.to_pure_dict(params)["gate"]
+    return np.asarray(x, np.float64) @ np.asarray(gate["kernel"]) + np.asarray(gate["bias"])
+
+
+def softmax(a):
+    e = np.exp(a - a.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("gate", ["renormalised", "softmax", "sigmoid"])
+def test_gate_kinds_by_hand(gate):
+    params, call = build(gate=gate, implementation="reference")
+    x, unmodulated, vec = inputs()
+    y, aux = call(params, x, unmodulated, vec)
+    logits = scores(params, x)
+    probability = softmax(logits)
+    chosen = logits >= np.sort(logits, axis=-1)[..., -2:-1]  # the two best
+    weights = {
+        "renormalised": 2 * probability / (probability * chosen).sum(-1, keepdims=True),
+        "softmax": N * probability,
+        "sigmoid": 2 / (1 + np.exp(-logits)),
+    }[gate]
+    np.testing.assert_allclose(y, by_hand(params, x, weights * chosen), atol=2e-5)
+    np.testing.assert_allclose(aux["load"], chosen.mean(1) / 2, atol=1e-6)
+    np.testing.assert_allclose(aux["probability"], probability.mean(1), atol=1e-6)
+    entropy = -(probability * np.log(probability)).sum(-1).mean(1)
+    np.testing.assert_allclose(aux["entropy"], entropy, atol=1e-5)
+    np.testing.assert_allclose(aux["load"].sum(-1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("gate", ["renormalised", "softmax", "sigmoid"])
+def test_all_experts_with_a_uniform_gate_are_the_whole_ffn(gate):
+    params, call = build(gate=gate)
+    params["gate"]["kernel"][...] = jnp.zeros((DIM, N))
+    params["gate"]["bias"][...] = jnp.full(N, 0.0 if gate == "sigmoid" else 0.7)
+    x, unmodulated, vec = inputs()
+    y, _ = call(params, x, unmodulated, vec, N)
+    np.testing.assert_allclose(y, by_hand(params, x, np.ones((BATCH, TOKENS, N))), atol=2e-5)
+
+
+def test_top_k_0_is_the_shared_expert(tiled):
+    params, call = tiled
+    x, unmodulated, vec = inputs()
+    y, aux = call(params, x, unmodulated, vec, 0)
+    np.testing.assert_allclose(y, by_hand(params, x, np.zeros((BATCH, TOKENS, N))), atol=1e-5)
+    assert aux == {}
+
+
+def test_top_k_is_a_knob_and_defaults_to_the_config_s(tiled):
+    params, call = tiled
+    outputs = [call(params, *inputs(), k)[0] for k in (None, 2, 3)]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert np.abs(outputs[1] - outputs[2]).max() > 0.01
+
+
+@pytest.mark.parametrize("path", ["tiled", "reference"])
+def test_the_batch_never_changes_a_sample(path, request):
+    """Up to float rounding: a matmul of another size may sum in another order."""
+    params, call = request.getfixturevalue(path)
+    x, unmodulated, vec = inputs()
+    whole, aux = call(params, x, unmodulated, vec)
+    # beside other neighbours, which all want one expert
+    crowd = x.at[1:].set(x[1, 0])
+    crowded, aux2 = call(params, crowd, unmodulated, vec)
+    alone, aux3 = call(params, x[:1], unmodulated[:1], vec[:1])
+    np.testing.assert_allclose(crowded[0], whole[0], atol=1e-6)
+    np.testing.assert_allclose(alone[0], whole[0], atol=1e-6)
+    np.testing.assert_array_equal(aux["load"][0], aux2["load"][0])
+    np.testing.assert_array_equal(aux["load"][0], aux3["load"][0])
+
+
+def test_order_of_tokens_does_not_matter(tiled):
+    params, call = tiled
+    x, unmodulated, vec = inputs()
+    order = np.random.default_rng(2).permutation(TOKENS)
+    straight, _ = call(params, x, unmodulated, vec)
+    shuffled, _ = call(params, x[:, order], unmodulated[:, order], vec)
+    np.testing.assert_allclose(shuffled, straight[:, order], atol=1e-6)
+
+
+def test_router_is_float32_in_half_precision():
+    """Scores that differ by less than bfloat16 can tell still have an order."""
+    params, call = build(implementation="reference")
+    kernel = np.zeros((DIM, N), np.float32)
+    kernel[0] = 1 + np.arange(N) / 2**12
+    params["gate"]["kernel"][...], params["gate"]["bias"][...] = jnp.asarray(kernel), jnp.zeros(N)
+    x, unmodulated, vec = inputs()
+    x = jnp.abs(x).astype(jnp.bfloat16) + 1
+    y, aux = call(params, x, unmodulated.astype(jnp.bfloat16), vec, 1)
+    assert y.dtype == jnp.bfloat16
+    assert aux["load"].dtype == aux["probability"].dtype == jnp.float32
+    np.testing.assert_array_equal(aux["load"], [[0, 0, 0, 0, 0, 1]] * BATCH)
+
+
+def test_router_input_unmodulated_reads_the_token_and_the_time():
+    params, call = build(router_input="unmodulated", implementation="reference")
+    x, unmodulated, vec = inputs()
+    _, aux = call(params, x, unmodulated, vec)
+    gate = np.asarray(params["gate_cond"]["kernel"][...])
+    cond = np.asarray(jax.nn.silu(vec)) @ gate
+    probability = softmax(scores(params, unmodulated) + cond[:, None])
+    np.testing.assert_allclose(aux["probability"], probability.mean(1), atol=1e-5)
+    # what the experts read does not move the router
+    _, scaled = call(params, 10 * x, unmodulated, vec)
+    np.testing.assert_array_equal(scaled["load"], aux["load"])
+    # at birth the time has no say
+    born = moe.MoE(
+        replace(CONFIG, moe=MoEConfig(experts=N, router_input="unmodulated")),
+        STACK,
+        rngs=nnx.Rngs(0),
+    )
+    assert not born.gate_cond.kernel[...].any()
+
+
+def test_auto_takes_the_sparse_path_for_many_tokens(monkeypatch):
+    taken = []
+    for name in ("reference_experts", "tiled_experts"):
+        function = getattr(moe, name)
+
+        def spy(*arguments, name=name, function=function):
+            taken.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(moe, name, spy)
+    params, call = build(implementation="auto")
+    for tokens, k in ((100, 2), (600, 2), (600, N)):
+        x, vec = jnp.ones((1, tokens, DIM)), jnp.ones((1, DIM))
+        jax.eval_shape(lambda x, v, k=k: call(params, x, x, v, k), x, vec)
+    assert taken == ["reference_experts", "tiled_experts", "reference_experts"]
+
+
+@pytest.mark.parametrize("chosen", [[0] * 9, [5] * 9, [5, 0, 5, 3, 0, 5, 1, 0, 5]])
+def test_place_gives_every_choice_a_row_of_its_expert(chosen):
+    tile = 4
+    slot, sizes, token = moe.place(jnp.asarray(chosen)[:, None], N, tile)
+    counts = np.bincount(chosen, minlength=N)
+    np.testing.assert_array_equal(sizes, -(-counts // tile) * tile)
+    assert len(set(slot.tolist())) == len(chosen)
+    starts = np.cumsum(sizes) - sizes
+    for i, expert in enumerate(chosen):
+        assert starts[expert] <= slot[i] < starts[expert] + counts[expert]
+        assert token[slot[i]] == i

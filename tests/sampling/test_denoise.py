@@ -1,0 +1,59 @@
+"""The denoising loop."""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+
+from d2m_jax import flow
+from d2m_jax.models.flux import Flux
+from d2m_jax.sampling.denoise import denoise
+
+
+class Recorder(Flux, pytree=False):
+    """Stands for a model: a velocity of its own, and it shows what it was given."""
+
+    def __init__(self, velocity, guidance_embed=True):
+        self.velocity = velocity
+        self.config = SimpleNamespace(guidance_embed=guidance_embed)
+
+    def __call__(self, img, img_ids, txt, txt_ids, timesteps, y, guidance, top_k):
+        self.seen = img_ids.shape, txt_ids.shape, guidance, top_k
+        assert timesteps.shape == (img.shape[0],)
+        return self.velocity(img, timesteps[:, None, None])
+
+
+NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 3)), jnp.float32)
+TXT, Y = jnp.zeros((2, 4, 5)), jnp.zeros((2, 7))
+
+
+def sample(model, times, **options):
+    return denoise(model, NOISE, TXT, Y, (2, 3), jnp.asarray(times), 3.5, **options)
+
+
+def test_steps_follow_the_true_velocity_to_the_data():
+    """With v = noise − data every schedule ends at the data."""
+    data = jnp.full(NOISE.shape, 0.3)
+    model = Recorder(lambda x, t: NOISE - data)
+    for times in ([1.0, 0.0], flow.schedule(5, 4096, True)):
+        np.testing.assert_allclose(sample(model, times), data, atol=1e-6)
+
+
+def test_steps_are_euler_s():
+    times = np.float32([1.0, 0.7, 0.4, 0.0])
+    result = sample(Recorder(lambda x, t: x * t), times)
+    expected = np.asarray(NOISE)
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        expected = expected + (t_next - t) * expected * t
+    np.testing.assert_allclose(result, expected, rtol=1e-5)
+
+
+def test_what_the_model_gets():
+    model = Recorder(lambda x, t: x)
+    sample(model, [1.0, 0.0], top_k=3)
+    img_ids, txt_ids, guidance, top_k = model.seen
+    np.testing.assert_array_equal(img_ids, flow.image_ids(2, 3))
+    assert txt_ids.shape == (1, 4, 3) and guidance.shape == (2,) and top_k == 3
+    model = Recorder(lambda x, t: x, guidance_embed=False)
+    sample(model, [1.0, 0.0])
+    assert model.seen[2] is None and model.seen[3] is None
