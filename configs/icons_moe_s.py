@@ -1,10 +1,10 @@
-"""From the icons teacher to a MoE with Mixture of Blocks, beside the paper's recipe and a width-pruned rival.
+"""From the icons teacher to MoE with Mixture of Blocks, beside the paper's recipe and a rival.
 
     python train.py configs/icons_moe_s.py --run-dir runs/demo        (or: make demo)
 
-1S12E2A: a shared expert of a quarter of the FFN and 2 of 12 normal experts, 37.5 % of the FFN per token, then one
-group of 2 single blocks of which 1 runs. The rival keeps the 37.5 % of neurons that matter most, and trains on the
-same batches for the same steps.
+1S12E2A: a shared expert of a quarter of the FFN and 2 of 12 normal experts, 37.5 % of the FFN per
+token, then one group of 2 single blocks of which 1 runs. The rival is pruned to the 37.5 % of
+neurons that matter most, and trains on the same batches for the same steps.
 """
 
 from d2m_jax.config import (

@@ -1,12 +1,12 @@
 """The quick task: a small dense teacher for one glyph in the middle of a small canvas, in minutes.
 
-    python train.py configs/icons_single.py
+python train.py configs/icons_single.py
 """
 
 import dataclasses
 
-from d2m_jax.config import IconsConfig, PixelsConfig, RunConfig, WordsConfig
 from configs.icons_teacher import get_config as get_scenes_config
+from d2m_jax.config import IconsConfig, PixelsConfig, RunConfig, WordsConfig
 
 STEPS = 4000
 

@@ -1,6 +1,6 @@
-"""The dense teacher that ships with the repository: text to scenes of coloured glyphs, by flow matching.
+"""The dense teacher that ships with the repository: text to scenes of coloured glyphs.
 
-    python train.py configs/icons_teacher.py
+python train.py configs/icons_teacher.py
 """
 
 from d2m_jax.config import (

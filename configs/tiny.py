@@ -1,12 +1,12 @@
-"""Every stage of a distillation in under a minute, for tests and first tries; its scores mean nothing.
+"""Every stage in under a minute, for tests and first tries; its scores mean nothing.
 
-    python train.py configs/tiny.py
+python train.py configs/tiny.py
 """
 
 import dataclasses
 
-from d2m_jax.config import RunConfig, SparsifyConfig, StageConfig, StudentConfig
 from configs.icons_moe_s import get_config as get_full_config
+from d2m_jax.config import RunConfig, SparsifyConfig, StageConfig, StudentConfig
 
 STEPS = 8
 

@@ -9,4 +9,8 @@ def __getattr__(name: str):
         from d2m_jax.sampling.pipeline import load_pipeline
 
         return load_pipeline
+    if name == "load_model":
+        from d2m_jax.weights.model_directory import load_model
+
+        return load_model
     raise AttributeError(f"module 'd2m_jax' has no attribute {name!r}")

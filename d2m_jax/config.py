@@ -1,15 +1,16 @@
-"""Everything a run needs, as frozen dataclasses: their checks, their JSON form, and the model presets."""
+"""Everything a run needs, as frozen dataclasses: their checks and their JSON form."""
 
 import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Mapping
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
-    """A value that cannot work, or values that contradict each other: one line for the user, exit code 2."""
+    """A value that cannot work, or values that contradict each other: one line, exit code 2."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -18,12 +19,15 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-# ---------------------------------------------------------------------------------------------- models
+# -------------------------------------------------------------------------------- models
 
 
 @dataclass(frozen=True)
 class StackConfig:
-    """`groups` groups of `blocks` blocks of which `active` run per sample; active < blocks is Mixture of Blocks."""
+    """`groups` groups of `blocks` blocks, of which `active` run per sample.
+
+    active < blocks is Mixture of Blocks.
+    """
 
     groups: int
     blocks: int = 1
@@ -51,7 +55,7 @@ class StackConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The MoE FFN of PAPER.md: a shared expert of `shared_ratio`·D and `experts` normal experts, `top_k` per token."""
+    """The MoE FFN of PAPER.md: a shared expert and `experts` normal ones, `top_k` per token."""
 
     shared_ratio: float = 1.0  # r_s
     experts: int = 12  # n; the rest of mlp_ratio is divided among them, so r_n is derived
@@ -83,12 +87,8 @@ class FluxConfig:
     double: tuple[StackConfig, ...] = (StackConfig(19),)
     single: tuple[StackConfig, ...] = (StackConfig(38),)
     moe: MoEConfig = MoEConfig()
-    mob_alpha: float = (
-        0.5  # PAPER.md's α between pooled features and the global vector in the block router
-    )
-    modulation_rank: int | None = (
-        None  # None: one full matrix per block; r: the shared basis of PAPER.md
-    )
+    mob_alpha: float = 0.5  # α of the block router: pooled features against the global vector
+    modulation_rank: int | None = None  # r of the shared basis; None: a full matrix per block
 
     def __post_init__(self):
         heads, hidden = self.num_heads, self.hidden_size
@@ -98,8 +98,8 @@ class FluxConfig:
         )
         check(
             sum(self.axes_dim) == hidden // heads and all(a % 2 == 0 for a in self.axes_dim),
-            f"FluxConfig.axes_dim = {self.axes_dim}: expected even numbers that sum to hidden_size / num_heads"
-            f" = {hidden // heads}",
+            f"FluxConfig.axes_dim = {self.axes_dim}: expected even numbers that sum to hidden_size /"
+            f" num_heads = {hidden // heads}",
         )
         check(
             0.0 <= self.mob_alpha <= 1.0,
@@ -143,8 +143,8 @@ class FluxConfig:
         rest = self.ffn_width(stack) - self.shared_width(stack)
         check(
             rest % self.moe.experts == 0,
-            f"MoEConfig.experts = {self.moe.experts}: does not divide the {rest} neurons that the shared expert"
-            f" leaves of the FFN's {self.ffn_width(stack)}",
+            f"MoEConfig.experts = {self.moe.experts}: does not divide the {rest} neurons that the"
+            f" shared expert leaves of the FFN's {self.ffn_width(stack)}",
         )
         return rest // self.moe.experts
 
@@ -161,9 +161,7 @@ class WordsConfig:
     dim: int = 128
     length: int = 6  # tokens; shorter captions are padded
     seed: int = 0
-    vocabulary: tuple[
-        str, ...
-    ] = ()  # filled by the run from its data, so that a model directory is whole
+    vocabulary: tuple[str, ...] = ()  # filled from the data: a model directory knows its words
 
 
 @dataclass(frozen=True)
@@ -177,25 +175,24 @@ class PixelsConfig:
     def __post_init__(self):
         check(
             self.height % self.patch == 0 and self.width % self.patch == 0,
-            f"PixelsConfig.patch = {self.patch}: expected a divisor of height {self.height} and width {self.width}",
+            f"PixelsConfig.patch = {self.patch}: expected a divisor of height {self.height} and"
+            f" width {self.width}",
         )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What config.json of a model directory holds: the transformer, and which encoders surround it."""
+    """What config.json of a model directory holds: the transformer and its encoders."""
 
     transformer: FluxConfig = FluxConfig()
     text: WordsConfig = WordsConfig()
     image: PixelsConfig = PixelsConfig()
-    shift: Literal["flux", "none"] = (
-        "none"  # the sampler's schedule: FLUX.1 [dev]'s shift by length, or none
-    )
+    shift: Literal["flux", "none"] = "none"  # the sampler's: FLUX.1 [dev]'s by length, or none
     sample_steps: int = 20
     guidance: float = 3.5  # used where the transformer has guidance_embed
 
 
-# ---------------------------------------------------------------------------------------------- runs
+# -------------------------------------------------------------------------------- runs
 
 
 @dataclass(frozen=True)
@@ -223,9 +220,7 @@ class OptimizerConfig:
     clip: float = 1.0  # global norm; 0 turns clipping off
     accumulate: int = 1  # micro-batches per step
     ema: float = 0.0  # decay of the running average that is evaluated and saved; 0 turns it off
-    rates: Mapping[str, float] = field(
-        default_factory=dict
-    )  # name pattern → factor on the learning rate
+    rates: Mapping[str, float] = field(default_factory=dict)  # name pattern → factor on the rate
 
 
 @dataclass(frozen=True)
@@ -252,9 +247,7 @@ class StageConfig:
     groups: "GroupsConfig | None" = None  # regroup the blocks into MoB groups before this stage
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of activations; parameters and optimizer stay float32
-    )
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; the rest stays float32
     remat: bool = True
     log_every: int = 10
     evaluate_every: int = 250  # held-out loss; decides the best checkpoint
@@ -264,7 +257,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class GroupsConfig:
-    """How blocks become MoB groups: the first `keep` blocks stay outside, the rest form groups of `blocks`."""
+    """How blocks become MoB groups: the first `keep` stay outside, the rest form the groups."""
 
     keep_double: int = 0
     double_blocks: int = 1
@@ -313,7 +306,7 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run directory. With `teacher` set a student is distilled from it, else `model` is trained from scratch."""
+    """One run directory: a student distilled from `teacher`, or `model` trained from scratch."""
 
     name: str
     seed: int = 0
@@ -322,9 +315,7 @@ class RunConfig:
     data: IconsConfig = IconsConfig()
     sparsify: SparsifyConfig = SparsifyConfig()
     stages: Mapping[str, StageConfig] = field(default_factory=dict)
-    rivals: Mapping[str, StudentConfig] = field(
-        default_factory=dict
-    )  # trained beside it, for the report
+    rivals: Mapping[str, StudentConfig] = field(default_factory=dict)  # trained for the report
     mesh: MeshConfig = MeshConfig()
     keep_checkpoints: int = 2
     evaluate_prompts: int = 600  # prompts of the icons benchmark in the report
@@ -333,8 +324,8 @@ class RunConfig:
     def __post_init__(self):
         check(
             (self.teacher is None) != (self.model is None),
-            "RunConfig: expected either teacher (a model directory, to distill from) or model (to train from"
-            " scratch), " + ("found neither" if self.teacher is None else "found both"),
+            "RunConfig: expected either teacher (a model directory, to distill from) or model (to"
+            " train from scratch), " + ("found neither" if self.teacher is None else "found both"),
         )
         check(len(self.stages) > 0, "RunConfig.stages: expected at least one stage, found none")
         for name, stage in self.stages.items():
@@ -349,7 +340,7 @@ class RunConfig:
             )
 
 
-# ---------------------------------------------------------------------------------------------- JSON
+# -------------------------------------------------------------------------------- JSON
 
 
 def to_json(config: Any) -> Any:
@@ -364,7 +355,7 @@ def to_json(config: Any) -> Any:
 
 
 def from_json(kind: Any, value: Any, where: str = "") -> Any:
-    """The inverse of to_json. Raises ConfigError that names the field, what was found and what was expected."""
+    """The inverse of to_json. ConfigError names the field, what was found and what was expected."""
     where = where or getattr(kind, "__name__", "config")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -397,7 +388,7 @@ def from_json(kind: Any, value: Any, where: str = "") -> Any:
     return value
 
 
-def suggestion(name: str, known: typing.Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     """`, did you mean …?` where a known name is near, else the empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {near[0]}?" if near else ""

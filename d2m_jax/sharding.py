@@ -18,9 +18,10 @@ MALLOC = {-1: 2**31 - 1, -4: 0, -8: 1}
 def use_cores() -> None:
     """Make the most of a CPU; call it before anything asks JAX for its devices.
 
-    A device per core (a power of two, at most 8), so that batches are cut over them: XLA runs small matrix products
-    on one core whatever it has. And glibc keeps freed memory: by default it returns every large buffer to the
-    system, and the page faults cost a small training step half its time (docs/decisions.md).
+    A device per core (a power of two, at most 8), so that batches are cut over them: XLA runs
+    small matrix products on one core whatever it has. And glibc keeps freed memory: by default it
+    returns every large buffer to the system, and the page faults cost a small training step half
+    its time (docs/decisions.md).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jax.config.update("jax_num_cpu_devices", 2 ** min(3, int(math.log2(cores or 1))))

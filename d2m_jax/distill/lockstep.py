@@ -22,8 +22,8 @@ def check_aligned(teacher: FluxConfig, student: FluxConfig) -> None:
         shapes = [[(s.groups, s.blocks) for s in getattr(c, kind)] for c in (teacher, student)]
         check(
             shapes[0] == shapes[1],
-            f"lockstep: teacher's {kind} stacks are {shapes[0]} (groups, blocks), student's {shapes[1]};"
-            " expected the same",
+            f"lockstep: teacher's {kind} stacks are {shapes[0]} (groups, blocks), student's"
+            f" {shapes[1]}; expected the same",
         )
 
 

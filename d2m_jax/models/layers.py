@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -99,7 +100,7 @@ def timestep_embedding(
 ) -> Float[Array, "b {dim}"]:
     """[cos, sin] of 1000·t in float32; t in [0, 1] (BFL timestep_embedding)."""
     half = dim // 2
-    frequency = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = np.float32(max_period ** -(np.arange(half) / half))
     angle = 1000.0 * t.astype(jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
@@ -111,7 +112,7 @@ def rope(
     math.rope)."""
     angles = []
     for axis, dim in enumerate(axes_dim):
-        frequency = theta ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+        frequency = np.float32(theta ** -(np.arange(0, dim, 2) / dim))
         angles.append(ids[..., axis, None].astype(jnp.float32) * frequency)
     angle = jnp.concatenate(angles, axis=-1)[:, :, None]
     return jnp.cos(angle), jnp.sin(angle)

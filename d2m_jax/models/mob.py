@@ -1,4 +1,4 @@
-"""Mixture of Blocks (PAPER.md): κ of a group's m blocks run per sample, in order, as a router picks."""
+"""Mixture of Blocks (PAPER.md): per sample κ of a group's m blocks run, picked by a router."""
 
 from collections.abc import Callable
 from dataclasses import replace

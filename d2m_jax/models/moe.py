@@ -125,9 +125,7 @@ def tiled_experts(
     # Rows of empty places read token 0; their output is never read, so their gradient is zero.
     rows = _gather(x, token, slot)
     group = grouped_matmul.tile_groups(sizes, rows.shape[0] // tile, tile)
-    bias = jnp.repeat(
-        jnp.take(in_bias, group, axis=0), tile, axis=0, total_repeat_length=rows.shape[0]
-    )
+    bias = jnp.repeat(in_bias[group], tile, axis=0)
     hidden = grouped_matmul.tiled(rows, in_kernel, sizes, tile) + bias
     out = grouped_matmul.tiled(jax.nn.gelu(hidden, approximate=True), out_kernel, sizes, tile)
     out = _scatter(out, slot, token).reshape(-1, k, x.shape[-1])

@@ -9,10 +9,16 @@ from jaxtyping import Float
 from PIL import Image
 
 GAP = 2  # pixels of white between the images of a grid
+VISIBLE = 72  # pixels; smaller images are enlarged in a grid
 
 
 def grid(images: Float[np.ndarray, "n h w 3"], columns: int | None = None) -> Image.Image:
-    """Images in [0, 1] row by row in one picture; without `columns` as square as they go."""
+    """Images in [0, 1] row by row in one picture; without `columns` as square as they go.
+
+    Small ones are enlarged, pixels kept square.
+    """
+    scale = max(1, VISIBLE // images.shape[1])
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

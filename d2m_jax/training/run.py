@@ -1,4 +1,4 @@
-"""A whole run: a teacher from scratch, or a student and its rivals from a teacher, stage after stage."""
+"""A whole run: a teacher from scratch, or a student and its rivals from one, stage after stage."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -42,8 +42,9 @@ class _Work:
 def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
     """Train what `config` says into `run_directory`, going on where an earlier start stopped.
 
-    Leaves `model/`, and `models/<stage>/` after each stage (`models/start/` before the first); a rival has the same
-    in `rivals/<name>/`. `flops(config, image_tokens, text_tokens)` counts a forward, for utilisation.
+    Leaves `model/`, and `models/<stage>/` after each stage (`models/start/` before the first); a
+    rival has the same in `rivals/<name>/`. `flops(config, image_tokens, text_tokens)` counts a
+    forward, for utilisation.
     """
     run_directory = open_run(run_directory, config)
     work = _Work(config, make_mesh(config.mesh), flops)
@@ -77,7 +78,7 @@ def _train(
     stages: Mapping[str, StageConfig],
     teacher: tuple[ModelConfig, dict] | None = None,
 ) -> None:
-    """All stages of one model. `start` is (config, params), or a function that makes them where they are needed."""
+    """All stages of one model. `start` is (config, params), or a function that makes them."""
     models = directory / "models"
     if not (models / "start").exists():
         model, params = start() if callable(start) else start
@@ -119,7 +120,9 @@ def _train_stage(
         loss, constants = flow_loss(model, stage), ()
     else:
         # Lockstep pairs the stacks of teacher and student one to one.
-        transformer, constants = align(teacher[0].transformer, teacher[1], shapes(model.transformer))
+        transformer, constants = align(
+            teacher[0].transformer, teacher[1], shapes(model.transformer)
+        )
         loss = distill_loss(replace(teacher[0], transformer=transformer), model, stage)
         flops += count(transformer)
     return train_stage(

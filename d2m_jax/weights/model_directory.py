@@ -107,10 +107,10 @@ def load(path: Path | str, dtype=jnp.float32) -> tuple[ModelConfig, dict]:
     return config, restructure(expected, named)
 
 
-def open_model(path: Path | str, dtype=jnp.float32) -> tuple[ModelConfig, Flux]:
-    """Config and model of a model directory; `dtype` is that of activations, not of parameters."""
+def load_model(path: Path | str, dtype=jnp.float32) -> Flux:
+    """The transformer of a model directory; activations in `dtype`, parameters float32."""
     config, params = load(path)
-    return config, model_of(config.transformer, params, dtype)
+    return model_of(config.transformer, params, dtype)
 
 
 def _check_fit(path, stored: dict[str, tuple], expected: dict) -> None:

@@ -59,7 +59,9 @@ def plain(teacher, student):
     t_velocity, t_features, _ = apart(TEACHER, teacher)
     s_velocity, s_features, report = apart(STUDENT, student)
     layers = {
-        "feature": jnp.stack([jnp.square(t - s).mean() for t, s in zip(t_features, s_features)]),
+        "feature": jnp.stack(
+            [jnp.square(t - s).mean() for t, s in zip(t_features, s_features, strict=True)]
+        ),
         "norm": jnp.stack([jnp.sqrt(jnp.square(t).mean()) for t in t_features]),
     }
     return (t_velocity, s_velocity), layers, report

@@ -77,7 +77,7 @@ def leave(directory: Path, name: str, models: dict, seed: int, steps: dict) -> N
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Makes a run of a pruned rival, of one by the paper's stages, and of a main student `fitted`."""
+    """Makes a run of a pruned rival, one by the paper's stages, and the main student `fitted`."""
 
     def make() -> Path:
         dense, pruned, moe = model(), model(mlp_ratio=1.5), model("moe")

@@ -30,7 +30,7 @@ SPARSE = replace(
 
 
 def random_like(tree, seed=0):
-    """Arrays of these shapes, of about the size of trained ones: none is zero as some are at birth."""
+    """Arrays of these shapes, of the size of trained ones: none is zero as some are at birth."""
     rng = np.random.default_rng(seed)
 
     def draw(path, a):
@@ -52,7 +52,7 @@ def shapes(config):
 
 
 def inputs(config=DENSE, batch=3, grid=(3, 5), text=4, seed=0):
-    """The arguments of Flux.__call__ up to guidance; odd sizes, a time of its own for each sample."""
+    """The arguments of Flux.__call__ up to guidance; odd sizes, a time for each sample."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):

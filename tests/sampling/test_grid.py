@@ -6,24 +6,29 @@ from PIL import Image
 from d2m_jax.sampling.grid import GAP, grid, write
 
 
-def plain(*levels: float) -> np.ndarray:
-    """Images of 4 × 6 pixels in one shade each."""
-    return np.broadcast_to(np.float32(levels)[:, None, None, None], (len(levels), 4, 6, 3))
+def plain(*levels: float, height: int = 72) -> np.ndarray:
+    """Images of one shade each, wider than high by a half."""
+    shape = (len(levels), height, height * 3 // 2, 3)
+    return np.broadcast_to(np.float32(levels)[:, None, None, None], shape)
 
 
 def test_grid_goes_row_by_row():
     pixels = np.asarray(grid(plain(0.0, 0.2, 0.4, 0.6, 0.8), columns=3))
-    assert pixels.shape == (2 * 4 + GAP, 3 * 6 + 2 * GAP, 3)
-    corners = pixels[:: 4 + GAP, :: 6 + GAP, 0]
+    assert pixels.shape == (2 * 72 + GAP, 3 * 108 + 2 * GAP, 3)
+    corners = pixels[:: 72 + GAP, :: 108 + GAP, 0]
     np.testing.assert_array_equal(
         corners, [[0, 51, 102], [153, 204, 255]]
     )  # an empty place is white
-    assert (pixels[4 : 4 + GAP] == 255).all()
+    assert (pixels[72 : 72 + GAP] == 255).all()
 
 
 def test_grid_is_as_square_as_it_can():
-    assert grid(plain(*[0.5] * 5)).size == (3 * 6 + 2 * GAP, 2 * 4 + GAP)
-    assert grid(plain(0.5)).size == (6, 4)
+    assert grid(plain(*[0.5] * 5)).size == (3 * 108 + 2 * GAP, 2 * 72 + GAP)
+    assert grid(plain(0.5)).size == (108, 72)
+
+
+def test_small_images_are_enlarged():
+    assert grid(plain(0.5, 0.5, height=24), columns=2).size == (2 * 108 + GAP, 72)
 
 
 def test_write_rounds_clips_and_replaces(tmp_path):

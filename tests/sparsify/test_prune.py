@@ -10,7 +10,7 @@ def test_the_best_neurons_stay():
         "out_layer": {"kernel": (2, 1, 8, 3), "bias": (2, 1, 3)},
     }
     ffn = {k: {n: rng.standard_normal(s) for n, s in v.items()} for k, v in shapes.items()}
-    scores = np.array([[[0, 9, 1, 8, 2, 7, 3, 6.0]], [[5, 0, 5, 0, 5, 0, 5, 0.0]]])
+    scores = np.array([[[0, 6, 1, 8, 2, 7, 3, 9.0]], [[5, 0, 5, 0, 5, 0, 5, 0.0]]])
     kept = prune(ffn, scores, 4)
     for layer, neurons in ((0, [1, 3, 5, 7]), (1, [0, 2, 4, 6])):
         for part, expected in (

@@ -66,7 +66,10 @@ def teacher(tmp_path_factory):
         # Gates start at zero: some real steps, or gradients of a student would be lost in rounding.
         stages={
             "flow": replace(
-                STAGE, kind="flow", steps=12, optimizer=OptimizerConfig(learning_rate=2e-2, warmup=1)
+                STAGE,
+                kind="flow",
+                steps=12,
+                optimizer=OptimizerConfig(learning_rate=2e-2, warmup=1),
             )
         },
         held_out_batches=1,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import d2m_jax
 from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, MoEConfig, StackConfig
 from d2m_jax.models.flux import Flux, initialise
 from d2m_jax.weights import model_directory
@@ -57,9 +58,9 @@ def test_bf16_storage(params, tmp_path):
     assert size < 2.5 * sum(a.size for a in jax.tree.leaves(params)) + 100_000
 
 
-def test_open_model(path, params):
-    config, model = model_directory.open_model(path)
-    assert config == CONFIG and isinstance(model, Flux)
+def test_load_model(path, params):
+    model = d2m_jax.load_model(path)
+    assert isinstance(model, Flux) and model.config == CONFIG.transformer
     np.testing.assert_array_equal(model.img_in.kernel[...], params["img_in"]["kernel"])
 
 
