@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -98,8 +98,8 @@ class FluxConfig:
         )
         check(
             sum(self.axes_dim) == hidden // heads and all(a % 2 == 0 for a in self.axes_dim),
-            f"FluxConfig.axes_dim = {self.axes_dim}: expected even numbers that sum to hidden_size /"
-            f" num_heads = {hidden // heads}",
+            f"FluxConfig.axes_dim = {self.axes_dim}: expected even numbers that sum to hidden_size"
+            f" / num_heads = {hidden // heads}",
         )
         check(
             0.0 <= self.mob_alpha <= 1.0,
