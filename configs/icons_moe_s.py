@@ -28,7 +28,7 @@ ROUTED = ("*.experts.*", "*.gate.*", "*mlp.scale")
 
 def stage(steps: int, train: tuple[str, ...] = BLOCKS, **fields) -> StageConfig:
     """A stage of this experiment; the optimizer is the same for all students."""
-    optimizer = OptimizerConfig(learning_rate=2e-3, warmup=50, rates={"*mlp.scale": 30.0})
+    optimizer = OptimizerConfig(learning_rate=2e-3, warmup=50, rates=fields.pop("rates", {}))
     return StageConfig(
         steps=steps,
         train=train,
@@ -60,7 +60,10 @@ def get_config() -> RunConfig:
                 SparsifyConfig(deal="rank", gate="random", routed_scale=0.0),
                 {
                     "shared": stage(STEPS // 3, SHARED, top_k=0, feature=1.0),
-                    "moe": stage(STEPS - STEPS // 3, ROUTED, feature=1.0),
+                    # The scale starts at 0 and has far to go, hence a rate of its own.
+                    "moe": stage(
+                        STEPS - STEPS // 3, ROUTED, feature=1.0, rates={"*mlp.scale": 30.0}
+                    ),
                 },
             ),
         },

@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import math
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -63,6 +65,27 @@ def make_mesh(config: MeshConfig) -> Mesh:
         axis_types=(AxisType.Auto,) * len(AXES),
         devices=jax.devices()[:count],
     )
+
+
+def on_own_samples(function: Callable, samples: Any, shared: Any) -> Any:
+    """function(samples, shared), every device on its own samples alone.
+
+    Leaves of `samples` and of the result have the batch as first axis. Under `jax.set_mesh` the
+    compiler would else sort, gather and loop over the samples of all devices on each of them.
+    Without a mesh, inside another such call, or where the batch cannot be cut, it is a plain call.
+    """
+    mesh, axes = jax.sharding.get_abstract_mesh(), ("data", "fsdp")
+    batch = jax.tree.leaves(samples)[0].shape[0]
+    if mesh.empty or mesh.manual_axes or batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return function(samples, shared)
+
+    def local(samples, shared):
+        # Varying from here on, so that gradients are summed over the devices once, at the entry.
+        shared = jax.tree.map(lambda a: jax.lax.pcast(a, axes, to="varying"), shared)
+        return function(samples, shared)
+
+    spec = PartitionSpec(axes)
+    return jax.shard_map(local, in_specs=(spec, PartitionSpec()), out_specs=spec)(samples, shared)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,5 +1,6 @@
 """One forward on noisy held-out examples that are the same for all models: its velocities."""
 
+import contextlib
 import zlib
 from functools import partial
 from itertools import islice
@@ -7,6 +8,7 @@ from itertools import islice
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from d2m_jax import flow
@@ -42,9 +44,16 @@ def noisy_batches(config: RunConfig, model: ModelConfig, pairs: str) -> list[Inp
     return [noisy(batch, np.uint32(i)) for i, batch in enumerate(islice(batches, count))]
 
 
-@partial(jax.jit, static_argnums=0)
 def forward(config: ModelConfig, params: dict, inputs: Inputs) -> Float[Array, "b n c"]:
-    """The velocity of one batch."""
+    """The velocity of one batch, on the devices that `place` chose."""
+    sharding = inputs["img"].sharding
+    on_mesh = isinstance(sharding, NamedSharding)
+    with jax.set_mesh(sharding.mesh) if on_mesh else contextlib.nullcontext():
+        return _forward(config, params, inputs)
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(config: ModelConfig, params: dict, inputs: Inputs) -> Float[Array, "b n c"]:
     image, timesteps = config.image, inputs["timesteps"]
     img_ids = flow.image_ids(image.height // image.patch, image.width // image.patch)
     txt_ids = flow.text_ids(inputs["txt"].shape[1])

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from d2m_jax.models.blocks import Context, Streams
 from d2m_jax.models.layers import Linear
+from d2m_jax.sharding import on_own_samples
 
 # Samples run side by side while copies of their blocks' weights fit in this many bytes, else one
 # after the other with weights read in place.
@@ -68,17 +69,24 @@ def run_chosen(
 
     What a block reports per sample comes back as [m, b, …], zero where the block did not run.
     """
-    blocks, batch = jax.tree.leaves(params)[0].shape[0], chosen.shape[0]
-    # Position tables of one row serve all samples.
+    # Position tables of one row serve all samples, those of many belong to theirs.
     pe_mapped = context.pe[0].shape[0] != 1
+    samples = streams, context.vec, context.cond, chosen, weight, context.pe if pe_mapped else None
+    shared = params, None if pe_mapped else context.pe
+    run = partial(_run_samples, run_block, context)
+    streams, aux = on_own_samples(run, samples, shared)
+    return streams, jax.tree.map(lambda a: a.swapaxes(0, 1), aux)
+
+
+def _run_samples(run_block: Callable, context: Context, samples: tuple, shared: tuple):
+    params, pe_of_all = shared
+    blocks, batch = jax.tree.leaves(params)[0].shape[0], samples[1].shape[0]
 
     @partial(jax.checkpoint, prevent_cse=False)
     def one(sample):
-        streams, vec, cond, pe, chosen, weight = sample
-        mine = replace(
-            context, vec=vec[None], cond=cond[None],
-            pe=jax.tree.map(lambda a: a[None], pe) if pe_mapped else context.pe,
-        )  # fmt: skip
+        streams, vec, cond, chosen, weight, pe = sample
+        pe = jax.tree.map(lambda a: a[None], pe) if pe_of_all is None else pe_of_all
+        mine = replace(context, vec=vec[None], cond=cond[None], pe=pe)
         streams = tuple(x[None] for x in streams)
 
         def step(streams, choice):
@@ -102,6 +110,4 @@ def run_chosen(
 
     bytes_per_sample = sum(leaf[0].nbytes for leaf in jax.tree.leaves(params))
     side_by_side = max(1, min(batch, GATHER_BYTES // bytes_per_sample))
-    samples = (streams, context.vec, context.cond, context.pe if pe_mapped else (), chosen, weight)
-    streams, aux = jax.lax.map(one, samples, batch_size=side_by_side if side_by_side > 1 else None)
-    return streams, jax.tree.map(lambda a: a.swapaxes(0, 1), aux)
+    return jax.lax.map(one, samples, batch_size=side_by_side if side_by_side > 1 else None)

@@ -1,5 +1,7 @@
 """The MoE FFN of PAPER.md: y = MLP_s(x) + scale · Σ_TopK g_i · MLP_i(x), dropless."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,6 +10,9 @@ from jaxtyping import Array, Float, Int
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.kernels import grouped_matmul
 from d2m_jax.models.layers import FFN, Linear
+from d2m_jax.sharding import on_own_samples
+
+SORTED_TOKENS = 512  # from which sorting tokens by expert pays on a CPU
 
 
 class Experts(nnx.Module):
@@ -53,17 +58,9 @@ class MoE(nnx.Module):
             return y, {}
         logits = self.logits(x, unmodulated, vec)
         probability, chosen, weight = self.route(logits, k)
-        implementation = self.config.implementation
-        if implementation == "auto":
-            # On a CPU a short sequence is cheaper with all experts masked than sorted.
-            tokens = x.shape[0] * x.shape[1]
-            implementation = "tiled" if tokens >= 512 and k < self.config.experts else "reference"
-        experts = {"reference": reference_experts, "tiled": tiled_experts}[implementation]
-        flat = x.reshape(-1, x.shape[-1])
-        routed = experts(
-            flat, chosen.reshape(-1, k), weight.reshape(-1, k), *self.experts.cast(x.dtype)
-        )
-        y = y + self.scale[...].astype(x.dtype) * routed.reshape(x.shape)
+        run = partial(run_experts, self.config.implementation)
+        routed = on_own_samples(run, (x, chosen, weight), self.experts.cast(x.dtype))
+        y = y + self.scale[...].astype(x.dtype) * routed
         load = jax.nn.one_hot(chosen, self.config.experts).mean((1, 2))
         entropy = -(probability * jnp.log(probability + 1e-9)).sum(-1).mean(1)
         return y, {"load": load, "probability": probability.mean(1), "entropy": entropy}
@@ -93,6 +90,19 @@ class MoE(nnx.Module):
         else:
             weight = 2 * jax.nn.sigmoid(top)
         return probability, chosen, weight
+
+
+def run_experts(implementation: str, samples: tuple, experts: tuple) -> Float[Array, "b n d"]:
+    """Σ_k weight · expert(x) of samples (x, chosen, weight), in the way asked for or fit."""
+    x, chosen, weight = samples
+    tokens, k = x.shape[0] * x.shape[1], chosen.shape[-1]
+    if implementation == "auto":
+        # A short sequence is cheaper with all experts masked than sorted (benchmarks/ffn.py).
+        sparse = tokens >= SORTED_TOKENS and k < experts[0].shape[0]
+        implementation = "tiled" if sparse else "reference"
+    function = {"reference": reference_experts, "tiled": tiled_experts}[implementation]
+    flat = x.reshape(tokens, -1), chosen.reshape(tokens, k), weight.reshape(tokens, k)
+    return function(*flat, *experts).reshape(x.shape)
 
 
 def reference_experts(

@@ -33,7 +33,7 @@ class Pipeline:
         steps: int | None = None,
         guidance: float | None = None,
         seed: int = 0,
-        latents: Float[Array, "b n c"] | None = None,
+        latents: Float[Array | np.ndarray, "b n c"] | None = None,
         top_k: int | None = None,
         batch_size: int = 128,
     ) -> Float[np.ndarray, "b H W 3"]:
@@ -64,9 +64,10 @@ class Pipeline:
             inputs = ids[part], np.asarray(latents)[part]
             if size % batch_shards(self.mesh) == 0:
                 inputs = jax.device_put(inputs, batch_sharding(self.mesh))
-            batch = _sample(
-                self.config, (height, width), top_k, self.params, *inputs, times, guidance
-            )
+            with jax.set_mesh(self.mesh):
+                batch = _sample(
+                    self.config, (height, width), top_k, self.params, *inputs, times, guidance
+                )
             images.append(np.asarray(batch))
         return np.concatenate(images)[: len(ids)]
 

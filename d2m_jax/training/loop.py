@@ -98,7 +98,7 @@ def train_stage(
     evaluate = _make_evaluate(loss, [put(batch) for batch in held_out], held_out_key)
     metrics = Metrics(run_directory, name, stage.steps, start)
     window = Window(progress.get("window"))
-    clock = _Clock(progress.get("seconds", 0.0), stage, flops_per_example, mesh.size)
+    clock = _Clock(progress.get("seconds", 0.0), stage, flops_per_example, mesh)
 
     not_finite = partial(_not_finite, name, stage, checkpoints)
 
@@ -119,7 +119,7 @@ def train_stage(
         window = Window()
 
     try:
-        with _caught_signals() as caught:
+        with _caught_signals() as caught, jax.set_mesh(mesh):
             if start == 0 and held_out:
                 at_start = evaluate(_trained(state), frozen, constants)
                 metrics.write(0, {"loss": at_start["held_out"]} | at_start)
@@ -298,10 +298,10 @@ def _make_evaluate(loss: Loss, batches: list, key: Array) -> Callable[[dict, dic
 class _Clock:
     """Seconds spent in steps alone: without compilation, evaluation, sampling and saving."""
 
-    def __init__(self, seconds: float, stage: StageConfig, flops_per_example: float, devices: int):
+    def __init__(self, seconds: float, stage: StageConfig, flops_per_example: float, mesh: Mesh):
         self.seconds, self.batch_size = seconds, stage.batch_size
         self.flops_per_example = flops_per_example
-        self.peak = devices * matmul_peak(stage.dtype) if flops_per_example else 0.0
+        self.peak = matmul_peak(mesh, stage.dtype) if flops_per_example else 0.0
         self._mark: float | None = None
         self._steps, self._since = 0, 0.0
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.progress
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
@@ -157,15 +158,18 @@ def _drop_after(file: Path, stage: str, step: int) -> None:
 
 
 @functools.cache
-def matmul_peak(dtype: str = "float32") -> float:
-    """FLOP/s of one device in a large square matmul, best of five; measured once per process."""
+def matmul_peak(mesh: Mesh, dtype: str = "float32") -> float:
+    """FLOP/s of all devices together in large matmuls, best of five; measured once per process."""
+    # All at once, for the CPU devices of one process share its cores.
     size = 1024 if jax.default_backend() == "cpu" else 8192
-    x = jnp.ones((size, size), dtype)
-    multiply = jax.jit(lambda x: x @ x)
-    multiply(x).block_until_ready()
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    x = jax.device_put(jnp.ones((mesh.size * size, size), dtype), rows)
+    w = jax.device_put(jnp.ones((size, size), dtype), NamedSharding(mesh, PartitionSpec()))
+    multiply = jax.jit(jnp.matmul, out_shardings=rows)
+    multiply(x, w).block_until_ready()
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        multiply(x).block_until_ready()
+        multiply(x, w).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return 2 * mesh.size * size**3 / best

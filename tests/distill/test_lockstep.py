@@ -117,8 +117,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(params):
         return mean_square(*velocities) + layers["feature"].sum(), layers
 
     (value, layers), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(teacher)
-    assert value < 1e-10 and (layers["norm"] > 0.1).all()
-    assert max(float(jnp.abs(a).max()) for a in jax.tree.leaves(gradient)) < 1e-5
+    assert value < 1e-8 and (layers["norm"] > 0.1).all()
+    assert max(float(jnp.abs(a).max()) for a in jax.tree.leaves(gradient)) < 1e-3
 
 
 def test_features_can_be_left_out(params):

@@ -86,7 +86,7 @@ def test_flow_loss_is_the_error_of_the_velocity():
     value, metrics = jax.jit(loss)(params, None, batch(), key)
     inputs, target = stages.noisy_inputs(TEACHER, Encoders(TEACHER), LossConfig(), batch(), key)
     velocity = jax.jit(lambda p, *a: model_of(BODY, p)(*a))(params, *inputs)
-    assert value == pytest.approx(float(jnp.square(velocity - target).mean()), rel=1e-5)
+    assert value == pytest.approx(float(jnp.square(velocity - target).mean()), rel=1e-4)
     np.testing.assert_allclose(target, flow.velocity(*_ends(key)), atol=1e-6)
     assert metrics == {}
 
@@ -110,7 +110,7 @@ def test_distill_loss_is_the_sum_of_its_parts():
     feature = float(metrics["output"]) * (norm.mean() / norm).sum()
     expected = 2.0 * metrics["output"] + 0.5 * feature + 0.3 * metrics["balance"]
     assert whole == pytest.approx(float(expected), rel=1e-4)
-    assert metrics["feature"].shape == (3,) and metrics["balance"] > 1
+    assert metrics["feature"].shape == (3,) and metrics["balance"] > 0.5
     assert {"double.0.img_mlp/entropy", "single.0.mlp/dead_experts"} <= set(metrics)
 
     output, metrics = value(output=1.0, feature=0.0, balance=0.0, block_balance=0.0)
@@ -121,17 +121,20 @@ def test_distill_loss_is_the_sum_of_its_parts():
 def _features(teacher, key):
     """Mean squares of the teacher's streams after each group."""
     inputs, _ = stages.noisy_inputs(TEACHER, Encoders(TEACHER), LossConfig(), batch(), key)
-    model = model_of(BODY, teacher)
-    streams, context = model.embed(*inputs)
-    streams, _ = model.double[0](streams, context)
-    squares = [np.square(np.concatenate(streams, axis=1)).mean()]
-    x = (jnp.concatenate(streams[::-1], axis=1),)
-    graphs, parameters = model.single[0].split()
-    for i in range(2):
-        mine = jax.tree.map(lambda a, i=i: a[i], parameters)
-        x, _ = model.single[0].run_group(graphs, mine, x, context)
-        squares.append(np.square(x[0]).mean())
-    return np.asarray(squares)
+
+    @jax.jit
+    def squares(teacher):
+        model = model_of(BODY, teacher)
+        streams, context = model.embed(*inputs)
+        (img, txt), _ = model.double[0](streams, context)
+        ends = [jnp.concatenate([txt, img], axis=1)]
+        graphs, parameters = model.single[0].split()
+        for i in range(2):
+            mine = jax.tree.map(lambda a, i=i: a[i], parameters)
+            ends.append(model.single[0].run_group(graphs, mine, (ends[-1],), context)[0][0])
+        return jnp.stack([jnp.square(end).mean() for end in ends])
+
+    return np.asarray(squares(teacher))
 
 
 def test_distill_refuses_bodies_that_do_not_align():

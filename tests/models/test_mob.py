@@ -1,6 +1,5 @@
 """Mixture of Blocks: what runs, what it gives, and how its router learns."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from d2m_jax.models.layers import rope
 from tests.models import toy
 
 BLOCKS, TEXT, GRID = 4, 4, (3, 5)
-CHOICES = jnp.asarray([[0, 2], [1, 3], [0, 1], [0, 2], [2, 3]])
+CHOICES = jnp.asarray([[0, 2], [1, 3], [0, 1]])
 BATCH, DIM = len(CHOICES), toy.DENSE.hidden_size
 IDS = jnp.concatenate([flow.text_ids(TEXT), flow.image_ids(*GRID)], axis=1)
 PE = rope(IDS, toy.DENSE.axes_dim, toy.DENSE.theta)
@@ -94,7 +93,7 @@ def test_chosen_blocks_run_as_by_hand(limit, monkeypatch, expected):
 
     loss = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
     (_, y), gradients = loss(params, x, vec, jnp.ones(CHOICES.shape))
-    np.testing.assert_allclose(y, expected[0], atol=2e-5)
+    np.testing.assert_allclose(y, expected[0], atol=1e-4)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected[1]), strict=True
     ):
@@ -110,10 +109,10 @@ def test_the_batch_never_changes_a_sample(expected):
     """Up to float rounding, for another batch is another program."""
     run_block, params = group()
     x, vec = entry()
-    order = jnp.asarray([3, 0])
+    order = jnp.asarray([2, 0])
     call = jax.jit(lambda *a: run(run_block, *a)[0][0])
     y = call(params, x[order], vec[order], CHOICES[order], jnp.ones((2, 2)))
-    np.testing.assert_allclose(y, expected[0][order], atol=1e-5)
+    np.testing.assert_allclose(y, expected[0][order], atol=1e-4)
 
 
 def test_positions_may_differ_by_sample(expected):
@@ -123,7 +122,7 @@ def test_positions_may_differ_by_sample(expected):
     call = jax.jit(lambda *a: run(run_block, *a)[0][0])
     y = call(params, x, vec, CHOICES, jnp.ones(CHOICES.shape), moved)
     difference = jnp.abs(y - expected[0]).max((1, 2))
-    assert difference[1] > 1e-2 and difference[jnp.asarray([0, 2, 3, 4])].max() < 1e-5
+    assert difference[1] > 1e-2 and difference[jnp.asarray([0, 2])].max() < 1e-4
 
 
 def test_reports_are_by_block_and_zero_where_skipped():
@@ -138,24 +137,25 @@ def test_reports_are_by_block_and_zero_where_skipped():
     assert ((np.asarray(aux["entropy"]) > 0) == (ran > 0)).all()
 
 
-def test_skipped_blocks_are_not_computed():
-    """Two of eight blocks: the work is that of two of two, so it does not grow with m."""
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("blocks", [2, 8])
+def test_skipped_blocks_are_not_computed(batch, blocks):
+    """Two blocks' work per sample, of two or of eight, and where samples choose differently."""
+    run_block, params = group(blocks)
+    x, vec = entry(batch)
+    chosen = jnp.asarray([[0, 1], [0, blocks - 1], [blocks - 2, blocks - 1]])[:batch]
 
-    def work(blocks):
-        run_block, params = group(blocks)
-        x, vec = entry(1)
-        chosen, weight = jnp.asarray([[0, 1]]), jnp.ones((1, 2))
-        jaxpr = jax.make_jaxpr(lambda p: run(run_block, p, x, vec, chosen, weight)[0])(params)
-        return multiplications(jaxpr.jaxpr)
+    def chosen_blocks(params):
+        return run(run_block, params, x, vec, chosen, jnp.ones((batch, 2)))[0]
 
-    run_block, params = group(1)
-    x, vec = entry(1)
-    one = jax.make_jaxpr(
-        lambda p: run_block(jax.tree.map(lambda a: a[0], p), (x,), context(vec))[0]
-    )(params)
-    single = multiplications(one.jaxpr)
-    assert work(2) == work(8)
-    assert 2 * single <= work(8) < 2.1 * single
+    def one_block(params):
+        first = jax.tree.map(lambda a: a[0], params)
+        return run_block(first, (x[:1],), context(vec[:1]))[0]
+
+    done, one = (
+        multiplications(jax.make_jaxpr(f)(params).jaxpr) for f in (chosen_blocks, one_block)
+    )
+    assert done == 2 * batch * one
 
 
 def multiplications(jaxpr, times=1) -> int:

@@ -13,7 +13,9 @@ from tests.training import toy
 
 
 def state(step):
-    return {"a": {0: jnp.arange(5.0) + step}, "b": jnp.full((64, 64), 1.0 / step, jnp.bfloat16)}
+    # Random numbers do not compress, so that a flipped bit passes Orbax by unseen.
+    noise = np.random.default_rng(step).normal(size=(64, 64))
+    return {"a": {0: jnp.arange(5.0) + step}, "b": jnp.asarray(noise, jnp.bfloat16)}
 
 
 @pytest.fixture(scope="module")

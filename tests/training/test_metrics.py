@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from d2m_jax.config import MeshConfig
+from d2m_jax.sharding import make_mesh
 from d2m_jax.training.metrics import Metrics, Window, matmul_peak
 
 
@@ -69,4 +71,5 @@ def test_collapse_is_told_once_per_layer(tmp_path, capfd):
 
 
 def test_matmul_peak_is_plausible():
-    assert 1e8 < matmul_peak() < 1e16 and matmul_peak() is matmul_peak()
+    mesh = make_mesh(MeshConfig())
+    assert 1e8 < matmul_peak(mesh) < 1e18 and matmul_peak(mesh) is matmul_peak(mesh)
