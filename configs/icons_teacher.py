@@ -6,7 +6,6 @@ python train.py configs/icons_teacher.py
 from d2m_jax.config import (
     FluxConfig,
     IconsConfig,
-    LossConfig,
     ModelConfig,
     OptimizerConfig,
     PixelsConfig,
@@ -15,6 +14,22 @@ from d2m_jax.config import (
     StageConfig,
     WordsConfig,
 )
+
+
+def stage(steps: int, learning_rate: float) -> StageConfig:
+    return StageConfig(
+        kind="flow",
+        steps=steps,
+        batch_size=128,
+        optimizer=OptimizerConfig(
+            learning_rate=learning_rate, warmup=200, ema=0.999, final_rate=0.01
+        ),
+        remat=False,
+        log_every=50,
+        evaluate_every=1000,
+        checkpoint_every=500,
+        sample_every=2000,
+    )
 
 
 def get_config() -> RunConfig:
@@ -34,22 +49,8 @@ def get_config() -> RunConfig:
             ),
             text=WordsConfig(dim=128, length=6),
             image=PixelsConfig(height=24, width=24, patch=6),
+            sample_steps=28,
         ),
         data=IconsConfig(task="scenes", glyphs=256, train_size=100_000_000),
-        stages={
-            "flow": StageConfig(
-                kind="flow",
-                steps=16_000,
-                batch_size=128,
-                loss=LossConfig(timesteps="uniform"),
-                optimizer=OptimizerConfig(
-                    learning_rate=2e-3, schedule="cosine", warmup=200, ema=0.999, final_rate=0.01
-                ),
-                remat=False,
-                log_every=50,
-                evaluate_every=1000,
-                checkpoint_every=500,
-                sample_every=2000,
-            )
-        },
+        stages={"flow": stage(16_000, 2e-3), "finish": stage(5_500, 1.2e-3)},
     )

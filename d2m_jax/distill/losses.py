@@ -19,7 +19,7 @@ def feature_weights(
     A feature that is already right to 0.1 % of its norm gains no more weight from being better.
     """
     floor = 1e-6 * jnp.square(norm)
-    weights = distill / jnp.maximum(feature, floor) * norm.mean() / jnp.maximum(norm, 1e-12)
+    weights = distill / jnp.maximum(feature, floor) * norm.mean() / norm
     return jax.lax.stop_gradient(weights)
 
 

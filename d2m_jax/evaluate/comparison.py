@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from d2m_jax.evaluate.held_out import BATCH
 from d2m_jax.evaluate.icons import Estimate, paired_difference
 from d2m_jax.evaluate.measure import Measured
 from d2m_jax.evaluate.rows import Row, Run
@@ -111,7 +112,7 @@ def verdicts(
         f" {row.config.transformer.hidden_size}"
     )
     result["time_of_teacher"] = Verdict(
-        f"{flops:.2f} × the teacher's FLOPs take {time:.2f} × its time"
+        f"{flops:.2f} × the teacher's FLOPs take {time:.2f} × its time (in batches of {BATCH})"
         + (overhead if extra > 0.05 else ""),
         time,
     )

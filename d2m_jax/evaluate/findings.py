@@ -26,7 +26,7 @@ class Findings:
     milliseconds: dict[int, dict[Row, float]]  # per image of one forward, by batch
     measured: dict[Row, Measured]
     compared: dict[Row, dict[By, Comparison]]  # with the rival, of all other students' rows
-    verdicts: dict[Row, dict[str, Verdict]]  # of sparse rows
+    verdicts: dict[Row, dict[str, Verdict]]  # of sparse students, the main one first
     sweep: tuple[Row, dict[int, Measured]] | None  # the main MoE row by experts per token
     routing: dict[Row, tuple[list[routing.Layer], list[routing.Group]]]  # of the main student
 
@@ -60,7 +60,8 @@ def gather(run: Run, bench: Bench) -> Findings:
     }
     judged = {
         row: verdicts(run, row, measured, compared.get(row, {}), gflops, milliseconds[BATCH])
-        for row in run.rows
+        for student in reversed(run.students)
+        for row in student.finals
         if row.sparse
     }
     return Findings(run, prompts, accounts, milliseconds, measured, compared, judged, sweep, routed)

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from d2m_jax.data.icons import CATEGORIES, Scene
 from d2m_jax.evaluate.measure import Measured
@@ -22,7 +23,7 @@ def samples(rows: Sequence[Row], measured: Mapping[Row, Measured]) -> Figure:
     images = [measured[row].samples for row in rows]
     scenes = measured[rows[0]].scores["seen"].prompts[: len(images[0])]
     order = sorted(range(len(scenes)), key=lambda i: CATEGORIES.index(scenes[i].category))
-    caption, size, gap = 2.5, 1.0, 0.14  # in units of an image
+    caption, size, gap = 2.4, 1.0, 0.24  # in units of an image
     width = caption + len(rows) * (size + gap)
     height = len(scenes) * (size + gap) + 0.65
     figure = Figure(figsize=(width, height), dpi=110)
@@ -39,12 +40,9 @@ def samples(rows: Sequence[Row], measured: Mapping[Row, Measured]) -> Figure:
             )
             right = bool(measured[row].scores["seen"].correct[i])
             colour = RIGHT if right else WRONG
-            axes.add_patch(Rectangle((x, y), size, size, fill=False, ec=colour, lw=2.5))
-            axes.text(
-                x + size - 0.06, y + 0.19, "✓" if right else "✗", ha="right", fontsize=9,
-                color="white", fontweight="bold",
-                bbox={"boxstyle": "round,pad=0.12", "fc": colour, "ec": "none"},
-            )  # fmt: skip
+            axes.add_patch(Rectangle((x, y), size, size, fill=False, ec=colour, lw=2))
+            mark = "✓" if right else "✗"
+            axes.text(x + size + 0.04, y + size, mark, color=colour, fontsize=11, va="bottom")
     for place, i in enumerate(order):
         y = 0.65 + place * (size + gap) + size / 2
         axes.text(0.08, y - 0.03, _wrapped(scenes[i]), va="bottom", fontsize=9)
@@ -121,16 +119,18 @@ def costs(
 def routing(layers: Sequence[Layer], groups: Sequence[Group]) -> Figure:
     """Loads of experts by timestep and by place in the image; use of blocks by timestep."""
     rows = len(layers) + len(groups)
-    figure = Figure(figsize=(10, 1.35 * rows + 0.9), dpi=110, layout="constrained")
-    panels = figure.subplots(rows, 2, squeeze=False, width_ratios=(1, 2.6))
+    figure = Figure(figsize=(12, 1.25 * rows + 0.9), dpi=100, layout="constrained")
+    panels = figure.subplots(rows, 2, squeeze=False, width_ratios=(1, 3.4))
     for axes, layer in zip(panels, layers, strict=False):
         experts = layer.by_time.shape[1]
-        _heat(axes[0], layer.by_time.T * experts, "magma", 3)
+        _heat(axes[0], experts * _seen(layer.by_time).T, "magma", 3)
+        axes[0].set_facecolor("0.85")  # where no sample came
         axes[0].set(ylabel="expert", title=layer.name)
+        axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
         if layer.by_place is None:
             axes[1].axis("off")
             continue
-        maps = np.pad(layer.by_place, [(0, 0), (0, 1), (0, 0)], constant_values=np.nan)
+        maps = np.pad(_seen(layer.by_place), [(0, 0), (0, 1), (0, 0)], constant_values=np.nan)
         strip = maps.transpose(0, 2, 1).reshape(len(maps), -1)[:, :-1]
         image = axes[1].imshow(strip * experts, cmap="magma", vmin=0, vmax=3)
         centres = np.arange(experts) * maps.shape[1] + (maps.shape[1] - 2) / 2
@@ -157,6 +157,11 @@ def routing(layers: Sequence[Layer], groups: Sequence[Group]) -> Figure:
 
 def _heat(axes: Axes, values: np.ndarray, cmap: str, most: float):
     return axes.imshow(values, aspect="auto", cmap=cmap, vmin=0, vmax=most)
+
+
+def _seen(shares: np.ndarray) -> np.ndarray:
+    """Shares over the last axis, NaN where there are none because no sample came by."""
+    return np.where(shares.sum(-1, keepdims=True) > 0, shares, np.nan)
 
 
 def _colours(things: Sequence) -> list[str]:

@@ -44,15 +44,17 @@ def write(run_directory: Path | str, command: str | None = None) -> None:
     write_whole(directory / "report.html", html.encode())
     content = json.dumps(about | to_json(findings), indent=1) + "\n"
     write_whole(directory / "report.json", content.encode())
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    for table in (tables.costs(findings), tables.worth(findings)):
+    console = Console(width=max(Console().width, 100))  # less would cut the tables
+    for table in filter(None, _main_tables(findings)):
         console.print(tables.for_terminal(table))
     for row, judged in findings.verdicts.items():
         for verdict in judged.values():
             console.print(f"{row.label}: {verdict.text}", highlight=False, markup=False)
     print(f"report: {directory / 'report.html'}")
+
+
+def _main_tables(findings: Findings) -> list[Table | None]:
+    return [tables.costs(findings), tables.worth(findings), tables.against(findings)]
 
 
 def _environment() -> dict[str, Any]:
@@ -134,6 +136,7 @@ def _png(figure: Figure) -> bytes:
 def _page(findings: Findings, about: dict[str, Any], drawn: dict[str, Picture]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     facts = [
+        f"Students cut from {findings.run.config.teacher} and trained to answer as it does.",
         f"{about['date']}, commit {about['commit'] or 'unknown'}, seed {about['seed']}",
         f"{about['processor']}, {about['cores']} cores, {about['device']}; {versions}",
         *([about["command"]] if about["command"] else []),
@@ -143,8 +146,7 @@ def _page(findings: Findings, about: dict[str, Any], drawn: dict[str, Picture]) 
         for row, verdicts in findings.verdicts.items()
     }
     parts: list[Table | Picture | None] = [
-        tables.costs(findings),
-        tables.worth(findings),
+        *_main_tables(findings),
         drawn["costs"],
         drawn["samples"],
         tables.categories(findings),

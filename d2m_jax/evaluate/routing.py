@@ -20,7 +20,7 @@ BINS = 8  # of the timestep, from 0 (data) to 1 (noise)
 
 @dataclass(frozen=True)
 class Layer:
-    """The experts of one MoE layer; shares sum to 1 over experts (0 where no sample came by)."""
+    """The experts of one MoE layer; shares sum to 1 over experts, or are 0 where no sample came."""
 
     name: str
     by_time: Float[np.ndarray, "t n"]

@@ -3,74 +3,82 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import rich.box
 import rich.table
 from rich.text import Text
 
 from d2m_jax.data.icons import CATEGORIES
-from d2m_jax.evaluate.comparison import By, note
+from d2m_jax.evaluate.comparison import note
 from d2m_jax.evaluate.findings import Findings
 from d2m_jax.evaluate.held_out import BATCH
 from d2m_jax.evaluate.icons import Estimate
 from d2m_jax.evaluate.page import Table
 from d2m_jax.evaluate.rows import Row
 
-BY_NAME: dict[By, str] = {"steps": "equal steps", "seconds": "equal time"}
+
+def costs(findings: Findings) -> Table:
+    """What every row costs."""
+    head = ["", "parameters\nM", "activated\nM", "GFLOPs per\nforward"]
+    head += [f"ms/image\nbatch {batch}" for batch in findings.milliseconds]
+    head += ["trained\nsteps", "trained\nseconds"]
+    rows = []
+    for row in findings.run.rows:
+        cost = findings.accounts[row].total
+        size = [f"{count / 1e6:.3f}" for count in (cost.parameters, cost.activated)]
+        times = [f"{found[row]:.3g}" for found in findings.milliseconds.values()]
+        trained = [f"{row.steps:,}", f"{row.seconds:,.0f}"] if row.stage else ["", ""]
+        rows.append([row.label, *size, f"{findings.gflops[row]:.3g}", *times, *trained])
+    notes = [
+        "Milliseconds per image are of one forward of the transformer: medians of rounds in which"
+        f" the models took turns; batches of {BATCH} on all cores, single images on one device."
+        " Rows of equal shape share a measurement. Seconds are those spent in training steps.",
+    ]
+    return Table("What it costs", head, rows, notes, _sections(findings))
 
 
 def worth(findings: Findings) -> Table:
-    """What every row is worth, beside the rival."""
-    rival = findings.run.rival
+    """What every row is worth."""
     head = ["", "held-out\nerror", "score\n%", "chance\n%"]
-    head += ["error,\nheld-out pairs", "score,\nheld-out pairs"]
-    for by in BY_NAME.values() if rival else ():
-        head += [f"score − rival\nat {by}", f"error ÷ rival\nat {by}"]
-    marks, rows = {}, []
+    head += ["error,\nnew pairs", "score,\nnew pairs %"]
+    rows = []
     for row in findings.run.rows:
         measured = findings.measured[row]
         seen, held_out = measured.scores["seen"], measured.scores["held_out"]
         cells = [row.label, _error(measured.errors["seen"]), interval(seen.overall)]
         cells += [f"{100 * seen.chance.mean:.1f}", _error(measured.errors["held_out"])]
-        cells += [interval(held_out.overall)]
-        compared = findings.compared.get(row, {})
-        for by in BY_NAME if rival else ():
-            if by not in compared:
-                cells += ["", ""]
-                continue
-            text, mark = note(row, compared[by]), ""
-            if text:
-                mark = f" [{marks.setdefault(text, len(marks) + 1)}]"
-            cells += [interval(compared[by].score, "+") + mark, f"{compared[by].error:.2f}"]
-        rows.append(cells)
+        rows.append([*cells, interval(held_out.overall)])
     seen, held_out = (f"{findings.prompts[pairs]:,}" for pairs in ("seen", "held_out"))
     notes = [
-        f"Scores on {seen} prompts of trained pairs of glyph and colour, and {held_out} of pairs"
-        " never trained; the same noise for all. ± is half a 95 % interval, of differences over the"
-        " same prompts. Held-out error: E ‖v teacher − v student‖² on images that no training saw.",
+        "Held-out error: E ‖v teacher − v student‖² on images that no training saw. Scores:"
+        f" {seen} prompts, and {held_out} of new pairs of glyph and colour, with the same noise for"
+        " all; ± is half a 95 % interval. Chance: the right image judged by another caption.",
     ]
-    if rival:
-        notes.append(f"The rival is {rival.name}, pruned in width to the same activated FFN.")
-    notes += [f"[{number}] {text}." for text, number in marks.items()]
     return Table("What it is worth", head, rows, notes, _sections(findings))
 
 
-def costs(findings: Findings) -> Table:
-    """What every row costs."""
-    head = ["", "parameters", "activated", "GFLOPs\nper forward"]
-    head += [f"ms per image,\nbatch {batch}" for batch in findings.milliseconds]
-    head += ["training\nsteps", "training\nseconds"]
-    rows = []
-    for row in findings.run.rows:
-        cost = findings.accounts[row].total
-        times = [f"{found[row]:.3g}" for found in findings.milliseconds.values()]
-        trained = [f"{row.steps:,}", f"{row.seconds:,.0f}"] if row.stage else ["", ""]
-        size = [f"{cost.parameters:,}", f"{cost.activated:,}"]
-        rows.append([row.label, *size, f"{findings.gflops[row]:.3g}", *times, *trained])
+def against(findings: Findings) -> Table | None:
+    """Every row of the other students beside the rival."""
+    rival = findings.run.rival
+    if rival is None:
+        return None
+    head = [""]
+    for by in ("equal steps", "equal time"):
+        head += [f"{by}:\nscore − rival's", f"{by}:\nerror ÷ rival's"]
+    numbers, rows, others = {}, [], list(findings.compared)
+    for row in others:
+        cells = [row.label]
+        for comparison in findings.compared[row].values():
+            text = note(row, comparison)
+            mark = f" [{numbers.setdefault(text, len(numbers) + 1)}]" if text else ""
+            cells += [interval(comparison.score, "+") + mark, f"{comparison.error:.2f}"]
+        rows.append(cells)
     notes = [
-        "Milliseconds per image of one forward of the transformer, medians of alternating rounds in"
-        f" one process; batch {BATCH} uses all cores, batch 1 one device. Rows of equal shape share"
-        " a measurement.",
+        f"The rival is {rival.name}: the same activated FFN, pruned in width. Differences of scores"
+        " in points over the same prompts, with half a 95 % interval.",
+        *(f"[{number}] {text}." for text, number in numbers.items()),
     ]
-    return Table("What it costs", head, rows, notes, _sections(findings))
+    sections = [i for i in range(1, len(rows)) if others[i].student != others[i - 1].student]
+    return Table("Against the rival", head, rows, notes, sections)
 
 
 def categories(findings: Findings) -> Table:
@@ -125,6 +133,7 @@ def health(findings: Findings, row: Row) -> Table:
 def for_terminal(table: Table) -> rich.table.Table:
     """The same for a terminal."""
     result = rich.table.Table(
+        box=rich.box.SIMPLE,
         title=Text(table.title),
         caption=Text("\n".join(table.notes)),
         title_justify="left",

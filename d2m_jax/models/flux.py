@@ -81,7 +81,7 @@ def over_axes(create, axes: tuple[int, ...], rngs) -> nnx.Module:
     key."""
     for _ in axes:
         create = nnx.vmap(create, in_axes=0, out_axes=0)
-    return create(rngs.fork(split=axes))
+    return create(rngs.split(axes))
 
 
 class LastLayer(nnx.Module):

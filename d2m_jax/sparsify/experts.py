@@ -15,7 +15,7 @@ ROUNDS = 20  # of k-means, fewer where it settles
 def make_moe(
     ffn: dict,
     scores: Float[np.ndarray, "g m w"],
-    inputs: Float[np.ndarray, "g m t d"] | None,
+    inputs: Float[np.ndarray, "g m t d"],
     config: FluxConfig,
     stack: StackConfig,
     sparsify: SparsifyConfig,

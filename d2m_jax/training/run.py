@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from d2m_jax.config import ModelConfig, RunConfig, SparsifyConfig, StageConfig
+from d2m_jax.config import LossConfig, ModelConfig, RunConfig, SparsifyConfig, StageConfig
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
 from d2m_jax.models.flux import initialise
@@ -17,6 +17,7 @@ from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.sharding import make_mesh
 from d2m_jax.sparsify.groups import align, regroup, shapes
+from d2m_jax.sparsify.importance import Noisy
 from d2m_jax.sparsify.student import make_student
 from d2m_jax.training.checkpoint import open_run
 from d2m_jax.training.loop import train_stage
@@ -37,6 +38,8 @@ class _Work:
     config: RunConfig
     mesh: Mesh
     flops: Flops
+    noisy: Noisy | None = None  # for calibration; one object, so that it is compiled once
+
 
 
 def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
@@ -55,6 +58,8 @@ def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
         _train(work, run_directory, (model, params), config.stages)
         return
     teacher = model_directory.load(ROOT / config.teacher)
+    noisy = partial(noisy_inputs, teacher[0], Encoders(teacher[0]), LossConfig())
+    work = replace(work, noisy=noisy)
     for name, rival in config.rivals.items():
         say(f"rival {name}")
         start = partial(_cut, work, teacher, rival.sparsify)
@@ -67,8 +72,7 @@ def _cut(work: _Work, teacher: tuple[ModelConfig, dict], sparsify: SparsifyConfi
     """The student before any training."""
     config, (model, params) = work.config, teacher
     batches = icons.batches(config.data, model.text, model.image, sparsify.batch_size, config.seed)
-    noisy = partial(noisy_inputs, model, Encoders(model), next(iter(config.stages.values())).loss)
-    return make_student(model, params, sparsify, batches, noisy, config.seed, say)
+    return make_student(model, params, sparsify, batches, work.noisy, config.seed, say)
 
 
 def _train(

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from PIL import Image
 
-from d2m_jax import weights
-from d2m_jax.evaluate import latency, report
+from d2m_jax import flow, weights
+from d2m_jax.evaluate import findings, held_out, latency, report, rows
 from d2m_jax.evaluate.accounting import account
 from d2m_jax.evaluate.measure import Bench
 from d2m_jax.models.flux import model_of
@@ -29,8 +29,9 @@ class Killed(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def few_rounds(monkeypatch):
+def few_programs(monkeypatch):
     monkeypatch.setattr(latency, "ROUNDS", 3)
+    monkeypatch.setattr(findings, "TOP_K", (0,))
 
 
 def scores_of(directory) -> list:
@@ -45,43 +46,43 @@ def test_report_of_a_run(make_run, capsys):
     assert str(directory / "report.html") in said and "fitted, after mob" in said
 
     value = json.loads((directory / "report.json").read_text())
-    rows = {row["name"]: row for row in value["rows"]}
-    assert list(rows) == ROWS
+    found = {row["name"]: row for row in value["rows"]}
+    assert list(found) == ROWS
     assert value["command"] == "train.py my_config.py" and value["rival"] == "pruned"
     assert {"python", "jax", "flax", "numpy"} <= set(value["versions"])
     assert value["cores"] >= 1
 
     # costs: as accounting counts them, with the top_k of the stage
     config = weights.load_config(directory / "models" / "mob")
-    assert rows["fitted, after mob"]["activated"] == account(config).total.activated
-    gflops = {name: row["gflops"] for name, row in rows.items()}
+    assert found["fitted, after mob"]["activated"] == account(config).total.activated
+    gflops = {name: row["gflops"] for name, row in found.items()}
     assert gflops["paper, after shared"] < gflops["paper, after moe"] < gflops["teacher"]
-    for row in rows.values():
+    for row in found.values():
         assert all(t > 0 for t in row["milliseconds_per_image"].values())
 
     # training, summed over stages
-    trained = {name: (row["steps"], row["seconds"]) for name, row in rows.items()}
+    trained = {name: (row["steps"], row["seconds"]) for name, row in found.items()}
     assert trained["pruned, after longer"] == (30, pytest.approx(3))
     assert trained["fitted, after mob"] == (40, pytest.approx(20))
 
     # worth, and against the rival
-    assert rows["teacher"]["held_out_error"] == {"seen": 0, "held_out": 0}
+    assert found["teacher"]["held_out_error"] == {"seen": 0, "held_out": 0}
     assert all(row["held_out_error"]["seen"] > 0 for row in value["rows"][1:])
-    assert rows["teacher"]["against_rival"] == rows["pruned, after longer"]["against_rival"] == {}
-    steps = rows["fitted, after moe"]["against_rival"]["at_equal_steps"]
-    time = rows["fitted, after moe"]["against_rival"]["at_equal_seconds"]
+    assert found["teacher"]["against_rival"] == found["pruned, after longer"]["against_rival"] == {}
+    steps = found["fitted, after moe"]["against_rival"]["at_equal_steps"]
+    time = found["fitted, after moe"]["against_rival"]["at_equal_seconds"]
     assert (steps["row"], steps["reached"]) == ("pruned, after retrain", True)
     assert (time["row"], time["reached"]) == ("pruned, after longer", False)
-    error = rows["fitted, after moe"]["held_out_error"]["seen"]
+    error = found["fitted, after moe"]["held_out_error"]["seen"]
     assert steps["error_ratio"] == pytest.approx(
-        error / rows["pruned, after retrain"]["held_out_error"]["seen"]
+        error / found["pruned, after retrain"]["held_out_error"]["seen"]
     )
-    assert set(rows["fitted, after mob"]["verdicts"]) == {
+    assert set(found["fitted, after mob"]["verdicts"]) == {
         "score_of_teacher",
         "error_of_rival",
         "time_of_teacher",
     }
-    assert [v["top_k"] for v in value["top_k"]["values"]] == [0, 1, 2, 4]
+    assert [v["top_k"] for v in value["top_k"]["values"]] == [0, 2, 4]
     trained_k = next(v for v in value["top_k"]["values"] if v["top_k"] == 2)
     assert trained_k["held_out_error"]["seen"] == error
 
@@ -115,7 +116,7 @@ def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch):
 
     monkeypatch.setattr(Bench, "_measure", counts)
     report.write(directory)
-    assert len(measured) == len(ROWS) + 4  # and the top-k sweep's
+    assert len(measured) == len(ROWS) + 3  # and the top-k sweep's
     uninterrupted = scores_of(directory)
 
     # what is on disk is not measured again, but for a damaged file and another model
@@ -130,10 +131,7 @@ def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch):
     assert scores_of(directory)[-1] != uninterrupted[-1]
 
 
-def test_held_out_error_is_the_mean_squared_difference_of_velocities(make_run):
-    from d2m_jax import flow
-    from d2m_jax.evaluate import held_out, rows
-
+def test_held_out_error_is_the_mean_squared_difference_of_velocities(make_run, tmp_path):
     run = rows.read(make_run())
     batches = held_out.noisy_batches(run.config, run.teacher.config, "seen")
     row = run.students[0].rows[0]
@@ -149,8 +147,7 @@ def test_held_out_error_is_the_mean_squared_difference_of_velocities(make_run):
         )
         for model in (run.teacher, row)
     ]
-    bench = Bench(run, run_folder := None, {})
-    assert run_folder is None
+    bench = Bench(run, tmp_path, {})
     expected = float(jnp.square(answers[0] - answers[1]).mean())
     found = held_out.velocities(row.config, row.params, batches) - bench.targets["seen"]
     assert float((found**2).mean()) == pytest.approx(expected, rel=1e-4)

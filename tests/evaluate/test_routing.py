@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -46,10 +47,10 @@ def batches():
 
     def batch(start):
         return {
-            "img": rng.normal(size=(8, 6, 48)).astype(np.float32),
-            "txt": rng.normal(size=(8, 3, 8)).astype(np.float32),
-            "timesteps": (np.arange(8, dtype=np.float32) + start) / 8,
-            "y": rng.normal(size=(8, 8)).astype(np.float32),
+            "img": jnp.float32(rng.normal(size=(8, 6, 48))),
+            "txt": jnp.float32(rng.normal(size=(8, 3, 8))),
+            "timesteps": jnp.float32((np.arange(8) + start) / 8),
+            "y": jnp.float32(rng.normal(size=(8, 8))),
         }
 
     return [batch(0.25), batch(0.75)]
@@ -108,13 +109,34 @@ def test_known_choices(params, batches):
     assert np.allclose(group.by_time, [0, 1])
 
 
-def test_other_routers(params, batches):
+def test_places_are_those_of_image_tokens(params, batches):
+    # fresh blocks change nothing, so what enters shows: text and image far apart in one feature
+    def change(names, leaf):
+        if names in (["txt_in", "bias"], ["img_in", "bias"]):
+            leaf[0] = 100 if names[0] == "txt_in" else -100
+        if names[-2:] == ["gate", "kernel"]:
+            leaf[..., 0, :] = [100, 100, -100, -100]
+        return leaf
+
+    image, text, *single = routing.measure(MODEL, with_gates(params, change), batches)[0]
+    assert np.allclose(image.by_place, [0, 0, 0.5, 0.5])
+    assert np.allclose(text.by_time, [0.5, 0.5, 0, 0])
+    some = [layer for layer in single if layer.by_time.any()]  # that the router chooses
+    assert some
+    for layer in some:
+        assert np.allclose(layer.by_place, [0, 0, 0.5, 0.5])
+        ran = layer.by_time.sum(1) > 0
+        assert np.allclose(layer.by_time[ran], [1 / 6, 1 / 6, 1 / 3, 1 / 3])  # 3 tokens, and 6
+
+
+def test_other_routers(batches):
     moe = replace(MODEL.transformer.moe, router_input="unmodulated")
     model = replace(MODEL, transformer=replace(MODEL.transformer, moe=moe))
-    layers, groups = routing.measure(model, initialise(model.transformer, 0), batches)
+    params = initialise(model.transformer, 0)
+    layers, groups = routing.measure(model, params, batches)
     assert all(layer.by_place is None for layer in layers)
     figure = pictures.routing(layers, groups)
     assert len(figure.axes) >= 2 * (len(layers) + len(groups))
 
     shared = replace(MODEL, transformer=replace(MODEL.transformer, moe=replace(moe, top_k=0)))
-    assert routing.measure(shared, initialise(shared.transformer, 0), batches)[0] == []
+    assert routing.measure(shared, params, batches)[0] == []

@@ -14,11 +14,11 @@ class Recorder(Flux, pytree=False):
     """Stands for a model: a velocity of its own, and it shows what it was given."""
 
     def __init__(self, velocity, guidance_embed=True):
-        self.velocity = velocity
+        self.velocity, self.seen = velocity, {}
         self.config = SimpleNamespace(guidance_embed=guidance_embed)
 
     def __call__(self, img, img_ids, txt, txt_ids, timesteps, y, guidance, top_k):
-        self.seen = img_ids.shape, txt_ids.shape, guidance, top_k
+        self.seen.update(img_ids=img_ids, txt_ids=txt_ids, guidance=guidance, top_k=top_k)
         assert timesteps.shape == (img.shape[0],)
         return self.velocity(img, timesteps[:, None, None])
 
@@ -51,9 +51,8 @@ def test_steps_are_euler_s():
 def test_what_the_model_gets():
     model = Recorder(lambda x, t: x)
     sample(model, [1.0, 0.0], top_k=3)
-    img_ids, txt_ids, guidance, top_k = model.seen
-    np.testing.assert_array_equal(img_ids, flow.image_ids(2, 3))
-    assert txt_ids.shape == (1, 4, 3) and guidance.shape == (2,) and top_k == 3
+    assert model.seen["img_ids"].shape == (1, 6, 3) and model.seen["txt_ids"].shape == (1, 4, 3)
+    assert model.seen["guidance"].shape == (2,) and model.seen["top_k"] == 3
     model = Recorder(lambda x, t: x, guidance_embed=False)
     sample(model, [1.0, 0.0])
-    assert model.seen[2] is None and model.seen[3] is None
+    assert model.seen["guidance"] is None and model.seen["top_k"] is None

@@ -31,8 +31,8 @@ def same(a, b):
     "sparsify",
     [
         SMALL,
-        replace(SMALL, deal="rank", gate="random", shared="random"),
-        replace(SMALL, shared="magnitude", modulation_rank=5, gate="random", moe=UNMODULATED),
+        replace(SMALL, deal="rank", gate="random", shared="magnitude"),
+        replace(SMALL, shared="random", modulation_rank=5, gate="random", moe=UNMODULATED),
         replace(SMALL, method="prune"),
     ],
     ids=["fitted", "paper", "unmodulated", "pruned"],

@@ -212,7 +212,7 @@ def test_the_step_compiles_once(tmp_path):
 
 def test_sigkill_at_any_moment(tmp_path):
     """Three kills, by the clock, anywhere in the run; it ends with the bits of a run without."""
-    steps = 300
+    steps = 200
     directory = tmp_path / "killed"
     command = [sys.executable, "-m", "tests.training.toy", str(directory), str(steps)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
