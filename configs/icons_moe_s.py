@@ -28,7 +28,8 @@ ROUTED = ("*.experts.*", "*.gate.*", "*mlp.scale")
 
 def stage(steps: int, train: tuple[str, ...] = BLOCKS, **fields) -> StageConfig:
     """A stage of this experiment; the optimizer is the same for all students."""
-    optimizer = OptimizerConfig(learning_rate=2e-3, warmup=50, rates=fields.pop("rates", {}))
+    learning_rate, rates = fields.pop("learning_rate", 2e-3), fields.pop("rates", {})
+    optimizer = OptimizerConfig(learning_rate=learning_rate, warmup=50, rates=rates)
     return StageConfig(
         steps=steps,
         train=train,
@@ -54,7 +55,8 @@ def get_config() -> RunConfig:
         rivals={
             "pruned": StudentConfig(
                 SparsifyConfig(method="prune", mlp_ratio=1.5),
-                {"retrain": stage(STEPS), "longer": stage(MOB_STEPS)},
+                # A second run up to the full rate would undo what the first settled.
+                {"retrain": stage(STEPS), "longer": stage(MOB_STEPS, learning_rate=5e-4)},
             ),
             "paper": StudentConfig(
                 SparsifyConfig(deal="rank", gate="random", routed_scale=0.0),

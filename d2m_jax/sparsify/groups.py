@@ -24,10 +24,10 @@ def shapes(config: FluxConfig) -> Shapes:
     return {kind: [(s.groups, s.blocks) for s in getattr(config, kind)] for kind in KINDS}
 
 
-def align(config: FluxConfig, params: dict, shapes: Shapes) -> tuple[FluxConfig, dict]:
-    """The same model in stacks of these (groups, blocks), all active: a teacher meets its student.
+def aligned(config: FluxConfig, shapes: Shapes) -> FluxConfig:
+    """The same model's config in stacks of these (groups, blocks), all blocks active.
 
-    Raises ConfigError where depths differ, a router would be lost, or FFNs in a stack would differ.
+    ConfigError where depths differ, a router would be lost, or a stack would mix kinds of FFN.
     """
     for stack in config.stacks:
         check(not stack.mixes, f"align: expected a model whose blocks all run, found {stack}")
@@ -36,16 +36,23 @@ def align(config: FluxConfig, params: dict, shapes: Shapes) -> tuple[FluxConfig,
         depth, wanted = len(_ffns(config, kind)), sum(g * b for g, b in shapes[kind])
         check(depth == wanted, f"align: the model has {depth} {kind} blocks, expected {wanted}")
         new = [StackConfig(groups, blocks, blocks) for groups, blocks in shapes[kind]]
-        stacks[kind] = _with_ffns(config, kind, new, "align: (groups, blocks)")
-    return _rearrange(config, params, stacks)
+        stacks[kind] = tuple(_with_ffns(config, kind, new, "align: (groups, blocks)"))
+    return replace(config, **stacks)
 
 
-def regroup(
-    config: FluxConfig, params: dict, groups: GroupsConfig, seed: int
-) -> tuple[FluxConfig, dict]:
-    """The model with its blocks in MoB groups: all parameters of blocks stay, routers are fresh.
+def align(config: FluxConfig, params: dict, shapes: Shapes) -> tuple[FluxConfig, dict]:
+    """The model in stacks of these (groups, blocks): how a teacher meets its student.
 
-    Raises ConfigError where groups do not fit the depth or would mix dense and MoE FFNs.
+    Raises what `aligned` raises.
+    """
+    new = aligned(config, shapes)
+    return new, _rearrange(config, params, new)
+
+
+def grouped(config: FluxConfig, groups: GroupsConfig) -> FluxConfig:
+    """The model's config with its blocks in MoB groups.
+
+    ConfigError where groups do not fit the depth or would mix kinds of FFN.
     """
     stacks = {}
     for kind in KINDS:
@@ -69,15 +76,26 @@ def regroup(
         number = (depth - keep) // blocks
         single_groups = [StackConfig(1)] * keep + [StackConfig(1, blocks, active)] * number
         single_groups = _with_ffns(config, kind, single_groups, f"GroupsConfig.{kind}_blocks")
-        stacks[kind] = [
+        stacks[kind] = tuple(
             replace(stack, groups=len(list(equal))) for stack, equal in groupby(single_groups)
-        ]
-    config, params = _rearrange(config, params, stacks)
+        )
+    return replace(config, **stacks)
+
+
+def regroup(
+    config: FluxConfig, params: dict, groups: GroupsConfig, seed: int
+) -> tuple[FluxConfig, dict]:
+    """The model with its blocks in MoB groups: all parameters of blocks stay, routers are fresh.
+
+    Raises what `grouped` raises.
+    """
+    new = grouped(config, groups)
+    params = _rearrange(config, params, new)
     for kind in KINDS:
-        for i, stack in enumerate(getattr(config, kind)):
+        for i, stack in enumerate(getattr(new, kind)):
             if stack.mixes:
-                params[kind][i]["router"] = _router(config, stack, f"{kind}.{i}", seed)
-    return config, params
+                params[kind][i]["router"] = _router(new, stack, f"{kind}.{i}", seed)
+    return new, params
 
 
 def _ffns(config: FluxConfig, kind: str) -> list[tuple[str, float]]:
@@ -103,20 +121,18 @@ def _with_ffns(
     return result
 
 
-def _rearrange(
-    config: FluxConfig, params: dict, stacks: dict[str, list[StackConfig]]
-) -> tuple[FluxConfig, dict]:
-    """The model with its blocks, in their order, in these stacks, without routers."""
+def _rearrange(config: FluxConfig, params: dict, new: FluxConfig) -> dict:
+    """The parameters with their blocks, in their order, in the new config's stacks; no routers."""
     params = dict(params)
-    for kind, new in stacks.items():
+    for kind in KINDS:
         old = [(s, params[kind][i]["block"]) for i, s in enumerate(getattr(config, kind))]
-        ends = accumulate(stack.depth for stack in new)
+        stacks = getattr(new, kind)
+        ends = accumulate(stack.depth for stack in stacks)
         params[kind] = {
             i: {"block": _blocks(old, stack, end - stack.depth)}
-            for i, (stack, end) in enumerate(zip(new, ends, strict=True))
+            for i, (stack, end) in enumerate(zip(stacks, ends, strict=True))
         }
-    config = replace(config, **{kind: tuple(new) for kind, new in stacks.items()})
-    return config, params
+    return params
 
 
 def _blocks(old: list[tuple[StackConfig, dict]], stack: StackConfig, start: int) -> dict:

@@ -11,7 +11,7 @@ import numpy as np
 from d2m_jax.config import FluxConfig, ModelConfig, SparsifyConfig, check
 from d2m_jax.sparsify import importance
 from d2m_jax.sparsify.experts import make_moe
-from d2m_jax.sparsify.groups import KINDS, align
+from d2m_jax.sparsify.groups import KINDS, align, aligned, shapes
 from d2m_jax.sparsify.importance import FFNS, Noisy
 from d2m_jax.sparsify.modulation import low_rank
 from d2m_jax.sparsify.prune import prune
@@ -36,8 +36,8 @@ def make_student(
         sparsify.batches >= 1, f"SparsifyConfig.batches = {sparsify.batches}: expected at least 1"
     )
     check(sparsify.tokens >= 1, f"SparsifyConfig.tokens = {sparsify.tokens}: expected at least 1")
-    config, params = _in_runs(teacher.transformer, params, sparsify)
-    student = _student_config(config, sparsify)
+    student = student_config(teacher.transformer, sparsify)
+    config, params = align(teacher.transformer, params, shapes(student))
     batches = list(islice(batches, sparsify.batches))
     check(len(batches) > 0, "calibration: expected at least one batch, found none")
     key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(b"calibration")))
@@ -78,9 +78,10 @@ def make_student(
     return replace(teacher, transformer=student), made
 
 
-def _in_runs(config: FluxConfig, params: dict, sparsify: SparsifyConfig) -> tuple[FluxConfig, dict]:
-    """The teacher in one stack per run of blocks that stay dense, or do not."""
-    shapes = {}
+def student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
+    """The student's transformer, from the dense teacher's, in one stack per run of blocks that
+    stay dense, or do not. Raises ConfigError where the sizes do not fit."""
+    runs = {}
     for kind in KINDS:
         stacks, dense = getattr(config, kind), getattr(sparsify, f"dense_{kind}")
         depth = sum(stack.depth for stack in stacks)
@@ -94,13 +95,9 @@ def _in_runs(config: FluxConfig, params: dict, sparsify: SparsifyConfig) -> tupl
             f"SparsifyConfig.dense_{kind} = {dense}: expected indices below {depth}, the teacher's"
             f" {kind} blocks",
         )
-        runs = groupby(block in dense for block in range(depth))
-        shapes[kind] = [(len(list(run)), 1) for _, run in runs]
-    return align(config, params, shapes)
-
-
-def _student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
-    """The student's config, from the teacher's in runs."""
+        same = groupby(block in dense for block in range(depth))
+        runs[kind] = [(len(list(run)), 1) for _, run in same]
+    config = aligned(config, runs)
     bodies, rank = {}, sparsify.modulation_rank
     check(
         rank is None or config.modulation_rank is None,

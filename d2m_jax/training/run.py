@@ -8,7 +8,14 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from d2m_jax.config import LossConfig, ModelConfig, RunConfig, SparsifyConfig, StageConfig
+from d2m_jax.config import (
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    SparsifyConfig,
+    StageConfig,
+    StudentConfig,
+)
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
 from d2m_jax.models.flux import initialise
@@ -16,9 +23,9 @@ from d2m_jax.sampling import grid
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.sharding import make_mesh
-from d2m_jax.sparsify.groups import align, regroup, shapes
+from d2m_jax.sparsify.groups import align, grouped, regroup, shapes
 from d2m_jax.sparsify.importance import Noisy
-from d2m_jax.sparsify.student import make_student
+from d2m_jax.sparsify.student import make_student, student_config
 from d2m_jax.training.checkpoint import open_run
 from d2m_jax.training.loop import train_stage
 from d2m_jax.training.metrics import say
@@ -41,7 +48,6 @@ class _Work:
     noisy: Noisy | None = None  # for calibration; one object, so that it is compiled once
 
 
-
 def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
     """Train what `config` says into `run_directory`, going on where an earlier start stopped.
 
@@ -58,6 +64,7 @@ def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
         _train(work, run_directory, (model, params), config.stages)
         return
     teacher = model_directory.load(ROOT / config.teacher)
+    _check_students(config, teacher[0])
     noisy = partial(noisy_inputs, teacher[0], Encoders(teacher[0]), LossConfig())
     work = replace(work, noisy=noisy)
     for name, rival in config.rivals.items():
@@ -66,6 +73,16 @@ def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
         _train(work, run_directory / "rivals" / name, start, rival.stages, teacher)
     start = partial(_cut, work, teacher, config.sparsify)
     _train(work, run_directory, start, config.stages, teacher)
+
+
+def _check_students(config: RunConfig, teacher: ModelConfig) -> None:
+    """Raise ConfigError for a student that cannot be cut or grouped, before anything trains."""
+    main = StudentConfig(config.sparsify, config.stages)
+    for student in (main, *config.rivals.values()):
+        transformer = student_config(teacher.transformer, student.sparsify)
+        for stage in student.stages.values():
+            if stage.groups is not None:
+                transformer = grouped(transformer, stage.groups)
 
 
 def _cut(work: _Work, teacher: tuple[ModelConfig, dict], sparsify: SparsifyConfig):

@@ -1,4 +1,4 @@
-"""The embedded task and the teacher that ships: what it scores, and that its FFNs are what knows."""
+"""The embedded task and the shipped teacher: what it scores, and that its FFNs are what knows."""
 
 from dataclasses import replace
 from functools import partial
