@@ -134,6 +134,8 @@ def for_terminal(table: Table) -> rich.table.Table:
     """The same for a terminal."""
     result = rich.table.Table(
         box=rich.box.SIMPLE,
+        collapse_padding=True,
+        pad_edge=False,
         title=Text(table.title),
         caption=Text("\n".join(table.notes)),
         title_justify="left",

@@ -39,7 +39,7 @@ def reference(
 
 # A gathered copy of one weight matrix per tile is quickest while it stays in the cache; above this
 # size a scan reads each matrix in place and sums its gradient in the carry.
-GATHER_BYTES = 16 * 2**20
+GATHER_BYTES = 4 * 2**20
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

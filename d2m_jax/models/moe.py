@@ -146,7 +146,7 @@ def tile_rows(rows: int, experts: int) -> int:
     """Rows per tile: large enough for a matmul to be efficient, small enough that padding stays a
     small share."""
     share = rows / experts
-    return next((tile for tile in (128, 64, 32) if share >= 4 * tile), 16)
+    return next((tile for tile in (128, 64, 32) if share >= 3 * tile), 16)
 
 
 def place(
