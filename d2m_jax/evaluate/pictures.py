@@ -110,7 +110,7 @@ def costs(
             )  # fmt: skip
         axes.set(xlabel=title, xlim=(0, 1.12 * max(cost.values())))
         _tidy(axes)
-    panels[0].set_ylabel("score, % of prompts")
+    panels[0].set(ylabel="score, % of prompts", ylim=(0, 100))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
