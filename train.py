@@ -4,6 +4,7 @@ Goes on where it stopped if DIR (default: runs/ and the config's name) holds a r
 `python train.py CONFIG.py --help` lists every field.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     run_directory = parsed.run_dir or Path("runs") / parsed.config.name
     run.run(parsed.config, run_directory, accounting.flops_per_example)
     if parsed.config.teacher is not None:
-        report.write(run_directory)
+        report.write(run_directory, shlex.join(["python", "train.py", *arguments]))
 
 
 if __name__ == "__main__":

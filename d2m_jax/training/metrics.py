@@ -19,7 +19,7 @@ from tensorboardX import SummaryWriter
 COLLAPSE = {
     "entropy": (lambda value: value < 0.5, "entropy {:.2f} of 1"),
     "largest_load": (lambda value: value > 4.0, "largest load {:.1f} times the even one"),
-    "dead_experts": (lambda value: value > 0, "{:.0f} dead experts"),
+    "dead_experts": (lambda value: value >= 1, "{:.0f} dead experts"),
 }
 
 

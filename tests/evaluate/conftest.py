@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -50,11 +51,10 @@ def model(ffn="dense", mlp_ratio=4.0, blocks=1, **others) -> ModelConfig:
 
 
 def parameters(config: ModelConfig, seed: int) -> dict:
-    """Random where a fresh model has zeros, so that models differ in what they answer."""
-    leaves, tree = jax.tree.flatten(initialise(config.transformer, seed))
+    """Random everywhere, so that models differ in what they answer, and no program is compiled."""
     rng = np.random.default_rng(seed)
-    noise = [0.1 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
-    return jax.tree.unflatten(tree, [leaf + n for leaf, n in zip(leaves, noise, strict=True)])
+    abstract = jax.eval_shape(partial(initialise, config.transformer, seed))
+    return jax.tree.map(lambda a: 0.2 * rng.normal(size=a.shape).astype(a.dtype), abstract)
 
 
 def stages(**steps: int) -> dict[str, StageConfig]:

@@ -147,7 +147,7 @@ def test_held_out_error_is_the_mean_squared_difference_of_velocities(make_run, t
         )
         for model in (run.teacher, row)
     ]
-    bench = Bench(run, tmp_path, {})
     expected = float(jnp.square(answers[0] - answers[1]).mean())
-    found = held_out.velocities(row.config, row.params, batches) - bench.targets["seen"]
-    assert float((found**2).mean()) == pytest.approx(expected, rel=1e-4)
+    bench = Bench(run, tmp_path, {})
+    found = bench.measure("pruned", row.config, row.params, {"seen": 12})
+    assert found.errors["seen"] == pytest.approx(expected, rel=1e-4)
