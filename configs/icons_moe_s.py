@@ -34,7 +34,7 @@ def stage(steps: int, train: tuple[str, ...] = BLOCKS, **fields) -> StageConfig:
         steps=steps,
         train=train,
         optimizer=optimizer,
-        loss=LossConfig(feature=fields.pop("feature", 0.0), balance=fields.pop("balance", 1e-2)),
+        loss=LossConfig(feature=fields.pop("feature", 0.0)),
         remat=False,
         log_every=20,
         evaluate_every=200,
@@ -51,11 +51,7 @@ def get_config() -> RunConfig:
         teacher="teachers/icons",
         data=IconsConfig(task="scenes", glyphs=256, seed=0),
         sparsify=SparsifyConfig(deal="clustered", gate="fitted"),
-        # Fitted gates know where to send a token; the paper's balance weight pulls them away from it.
-        stages={
-            "moe": stage(STEPS, balance=1e-3),
-            "mob": stage(MOB_STEPS, balance=1e-3, groups=groups),
-        },
+        stages={"moe": stage(STEPS), "mob": stage(MOB_STEPS, groups=groups)},
         rivals={
             "pruned": StudentConfig(
                 SparsifyConfig(method="prune", mlp_ratio=1.5),
