@@ -5,6 +5,9 @@
 Two dense rivals: of the same total width (what the sparse layer must beat) and of the same
 activated width (what perfect sparsity would cost). All ways take turns within each round, so that
 what else the machine does falls on all of them; medians, and the middle half of the rounds.
+
+A program runs several layers in one scan, rematerialised in the backward pass, as the transformer
+does. A single layer would measure the operating system instead: every call touches fresh pages.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from d2m_jax.models.layers import FFN
 from d2m_jax.models.moe import MoE
 
 ACTIVATED = 1.5  # r_a = r_s + k · r_n of PAPER.md, in widths D
+LAYERS = 8
 
 
 def layer(kind: str, dim: int):
@@ -47,21 +51,25 @@ def flops(kind: str, dim: int, tokens: int) -> int:
 
 
 def compare(dim: int, tokens: int, rounds: int) -> list[dict]:
-    """One row per way and direction."""
+    """One row per way and direction; times and work are of one layer."""
     x = jax.random.normal(jax.random.key(0), (1, tokens, dim))
     calls, work = {}, {}
     for kind in ("dense total", "dense activated", "moe tiled", "moe reference"):
         params, function = layer(kind, dim)
 
-        def loss(params, x, function=function):
-            return jnp.square(function(params, x)).mean()
+        def stack(params, x, function=function):
+            body = jax.checkpoint(lambda x, _: (x + function(params, x), None))
+            return jax.lax.scan(body, x, length=LAYERS)[0]
 
-        forward, both = jax.jit(function), jax.jit(jax.grad(loss, argnums=(0, 1)))
+        def loss(params, x, stack=stack):
+            return jnp.square(stack(params, x)).mean()
+
+        forward, both = jax.jit(stack), jax.jit(jax.grad(loss, argnums=(0, 1)))
         calls[kind, "forward"] = lambda f=forward, p=params: f(p, x)
         calls[kind, "forward + backward"] = lambda f=both, p=params: f(p, x)
         work[kind, "forward"] = flops(kind, dim, tokens)
-        work[kind, "forward + backward"] = 3 * flops(kind, dim, tokens)
-    times = measure(calls, rounds)
+        work[kind, "forward + backward"] = 4 * flops(kind, dim, tokens)  # forward runs twice
+    times = {key: [t / LAYERS for t in ts] for key, ts in measure(calls, rounds).items()}
     return [
         {
             "dim": dim,
