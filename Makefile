@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(BIN)/python train.py configs/icons_moe_s.py --run-dir runs/demo
 
 test: $(INSTALLED)-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED)-dev
 	$(BIN)/ruff check .
