@@ -1,0 +1,74 @@
+"""How well a gate finds the experts that matter, before any training: every FFN of the teacher.
+
+    python benchmarks/gates.py
+
+Energy: the share of the normal experts' squared output norms that the gate's top k holds, beside
+what the best k of each token hold. Error: of the cut FFN's output, over the energy of the whole
+FFN's, with the gate and with the shared expert alone. On calibration tokens of another seed.
+"""
+
+from functools import partial
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+
+from d2m_jax.config import LossConfig, SparsifyConfig
+from d2m_jax.data import icons
+from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.evaluate.benchmark import task_of
+from d2m_jax.sampling.encoders import Encoders
+from d2m_jax.sparsify import importance
+from d2m_jax.sparsify.student import make_student
+from d2m_jax.weights import model_directory
+
+TEACHER, TOP_K = "teachers/icons", 2
+RECIPES = (("clustered", "fitted"), ("rank", "fitted"), ("rank", "random"), ("random", "fitted"))
+
+
+def hidden(x, layer):
+    return jax.nn.gelu(x @ layer["kernel"] + layer["bias"], approximate=True)
+
+
+def judge(ffn: dict, x: jax.Array) -> dict[str, float]:
+    experts, shared, gate = ffn["experts"], ffn["shared"], ffn["gate"]
+    into = jnp.einsum("td,edf->tef", x, experts["in_kernel"]) + experts["in_bias"]
+    out = jnp.einsum("tef,efd->ted", jax.nn.gelu(into, approximate=True), experts["out_kernel"])
+    energy = jnp.square(out).sum(-1)
+    top = jax.lax.top_k(x @ gate["kernel"] + gate["bias"], TOP_K)[1]
+    chosen = jnp.take_along_axis(out, top[:, :, None], 1).sum(1)
+    rest = out.sum(1)
+    whole = jnp.square(rest + hidden(x, shared["in_layer"]) @ shared["out_layer"]["kernel"]).sum()
+    return {
+        "energy": jnp.take_along_axis(energy, top, 1).sum() / energy.sum(),
+        "best": jax.lax.top_k(energy, TOP_K)[0].sum() / energy.sum(),
+        "error": jnp.square(rest - chosen).sum() / whole,
+        "error, shared alone": jnp.square(rest).sum() / whole,
+    }
+
+
+def main() -> None:
+    config, params = model_directory.load(TEACHER)
+    task = task_of(config)
+    noisy = partial(noisy_inputs, config, Encoders(config), LossConfig())
+    batches = partial(icons.batches, task, config.text, config.image, 64)
+    calibration = list(islice(batches(), 16))
+    tested = importance.calibrate(
+        config.transformer, params, list(islice(batches(seed=1), 8)), noisy, jax.random.key(1), 2048
+    ).inputs
+    for deal, gate in RECIPES:
+        cut = SparsifyConfig(deal=deal, gate=gate)
+        _, student = make_student(config, params, cut, calibration, noisy, seed=0)
+        for kind, ffns in tested.items():
+            for name, inputs in ffns[0].items():
+                for block in range(inputs.shape[0]):
+                    ffn = jax.tree.map(
+                        lambda a, i=block: jnp.asarray(a[i, 0]), student[kind][0]["block"][name]
+                    )
+                    found = judge(ffn, jnp.asarray(inputs[block, 0], jnp.float32))
+                    line = ", ".join(f"{key} {float(value):.2f}" for key, value in found.items())
+                    print(f"{deal:9} {gate:7} {kind} {block} {name:8} {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
