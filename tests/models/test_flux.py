@@ -1,6 +1,7 @@
 """The transformer: full size without its numbers, stacks in any shape, float32 where it counts."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +77,9 @@ def test_fresh_model_is_finite_and_its_blocks_do_nothing():
 SIX = replace(toy.DENSE, double=(StackConfig(1),), single=(StackConfig(6),))
 
 
+@partial(jax.jit, static_argnums=0)
 def run(config, params, *inputs):
-    return jax.jit(lambda p, *a: flux.model_of(config, p)(*a))(params, *inputs)
+    return flux.model_of(config, params)(*inputs)
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +141,11 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 def test_remat_changes_nothing():
-    params = toy.params(toy.SPARSE)
+    params = toy.params(toy.DENSE)
 
     def gradient(remat):
         def loss(params):
-            model = flux.model_of(toy.SPARSE, params)
+            model = flux.model_of(toy.DENSE, params)
             return jnp.square(model.run(*model.embed(*toy.inputs()), remat=remat)[0]).mean()
 
         return jax.jit(jax.grad(loss))(params)

@@ -175,7 +175,7 @@ def multiplications(jaxpr, times=1) -> int:
 
 
 def test_weight_is_exactly_1_and_its_gradient_reaches_the_router():
-    logits = jnp.asarray([[0.1, 2.0, -0.3, 1.5], [3.0, 0.0, 0.2, 0.1]])
+    logits = jnp.asarray([[0.1, 1.5, -0.3, 2.0], [3.0, 0.0, 0.2, 0.1]])
     probability, chosen, weight = mob.choose(logits, 2)
     np.testing.assert_array_equal(chosen, [[1, 3], [0, 2]])
     assert (weight == 1).all()
