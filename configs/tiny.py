@@ -1,4 +1,6 @@
-"""Every stage in under a minute, for tests and first tries; its scores mean nothing.
+"""Every stage in a few steps, for tests and first tries; its scores mean nothing.
+
+It takes minutes on two cores, nearly all of them compilation.
 
 python train.py configs/tiny.py
 """
