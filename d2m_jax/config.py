@@ -6,7 +6,10 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+ROOT = Path(__file__).parents[1]  # of the repository, where relative paths of teachers start
 
 
 class ConfigError(ValueError):

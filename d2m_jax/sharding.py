@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from d2m_jax.config import ConfigError, MeshConfig
 
@@ -76,7 +76,7 @@ def on_own_samples(function: Callable, samples: Any, shared: Any) -> Any:
     """
     mesh, axes = jax.sharding.get_abstract_mesh(), ("data", "fsdp")
     batch = jax.tree.leaves(samples)[0].shape[0]
-    if mesh.empty or mesh.manual_axes or batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if mesh.empty or mesh.manual_axes or batch % batch_shards(mesh):
         return function(samples, shared)
 
     def local(samples, shared):
@@ -98,6 +98,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Parts into which a batch is cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2m_jax.config import (
+    ROOT,
     ConfigError,
     ModelConfig,
     RunConfig,
@@ -17,7 +18,6 @@ from d2m_jax.config import (
 )
 from d2m_jax.weights import model_directory
 
-ROOT = Path(__file__).parents[2]  # of the repository, where relative paths of teachers start
 TEACHER = "teacher"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from d2m_jax.config import (
+    ROOT,
     LossConfig,
     ModelConfig,
     RunConfig,
@@ -31,7 +32,6 @@ from d2m_jax.training.loop import train_stage
 from d2m_jax.training.metrics import say
 from d2m_jax.weights import model_directory
 
-ROOT = Path(__file__).parents[2]  # of the repository, where relative paths of teachers start
 SAMPLED_PROMPTS = 36  # in the grids that a training draws
 
 # FLOPs of one example's forward: (config, image tokens, text tokens) → count.
