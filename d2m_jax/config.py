@@ -168,6 +168,66 @@ class WordsConfig:
 
 
 @dataclass(frozen=True)
+class T5Config:
+    """T5 v1.1's encoder, which gives `txt`; the defaults are XXL's (transformers' names)."""
+
+    vocab_size: int = 32_128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10_240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """CLIP's text encoder, which gives `y`; the defaults are ViT-L/14's (transformers' names)."""
+
+    vocab_size: int = 49_408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    eos_token_id: int = 49_407
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """The text encoders of FLUX.1: T5 for the tokens, CLIP for the pooled vector."""
+
+    kind: Literal["prompts"] = "prompts"
+    t5: T5Config = T5Config()
+    clip: CLIPConfig = CLIPConfig()
+    length: int = 512  # tokens of T5; shorter prompts are padded
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """FLUX.1's autoencoder (diffusers' names); latents enter the transformer in 2 × 2 patches."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    height: int = 1024  # pixels of an image where nothing else is said
+    width: int = 1024
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2  # of the encoder; the decoder has one more
+    latent_channels: int = 16
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    def __post_init__(self):
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        check(
+            len(widths) > 0 and groups > 0 and all(w > 0 and w % groups == 0 for w in widths),
+            f"AutoencoderConfig.block_out_channels = {widths}: expected multiples of"
+            f" norm_num_groups = {groups}",
+        )
+
+
+@dataclass(frozen=True)
 class PixelsConfig:
     """No autoencoder: the transformer sees pixels in patches; channels = 3 · patch²."""
 
@@ -190,7 +250,7 @@ class ModelConfig:
     transformer: FluxConfig = FluxConfig()
     text: WordsConfig = WordsConfig()
     image: PixelsConfig = PixelsConfig()
-    shift: Literal["flux", "none"] = "none"  # the sampler's: FLUX.1 [dev]'s by length, or none
+    shift: float | None = 1.0  # of times, in sampling and training; None: by length (flow.shift)
     sample_steps: int = 20
     guidance: float = 3.5  # used where the transformer has guidance_embed
 
@@ -234,7 +294,7 @@ class LossConfig:
     feature: float = 1.0
     balance: float = 1e-2
     block_balance: float = 1e-2
-    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"  # before the model's shift
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Rectified flow: noisy input, velocity target, schedule, packing into tokens, position ids."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -19,15 +21,22 @@ def velocity(data: Float[Array, "b n c"], noise: Float[Array, "b n c"]) -> Float
     return noise - data
 
 
-def schedule(steps: int, image_tokens: int, shift: bool) -> np.ndarray:
-    """`steps` + 1 times from 1 to 0; shifted by length as FLUX.1 [dev] does (BFL
-    sampling.get_schedule)."""
-    t = np.linspace(1, 0, steps + 1)
-    if shift:
-        mu = 0.5 + (image_tokens - 256) * 0.65 / 3840
-        t = np.exp(mu) / (np.exp(mu) + 1 / np.maximum(t, 1e-12) - 1)
-        t[-1] = 0.0
-    return t.astype(np.float32)
+def shift(
+    t: Float[Array | np.ndarray, " s"], factor: float | None, image_tokens: int
+) -> Float[Array | np.ndarray, " s"]:
+    """s·t / (1 + (s − 1)·t): more times near 1, where an image's layout is decided.
+
+    A factor s of 1 leaves times as they are (FLUX.1 [schnell]), 3 is usual (SD3); None is FLUX.1
+    [dev]'s by length, s = exp(mu) (BFL sampling.time_shift).
+    """
+    if factor is None:
+        factor = math.exp(0.5 + (image_tokens - 256) * 0.65 / 3840)
+    return factor * t / (1 + (factor - 1) * t)
+
+
+def schedule(steps: int, image_tokens: int, factor: float | None) -> Float[np.ndarray, " s"]:
+    """`steps` + 1 shifted times from 1 to 0 (BFL sampling.get_schedule)."""
+    return shift(np.linspace(1, 0, steps + 1), factor, image_tokens).astype(np.float32)
 
 
 def pack(image: Float[Array, "b H W c"], patch: int = 2) -> Float[Array, "b n k"]:

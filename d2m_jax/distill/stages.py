@@ -75,6 +75,7 @@ def noisy_inputs(
     noise_key, time_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, data.shape)
     t = times(loss, time_key, data.shape[0])
+    t = flow.shift(t, config.shift, data.shape[1])
     grid = encoders.grid(*batch["image"].shape[1:3])
     guidance = jnp.full(t.shape, config.guidance) if config.transformer.guidance_embed else None
     ids = flow.image_ids(*grid), flow.text_ids(txt.shape[1])
@@ -83,7 +84,7 @@ def noisy_inputs(
 
 
 def times(loss: LossConfig, key: Array, count: int) -> Float[Array, " b"]:
-    """Times in (0, 1): uniform and evenly spread over the batch, or the logistic of a normal."""
+    """Times in (0, 1), not yet shifted: uniform and evenly spread over the batch, or the logistic of a normal."""
     if loss.timesteps == "logit_normal":
         return jax.nn.sigmoid(jax.random.normal(key, (count,)))
     start, order = jax.random.split(key)

@@ -54,7 +54,7 @@ class Pipeline:
         latents = noise(seed, *shape) if latents is None else latents
         check(latents.shape == shape, f"latents: found shape {latents.shape}, expected {shape}")
         steps = steps or self.config.sample_steps
-        times = jnp.asarray(flow.schedule(steps, rows * columns, self.config.shift == "flux"))
+        times = jnp.asarray(flow.schedule(steps, rows * columns, self.config.shift))
         guidance = self.config.guidance if guidance is None else guidance
         # The last batch is filled up, so that one compiled program serves all.
         size = min(batch_size, len(ids))
