@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,7 +15,8 @@ from d2m_jax.sampling import grid, pipeline
 
 @dataclass(frozen=True)
 class Arguments:
-    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    # a model directory, a diffusers FluxPipeline folder or its Hugging Face repository
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     output: Path  # folder for 0000.png, 0001.png, … and grid.png
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # may be repeated
     prompts: Path | None = None  # a text file with one prompt a line
@@ -24,7 +25,15 @@ class Arguments:
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
-    top_k: int | None = None  # normal experts per token, 0 to all
+    top_k: tuple[int, ...] | None = (
+        None  # normal experts per token; several: for shares of the steps
+    )
+    negative_prompt: str | None = None  # what images should not show; counts where true_cfg > 1
+    true_cfg: float = 1.0  # strength of classifier-free guidance, at twice the time
+    max_sequence_length: int | None = None  # tokens of T5
+    batch_size: int | None = None  # images at a time; None: as many as make about 2048 tokens
+    tile: int | None = None  # decode in tiles of so many latents a side, for large images
+    dtype: Literal["bfloat16", "float32"] | None = None  # None: bfloat16, on a CPU float32
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,7 +41,8 @@ def main(arguments: Sequence[str]) -> None:
         Arguments, arguments, usage="sample.py", description="Write images for prompts."
     )
     prompts = read_prompts(parsed)
-    pipe = pipeline.load_pipeline(parsed.model)
+    pipe = pipeline.load_pipeline(parsed.model, parsed.dtype)
+    negative = parsed.negative_prompt
     images = pipe(
         prompts,
         height=parsed.height,
@@ -41,6 +51,11 @@ def main(arguments: Sequence[str]) -> None:
         guidance=parsed.guidance,
         seed=parsed.seed,
         top_k=parsed.top_k,
+        max_sequence_length=parsed.max_sequence_length,
+        negative_prompts=None if negative is None else [negative] * len(prompts),
+        true_cfg=parsed.true_cfg,
+        batch_size=parsed.batch_size,
+        tile=parsed.tile,
     )
     grid.write(images, parsed.output)
     print(f"{len(images)} images and grid.png in {parsed.output}")

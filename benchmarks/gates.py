@@ -50,11 +50,16 @@ def judge(ffn: dict, x: jax.Array) -> dict[str, float]:
 def main() -> None:
     config, params = model_directory.load(TEACHER)
     task = task_of(config)
-    noisy = partial(noisy_inputs, config, Encoders(config), LossConfig())
-    batches = partial(icons.batches, task, config.text, config.image, 64)
-    calibration = list(islice(batches(), 16))
+    noisy = partial(noisy_inputs, config, LossConfig())
+    encoders = Encoders(config)
+
+    def batches(seed: int, count: int) -> list[dict]:
+        drawn = icons.batches(task, encoders.tokenizer, config.image, 64, seed)
+        return [encoders.encode(batch) for batch in islice(drawn, count)]
+
+    calibration = batches(0, 16)
     tested = importance.calibrate(
-        config.transformer, params, list(islice(batches(seed=1), 8)), noisy, jax.random.key(1), 2048
+        config.transformer, params, batches(1, 8), noisy, jax.random.key(1), 2048
     ).inputs
     for deal, gate in RECIPES:
         cut = SparsifyConfig(deal=deal, gate=gate)

@@ -10,7 +10,7 @@ def __getattr__(name: str):
 
         return load_pipeline
     if name == "load_model":
-        from d2m_jax.weights.model_directory import load_model
+        from d2m_jax.weights.torch_import import load_model
 
         return load_model
     raise AttributeError(f"module 'd2m_jax' has no attribute {name!r}")

@@ -21,7 +21,7 @@ T = TypeVar("T")
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """The exit code of main(arguments): 2 after one line for a ConfigError, 130 if interrupted."""
     # Where a file is damaged, Orbax and its tasks would tell so beside our one line.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         main(arguments)

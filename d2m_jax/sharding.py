@@ -98,6 +98,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def spread(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Of a frozen array that all devices share, cut along the last axis that they divide."""
+    for axis in reversed(range(len(shape))):
+        if mesh.size > 1 and shape[axis] % mesh.size == 0:
+            return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
+    return replicated(mesh)
+
+
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Parts into which a batch is cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -9,16 +9,15 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, PyTree, UInt8
 
-from d2m_jax.config import IconsConfig, PixelsConfig, WordsConfig, check
+from d2m_jax.config import AutoencoderConfig, IconsConfig, PixelsConfig, check
 from d2m_jax.data.glyphs import COLOURS, MARGIN, Lexicon, lexicon
-from d2m_jax.models.words import Words
 
 CATEGORIES = ("single", "two", "counting", "colours", "position", "attribution")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -27,14 +26,22 @@ WORDS = ("and", "of", *NUMBERS, "left", "right", "above", "below", *COLOURS)  # 
 LONGEST = 6  # words of a caption
 
 Split = Literal["train", "validation", "held_out"]
+Canvas = PixelsConfig | AutoencoderConfig  # what knows an image's height and width
 
 
-def lexicon_for(config: IconsConfig, image: PixelsConfig) -> Lexicon:
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What turns captions into arrays with the batch in front."""
+
+    def ids(self, captions: list[str]) -> PyTree: ...
+
+
+def lexicon_for(config: IconsConfig, image: Canvas) -> Lexicon:
     """The task's glyphs, at the size that fits a cell of its canvas."""
     return lexicon(config.glyphs, image.height // _grid(config, image) - MARGIN)
 
 
-def vocabulary(config: IconsConfig, image: PixelsConfig) -> tuple[str, ...]:
+def vocabulary(config: IconsConfig, image: Canvas) -> tuple[str, ...]:
     """Every word that captions use, the glyphs' names last."""
     return WORDS + lexicon_for(config, image).names
 
@@ -72,14 +79,12 @@ def render(
     return _paint(canvas, lexicon)
 
 
-def prompts(
-    config: IconsConfig, image: PixelsConfig, count: int, held_out: bool = False
-) -> list[Scene]:
+def prompts(config: IconsConfig, image: Canvas, count: int, held_out: bool = False) -> list[Scene]:
     """`count` scenes to evaluate on, the categories in turn; held_out of pairs never trained."""
     known, grid = lexicon_for(config, image), _grid(config, image)
     key = _key(config.seed, "prompts", held_out)
     drawn = _scenes(config, known, key, np.arange(count), held_out)
-    words, colours = WORDS + known.names, list(COLOURS)
+    captions, colours = _captions(drawn, known), list(COLOURS)
     scenes = []
     for i in range(count):
         objects = tuple(
@@ -93,26 +98,25 @@ def prompts(
         )
         category = CATEGORIES[drawn.category[i]]
         relation = RELATIONS[drawn.relation[i]] if category == "position" else ""
-        caption = " ".join(words[w] for w in drawn.words[i] if w >= 0)
-        scenes.append(Scene(category, caption, objects, relation))
+        scenes.append(Scene(category, captions[i], objects, relation))
     return scenes
 
 
 def batches(
     config: IconsConfig,
-    text: WordsConfig,
-    image: PixelsConfig,
+    tokenizer: Tokenizer,
+    image: Canvas,
     batch_size: int,
     seed: int = 0,
     split: Split = "train",
     threads: int = 2,
 ) -> grain.DatasetIterator:
-    """Endless batches {"image": uint8 [b, h, w, 3], "words": int32 [b, length]}.
+    """Endless batches {"image": uint8 [b, h, w, 3], "text": what the tokenizer makes of captions}.
 
     `train` and `validation` are different draws of the training pairs, `held_out` draws the others.
     The iterator's get_state and set_state resume exactly.
     """
-    source = Batches(config, text, image, batch_size, seed, split)
+    source = Batches(config, tokenizer, image, batch_size, seed, split)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)
     dataset = grain.MapDataset.source(source).repeat().to_iter_dataset(options)
     if config.workers:
@@ -127,8 +131,8 @@ class Batches:
     def __init__(
         self,
         config: IconsConfig,
-        text: WordsConfig,
-        image: PixelsConfig,
+        tokenizer: Tokenizer,
+        image: Canvas,
         batch_size: int,
         seed: int,
         split: Split,
@@ -142,27 +146,24 @@ class Batches:
         self.lexicon = lexicon_for(config, image)
         self.grid = _grid(config, image)
         self.key = _key(config.seed, seed, split)
-        ids = Words(text).ids([*WORDS, *self.lexicon.names])[:, 0]
-        self.ids = np.append(ids, np.int32(0))  # of our words, at -1 the padding
-        longest = 2 if config.task == "single" else LONGEST
-        check(
-            text.length >= longest,
-            f"WordsConfig.length = {text.length}: expected at least {longest}, for {config.task}",
-        )
-        self.length = text.length
+        self.tokenizer = tokenizer
+        # Unknown words and captions that are too long are told here, not by a worker.
+        glyphs = self.lexicon.names
+        tokenizer.ids([*WORDS, *glyphs])
+        if config.task == "scenes":
+            tokenizer.ids([f"red {glyphs[0]} left of blue {glyphs[1]}"])
 
     def __len__(self) -> int:
         return self.config.train_size // self.batch_size
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, step: int) -> dict[str, Any]:
         index = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         drawn = _scenes(self.config, self.lexicon, self.key, index, self.held_out)
         canvas = np.full((self.batch_size, self.grid**2), -1)
         for k in reversed(range(drawn.objects.shape[1])):
             canvas[np.arange(self.batch_size), drawn.places[:, k]] = drawn.objects[:, k]
-        words = np.zeros((self.batch_size, max(self.length, LONGEST)), np.int32)
-        words[:, :LONGEST] = self.ids[drawn.words]
-        return {"image": _paint(canvas, self.lexicon), "words": words[:, : self.length]}
+        text = self.tokenizer.ids(_captions(drawn, self.lexicon))
+        return {"image": _paint(canvas, self.lexicon), "text": text}
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,11 @@ class _Scenes:
     places: Int[np.ndarray, "n k"]  # its cell, row-major
     relation: Int[np.ndarray, "n"]  # in RELATIONS, used by position alone
     words: Int[np.ndarray, "n l"]  # in WORDS followed by the lexicon's names
+
+
+def _captions(drawn: _Scenes, known: Lexicon) -> list[str]:
+    words = np.array([*WORDS, *known.names, ""])  # at -1 nothing
+    return [" ".join(row).rstrip() for row in words[drawn.words].tolist()]
 
 
 def _scenes(
@@ -269,7 +275,7 @@ def _pairs(known: Lexicon, held_out: bool) -> Int[np.ndarray, "p"]:
     return chosen
 
 
-def _grid(config: IconsConfig, image: PixelsConfig) -> int:
+def _grid(config: IconsConfig, image: Canvas) -> int:
     """Cells per side of the canvas."""
     grid = 1 if config.task == "single" else 2
     check(

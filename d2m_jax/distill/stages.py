@@ -12,18 +12,17 @@ from d2m_jax.config import LossConfig, ModelConfig, StageConfig
 from d2m_jax.distill.lockstep import check_aligned, lockstep
 from d2m_jax.distill.losses import feature_weights, mean_square, routing
 from d2m_jax.models.flux import model_of
-from d2m_jax.sampling.encoders import Encoders
 
 Loss = Callable[[dict, Any, dict, Array], tuple[Float[Array, ""], dict[str, Array]]]
 
 
 def flow_loss(config: ModelConfig, stage: StageConfig) -> Loss:
     """Flow matching from scratch: E ‖v(x_t, t) − (noise − data)‖²."""
-    encoders, dtype = Encoders(config), jnp.dtype(stage.dtype)
+    dtype = jnp.dtype(stage.dtype)
 
     def loss(params, constants, batch, key):
         model = model_of(config.transformer, params, dtype)
-        inputs, target = noisy_inputs(config, encoders, stage.loss, batch, key)
+        inputs, target = noisy_inputs(config, stage.loss, batch, key)
         streams, context = model.embed(*inputs, top_k=stage.top_k)
         velocity, _ = model.run(streams, context, remat=stage.remat)
         return mean_square(velocity, target), {}
@@ -39,12 +38,12 @@ def distill_loss(teacher: ModelConfig, student: ModelConfig, stage: StageConfig)
     not align.
     """
     check_aligned(teacher.transformer, student.transformer)
-    encoders, dtype, weight = Encoders(student), jnp.dtype(stage.dtype), stage.loss
+    dtype, weight = jnp.dtype(stage.dtype), stage.loss
 
     def loss(params, constants, batch, key):
         teacher_model = model_of(teacher.transformer, constants, dtype)
         student_model = model_of(student.transformer, params, dtype)
-        inputs, _ = noisy_inputs(student, encoders, weight, batch, key)
+        inputs, _ = noisy_inputs(student, weight, batch, key)
         t_velocity, s_velocity, layers, report = lockstep(
             teacher_model,
             student_model,
@@ -67,24 +66,24 @@ def distill_loss(teacher: ModelConfig, student: ModelConfig, stage: StageConfig)
 
 
 def noisy_inputs(
-    config: ModelConfig, encoders: Encoders, loss: LossConfig, batch: dict, key: Array
+    config: ModelConfig, loss: LossConfig, batch: dict[str, Array], key: Array
 ) -> tuple[tuple, Float[Array, "b n c"]]:
-    """A batch at random times: the arguments of Flux.embed, and the velocity that is true there."""
-    data = encoders.latents(batch["image"])
-    txt, y = encoders.text(batch["words"])
+    """An encoded batch (Encoders.encode; images of the config's size) at random times: the
+    arguments of Flux.embed, and the velocity that is true there."""
+    data, txt, y = batch["latents"], batch["txt"], batch["y"]
     noise_key, time_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, data.shape)
     t = times(loss, time_key, data.shape[0])
     t = flow.shift(t, config.shift, data.shape[1])
-    grid = encoders.grid(*batch["image"].shape[1:3])
     guidance = jnp.full(t.shape, config.guidance) if config.transformer.guidance_embed else None
-    ids = flow.image_ids(*grid), flow.text_ids(txt.shape[1])
+    ids = flow.image_ids(*config.grid()), flow.text_ids(txt.shape[1])
     inputs = (flow.mix(data, noise, t), ids[0], txt, ids[1], t, y, guidance)
     return inputs, flow.velocity(data, noise)
 
 
 def times(loss: LossConfig, key: Array, count: int) -> Float[Array, " b"]:
-    """Times in (0, 1), not yet shifted: uniform and evenly spread over the batch, or the logistic of a normal."""
+    """Times in (0, 1), not yet shifted: uniform, evenly spread over the batch, or the logistic of a
+    normal."""
     if loss.timesteps == "logit_normal":
         return jax.nn.sigmoid(jax.random.normal(key, (count,)))
     start, order = jax.random.split(key)

@@ -13,6 +13,7 @@ vector), and 4·N²·D per block for attention over N tokens. PAPER.md's table c
 and FFNs of the blocks, which is 24·D²·N + 4·N²·D for a dense one: `Account.paper_flops`.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
@@ -83,9 +84,7 @@ def account(
     table: 4096 for 1024 × 1024 pixels, and 77.
     """
     if isinstance(config, ModelConfig):
-        image_tokens = image_tokens or (
-            config.image.height // config.image.patch * (config.image.width // config.image.patch)
-        )
+        image_tokens = image_tokens or math.prod(config.grid())
         text_tokens = text_tokens or config.text.length
         config = config.transformer
     image_tokens, text_tokens = image_tokens or 4096, text_tokens or 77

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from d2m_jax.config import ConfigError, IconsConfig, ModelConfig
+from d2m_jax.config import ConfigError, IconsConfig, ModelConfig, WordsConfig, check
 from d2m_jax.data import icons
 from d2m_jax.evaluate.icons import Estimate, Score, paired_difference, score
 from d2m_jax.sampling.pipeline import Pipeline, load_pipeline
@@ -51,6 +51,10 @@ def scores_of(
 
 def task_of(config: ModelConfig) -> IconsConfig:
     """The task that a model was made for, which its vocabulary, canvas and caption length tell."""
+    check(
+        isinstance(config.text, WordsConfig),
+        "its prompts go through T5 and CLIP, expected a model of the embedded task's words",
+    )
     words, image = config.text.vocabulary, config.image
     glyphs = len(words) - len(icons.WORDS)
     for task in ("scenes", "single"):

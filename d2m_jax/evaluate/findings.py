@@ -13,7 +13,6 @@ from d2m_jax.evaluate.measure import Bench, Measured
 from d2m_jax.evaluate.rows import Row, Run
 
 FEWEST = 12  # prompts: two of each category, for a standard error
-TOP_K = (0, 1, 2, 4, 8)  # of the sweep, beside the model's own and all of its experts
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ def _sweep(run: Run, bench: Bench, count: int) -> tuple[Row, dict[int, Measured]
         return None
     moe, prompts = row.config.transformer.moe, {"seen": max(FEWEST, count)}
     found = {}
-    for k in sorted({k for k in TOP_K if k < moe.experts} | {moe.top_k, moe.experts}):
+    tried = {k for k in run.config.sweep_top_k if k < moe.experts}
+    for k in sorted(tried | {moe.top_k, moe.experts}):
         name = f"{row.file_name}.top_{k}"
         found[k] = bench.measure(name, _with_top_k(row.config, k), row.params, prompts)
     _say(f"{row.label}: measured with {', '.join(map(str, found))} experts per token")

@@ -25,23 +25,28 @@ SPLITS = {"seen": "validation", "held_out": "held_out"}  # pairs of glyph and co
 Inputs = dict[str, Array]  # img, txt, timesteps, y of a batch
 
 
-def noisy_batches(config: RunConfig, model: ModelConfig, pairs: str) -> list[Inputs]:
+def noisy_batches(config: RunConfig, encoders: Encoders, pairs: str) -> list[Inputs]:
     """As many examples of SPLITS[pairs] as training evaluates on, noise and times fixed."""
     stage = next(iter(config.stages.values()))
     count = max(1, config.held_out_batches * stage.batch_size // BATCH)
     key = jax.random.fold_in(
         jax.random.key(config.seed), np.uint32(zlib.crc32(f"report/{pairs}".encode()))
     )
-    encoders = Encoders(model)
+    model = encoders.config
 
     @jax.jit
     def noisy(batch, i):
-        inputs, _ = noisy_inputs(model, encoders, LossConfig(), batch, jax.random.fold_in(key, i))
+        inputs, _ = noisy_inputs(model, LossConfig(), batch, jax.random.fold_in(key, i))
         img, _, txt, _, timesteps, y, _ = inputs
         return {"img": img, "txt": txt, "timesteps": timesteps, "y": y}
 
-    batches = icons.batches(config.data, model.text, model.image, BATCH, config.seed, SPLITS[pairs])
-    return [noisy(batch, np.uint32(i)) for i, batch in enumerate(islice(batches, count))]
+    batches = icons.batches(
+        config.data, encoders.tokenizer, model.image, BATCH, config.seed, SPLITS[pairs]
+    )
+    return [
+        noisy(encoders.encode(batch), np.uint32(i))
+        for i, batch in enumerate(islice(batches, count))
+    ]
 
 
 def forward(config: ModelConfig, params: dict, inputs: Inputs) -> Float[Array, "b n c"]:
@@ -54,8 +59,7 @@ def forward(config: ModelConfig, params: dict, inputs: Inputs) -> Float[Array, "
 
 @partial(jax.jit, static_argnums=0)
 def _forward(config: ModelConfig, params: dict, inputs: Inputs) -> Float[Array, "b n c"]:
-    image, timesteps = config.image, inputs["timesteps"]
-    img_ids = flow.image_ids(image.height // image.patch, image.width // image.patch)
+    timesteps, img_ids = inputs["timesteps"], flow.image_ids(*config.grid())
     txt_ids = flow.text_ids(inputs["txt"].shape[1])
     guided = config.transformer.guidance_embed
     guidance = jnp.full(timesteps.shape, config.guidance) if guided else None

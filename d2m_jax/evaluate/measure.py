@@ -20,6 +20,7 @@ from d2m_jax.evaluate.benchmark import Scores
 from d2m_jax.evaluate.held_out import SPLITS, Inputs, noisy_batches, velocities
 from d2m_jax.evaluate.icons import Score, score
 from d2m_jax.evaluate.rows import Run
+from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.grid import to_image
 from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.weights.named_arrays import fingerprint
@@ -46,10 +47,14 @@ class Bench:
         self.run, self.folder, self.versions = run, folder, dict(versions)
 
     @cached_property
+    def encoders(self) -> Encoders:
+        """What all models of a run share."""
+        return Encoders(self.run.teacher.config)
+
+    @cached_property
     def inputs(self) -> dict[str, list[Inputs]]:
         """Noisy examples by pairs."""
-        model = self.run.teacher.config
-        return {pairs: noisy_batches(self.run.config, model, pairs) for pairs in SPLITS}
+        return {pairs: noisy_batches(self.run.config, self.encoders, pairs) for pairs in SPLITS}
 
     @cached_property
     def targets(self) -> dict[str, Float[np.ndarray, "b n c"]]:
@@ -86,7 +91,7 @@ class Bench:
     def _measure(
         self, config: ModelConfig, params: dict, prompts: Mapping[str, int]
     ) -> dict[str, Any]:
-        pipe, value = Pipeline(config, params), {}
+        pipe, value = Pipeline(config, params, encoders=self.encoders), {}
         lexicon = icons.lexicon_for(self.run.config.data, config.image)
         for pairs, count in prompts.items():
             scenes = self._scenes(config, pairs, count)

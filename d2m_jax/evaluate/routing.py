@@ -48,8 +48,7 @@ def measure(
     loads, places, used = (
         {name: [result[i][name] for result in results] for name in results[0][i]} for i in range(3)
     )
-    image = config.image
-    grid = image.height // image.patch, image.width // image.patch
+    grid = config.grid()
     layers, groups = [], []
     for kind, i, block, stack in _stacks(config):
         for group in range(stack.groups):
@@ -78,14 +77,14 @@ def _route(config: ModelConfig, params: dict, inputs: Inputs) -> tuple[dict, dic
 
     By (kind, stack): blocks used [g, b, m].
     """
-    transformer, image = config.transformer, config.image
+    transformer = config.transformer
     model = model_of(transformer, params)
     tokens, text = inputs["img"].shape[1], inputs["txt"].shape[1]
     times = inputs["timesteps"]
     _, report = model.run(
         *model.embed(
             inputs["img"],
-            flow.image_ids(image.height // image.patch, image.width // image.patch),
+            flow.image_ids(*config.grid()),
             inputs["txt"],
             flow.text_ids(text),
             times,

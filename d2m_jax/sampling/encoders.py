@@ -1,44 +1,88 @@
-"""What surrounds a transformer, as its model directory names it: captions in, images out."""
+"""What surrounds a transformer, as its config names it: captions and images in, images out."""
 
+from functools import partial
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PyTree, UInt8
 
 from d2m_jax import flow
-from d2m_jax.config import ConfigError, ModelConfig
+from d2m_jax.config import MeshConfig, ModelConfig, PixelsConfig, WordsConfig
+from d2m_jax.models import autoencoder, clip, t5
 from d2m_jax.models.words import Words
+from d2m_jax.sampling.tokenizers import Tokenizers
+from d2m_jax.sharding import make_mesh, spread
+from d2m_jax.weights.encoders import load_encoders
 
 
 class Encoders:
-    """The text encoder and the image side of one model: words and pixels in patches."""
+    """The text encoders and the image side of one model, with their parameters.
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        self.words = Words(config.text)
+    Words and pixels have none. T5, CLIP and the autoencoder come from the folder that
+    `config.encoders` names, are shared out over `mesh` (None: all devices) and compute in `dtype`
+    (None: bfloat16, on a CPU float32). `tokenizer.ids(captions)` gives what `text` reads; it holds
+    no parameters, so that a data pipeline can carry it. ConfigError where the folder is missing or
+    does not fit the config.
+    """
 
-    def ids(self, captions: list[str]) -> Int[np.ndarray, "b l"]:
-        """Token ids of captions; ConfigError names unknown words."""
-        return self.words.ids(captions)
+    def __init__(self, config: ModelConfig, dtype=None, mesh: Mesh | None = None):
+        usual = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        self.config, self.dtype = config, jnp.dtype(dtype or usual)
+        self.params = load_encoders(config, partial(spread, mesh or make_mesh(MeshConfig())))
+        if isinstance(config.text, WordsConfig):
+            self.tokenizer = Words(config.text)
+        else:
+            self.tokenizer = Tokenizers(config.encoders, config.text)
 
-    def text(self, ids: Int[Array, "b l"]) -> tuple[Float[Array, "b l e"], Float[Array, "b v"]]:
+    def text(self, ids: PyTree) -> tuple[Float[Array, "b l e"], Float[Array, "b v"]]:
         """Token features and pooled vector."""
-        return self.words(ids)
+        return _text(self.config, self.dtype, self.params, ids)
 
-    def latents(self, image: UInt8[Array, "b H W 3"]) -> Float[Array, "b n c"]:
-        """Packed tokens of images, values in [−1, 1]."""
-        return flow.pack(image.astype(jnp.float32) / 127.5 - 1, self.config.image.patch)
+    def latents(self, image: UInt8[Array | np.ndarray, "b H W 3"]) -> Float[Array, "b n c"]:
+        """Packed tokens of images: their pixels in [−1, 1], or the autoencoder's mean latents."""
+        return _latents(self.config, self.dtype, self.params, image)
+
+    def encode(self, batch: dict[str, Any]) -> dict[str, Array]:
+        """A batch of `image` (uint8 [b, H, W, 3]) and `text` (ids) as `latents`, `txt` and `y`."""
+        txt, y = self.text(batch["text"])
+        return {"latents": self.latents(batch["image"]), "txt": txt, "y": y}
 
     def images(
-        self, latents: Float[Array, "b n c"], height: int, width: int
+        self, latents: Float[Array, "b n c"], height: int, width: int, tile: int | None = None
     ) -> Float[Array, "b H W 3"]:
-        """Images in [0, 1] of packed tokens."""
-        pixels = flow.unpack(latents, height, width, self.config.image.patch)
-        return jnp.clip(pixels / 2 + 0.5, 0, 1)
+        """Images in [0, 1] of packed tokens; in tiles of `tile` latents a side, where there is an
+        autoencoder, for less memory."""
+        return _images(self.config, self.dtype, (height, width), tile, self.params, latents)
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens of an image; ConfigError where the patch does not divide
-        it."""
-        patch = self.config.image.patch
-        if height % patch or width % patch or min(height, width) < patch:
-            raise ConfigError(f"image size {height} × {width}: expected multiples of {patch}")
-        return height // patch, width // patch
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _text(config: ModelConfig, dtype, params, ids):
+    if isinstance(config.text, WordsConfig):
+        return Words(config.text)(ids)
+    txt = t5.model_of(config.text.t5, params["t5"], dtype)(ids["t5"])
+    y = clip.model_of(config.text.clip, params["clip"], dtype)(ids["clip"])
+    return txt, y
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _latents(config: ModelConfig, dtype, params, image):
+    pixels = image.astype(jnp.float32) / 127.5 - 1
+    if isinstance(config.image, PixelsConfig):
+        return flow.pack(pixels, config.image.patch)
+    model = autoencoder.model_of(config.image, params["autoencoder"], dtype)
+    return flow.pack(model.encode(pixels))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _images(config: ModelConfig, dtype, size, tile, params, latents):
+    if isinstance(config.image, PixelsConfig):
+        pixels = flow.unpack(latents, *size, config.image.patch)
+    else:
+        model = autoencoder.model_of(config.image, params["autoencoder"], dtype)
+        shrink = config.image.stride // 2
+        latents = flow.unpack(latents, *(side // shrink for side in size))
+        pixels = model.decode(latents) if tile is None else model.decode_tiled(latents, tile)
+    return jnp.clip(pixels / 2 + 0.5, 0, 1)

@@ -1,5 +1,6 @@
 """From prompts to images."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,21 +10,30 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from d2m_jax import flow
-from d2m_jax.config import MeshConfig, ModelConfig, check
+from d2m_jax.config import MeshConfig, ModelConfig, PromptsConfig, check
 from d2m_jax.models.flux import model_of
 from d2m_jax.sampling.denoise import denoise
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sharding import batch_sharding, batch_shards, make_mesh, replicated
-from d2m_jax.weights import model_directory
+from d2m_jax.weights import model_directory, torch_import
+from d2m_jax.weights.encoders import FOLDERS, model_config
+
+BATCH_TOKENS = 2048  # image tokens of a batch where no size is asked for
 
 
 class Pipeline:
-    """A transformer and its encoders; called with prompts it gives images."""
+    """A transformer and its encoders; called with prompts it gives images.
 
-    def __init__(self, config: ModelConfig, params: dict):
+    Activations are in `dtype` (None: bfloat16, on a CPU float32). Encoders that are loaded already
+    can be handed in.
+    """
+
+    def __init__(
+        self, config: ModelConfig, params: dict, dtype=None, encoders: Encoders | None = None
+    ):
         self.config, self.mesh = config, make_mesh(MeshConfig())
         self.params = jax.device_put(params, replicated(self.mesh))
-        self.encoders = Encoders(config)
+        self.encoders = encoders or Encoders(config, dtype, self.mesh)
 
     def __call__(
         self,
@@ -34,60 +44,86 @@ class Pipeline:
         guidance: float | None = None,
         seed: int = 0,
         latents: Float[Array | np.ndarray, "b n c"] | None = None,
-        top_k: int | None = None,
-        batch_size: int = 128,
+        top_k: int | Sequence[int] | None = None,
+        max_sequence_length: int | None = None,
+        negative_prompts: list[str] | None = None,
+        true_cfg: float = 1.0,
+        batch_size: int | None = None,
+        tile: int | None = None,
     ) -> Float[np.ndarray, "b H W 3"]:
         """Images in [0, 1], float32. What is None comes from the model's config; `latents` is
         packed noise.
 
-        The noise of prompt i depends on the seed and i alone, and a batch never changes a sample.
-        ConfigError for unknown words, sizes that the patch does not divide, latents of another
-        shape, top_k outside 0 to n.
+        `top_k` as a sequence serves equal shares of the steps. Negative prompts, one per prompt,
+        count where true_cfg > 1: it multiplies the distance from them. `tile`, in latents, makes an
+        autoencoder decode in tiles of that side. The noise of prompt i depends on the seed and i
+        alone, and a batch never changes a sample. ConfigError for unknown words, sizes that tokens
+        do not divide, latents of another shape, top_k outside 0 to n.
         """
-        height = self.config.image.height if height is None else height
-        width = self.config.image.width if width is None else width
-        rows, columns = self.encoders.grid(height, width)
+        config, encoders = self.config, self.encoders
+        height = config.image.height if height is None else height
+        width = config.image.width if width is None else width
+        grid = rows, columns = config.grid(height, width)
+        top_k = tuple(top_k) if isinstance(top_k, Sequence) else (top_k,)
+        steps = config.sample_steps if steps is None else steps
         self._check(steps, top_k)
         check(len(prompts) > 0, "prompts: found none, expected at least one")
-        ids = self.encoders.ids(list(prompts))
-        shape = len(ids), rows * columns, self.config.transformer.in_channels
+        lists = [list(prompts)]
+        if negative_prompts is not None and true_cfg > 1:
+            found, expected = len(negative_prompts), len(prompts)
+            check(
+                found == expected, f"negative_prompts: found {found}, expected {expected}, as many"
+            )
+            lists.append(list(negative_prompts))
+        ids = [self._ids(captions, max_sequence_length) for captions in lists]
+        shape = len(prompts), rows * columns, config.transformer.in_channels
         latents = noise(seed, *shape) if latents is None else latents
         check(latents.shape == shape, f"latents: found shape {latents.shape}, expected {shape}")
-        steps = steps or self.config.sample_steps
-        times = jnp.asarray(flow.schedule(steps, rows * columns, self.config.shift))
-        guidance = self.config.guidance if guidance is None else guidance
+        times = flow.schedule(steps, rows * columns, config.shift)
+        guidance = config.guidance if guidance is None else guidance
         # The last batch is filled up, so that one compiled program serves all.
-        size = min(batch_size, len(ids))
-        filled = np.arange(-(-len(ids) // size) * size) % len(ids)
-        images = []
+        size = min(batch_size or max(1, BATCH_TOKENS // (rows * columns)), len(prompts))
+        filled = np.arange(-(-len(prompts) // size) * size) % len(prompts)
+        everything, images = (ids, np.asarray(latents)), []
         for part in filled.reshape(-1, size):
-            inputs = ids[part], np.asarray(latents)[part]
+            inputs = jax.tree.map(lambda a, part=part: a[part], everything)
             if size % batch_shards(self.mesh) == 0:
                 inputs = jax.device_put(inputs, batch_sharding(self.mesh))
             with jax.set_mesh(self.mesh):
-                batch = _sample(
-                    self.config, (height, width), top_k, self.params, *inputs, times, guidance
-                )
-            images.append(np.asarray(batch))
-        return np.concatenate(images)[: len(ids)]
+                texts = [encoders.text(ids) for ids in inputs[0]]
+                arguments = config, encoders.dtype, grid, top_k, self.params, inputs[1], texts
+                x = _denoise(*arguments, times, guidance, true_cfg)
+                images.append(np.asarray(encoders.images(x, height, width, tile)))
+        return np.concatenate(images)[: len(prompts)]
 
-    def _check(self, steps: int | None, top_k: int | None) -> None:
-        check(steps is None or steps >= 1, f"steps = {steps}: expected at least 1")
-        if top_k is not None:
-            moe = any(stack.ffn == "moe" for stack in self.config.transformer.stacks)
-            check(moe, f"top_k = {top_k}: this model has no MoE layers, expected none")
-            experts = self.config.transformer.moe.experts
-            expected = f"expected 0 to {experts}, the number of normal experts"
-            check(0 <= top_k <= experts, f"top_k = {top_k}: {expected}")
+    def _ids(self, captions: list[str], length: int | None):
+        if length is None:
+            return self.encoders.tokenizer.ids(captions)
+        prompts = isinstance(self.config.text, PromptsConfig)
+        check(prompts, f"max_sequence_length = {length}: this model has no T5, expected none")
+        check(length >= 1, f"max_sequence_length = {length}: expected at least 1")
+        return self.encoders.tokenizer.ids(captions, length)
+
+    def _check(self, steps: int, top_k: tuple[int | None, ...]) -> None:
+        check(steps >= 1, f"steps = {steps}: expected at least 1")
+        expected = f"expected 1 to {steps} numbers, one per step at most"
+        check(1 <= len(top_k) <= steps, f"top_k: found {len(top_k)}, {expected}")
+        moe = any(stack.ffn == "moe" for stack in self.config.transformer.stacks)
+        experts = self.config.transformer.moe.experts
+        for k in top_k:
+            if k is not None:
+                check(moe, f"top_k = {k}: this model has no MoE layers, expected none")
+                expected = f"expected 0 to {experts}, the number of normal experts"
+                check(0 <= k <= experts, f"top_k = {k}: {expected}")
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(config: ModelConfig, size, top_k, params, ids, latents, times, guidance):
-    encoders = Encoders(config)
-    txt, y = encoders.text(ids)
-    model = model_of(config.transformer, params)
-    x = denoise(model, latents, txt, y, encoders.grid(*size), times, guidance, top_k)
-    return encoders.images(x, *size)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _denoise(
+    config: ModelConfig, dtype, grid, top_k, params, latents, texts, times, guidance, true_cfg
+):
+    model = model_of(config.transformer, params, dtype)
+    negative = texts[1] if len(texts) > 1 else None
+    return denoise(model, latents, texts[0], grid, times, guidance, top_k, negative, true_cfg)
 
 
 def noise(seed: int, count: int, tokens: int, channels: int) -> Float[Array, "b n c"]:
@@ -96,6 +132,14 @@ def noise(seed: int, count: int, tokens: int, channels: int) -> Float[Array, "b 
     return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
 
 
-def load_pipeline(path: str | Path) -> Pipeline:
-    """The pipeline of a model directory. ConfigError where it is missing or damaged."""
-    return Pipeline(*model_directory.load(path))
+def load_pipeline(path: str | Path, dtype=None) -> Pipeline:
+    """The pipeline of a model directory, or of a diffusers FluxPipeline: its folder, or the name of
+    its Hugging Face repository. `dtype` as in Pipeline, parameters as stored. ConfigError where it
+    is missing, damaged or something else."""
+    if model_directory.is_model_directory(path):
+        return Pipeline(*model_directory.load(path, dtype=None), dtype)
+    folder = torch_import.local(path, [f"{name}/*" for name in ("transformer", *FOLDERS)])
+    source = torch_import.open_source(folder)
+    config = model_config(source.config, folder)
+    params = torch_import.load(source.parameters(), torch_import.abstract(source.config))
+    return Pipeline(config, params, dtype)

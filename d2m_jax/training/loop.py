@@ -24,7 +24,7 @@ from d2m_jax.training.metrics import Metrics, Window, matmul_peak, say
 from d2m_jax.training.optimizer import make_optimizer, make_schedule, merge, split
 from d2m_jax.weights.named_arrays import fingerprint, shapes
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # arrays, or trees of them, with the batch in front
 
 # loss(params, constants, batch, key) → the batch's mean, and metrics: scalars or one per layer.
 Loss = Callable[[dict, Any, dict, Array], tuple[Float[Array, ""], dict[str, Array]]]
@@ -52,6 +52,7 @@ def train_stage(
     run_directory: Path | str,
     constants: Any = (),
     held_out: Sequence[Batch] = (),
+    encode: Callable[[Batch], Batch] = lambda batch: batch,
     seed: int = 0,
     flops_per_example: float = 0.0,
     sample: Callable[[dict, int], None] | None = None,
@@ -62,7 +63,8 @@ def train_stage(
 
     Continues from the newest whole checkpoint in `run_directory`, exactly: the same seed ends with
     the same bits, however often the process was killed; a finished stage is read, not run. `params`
-    must be the same at every start. `constants` reach the loss as arguments of the compiled step;
+    must be the same at every start. The loss sees `encode(batch)`, of arrays on the devices;
+    `constants` reach the loss as arguments of the compiled step;
     `flops_per_example` counts a whole step's work for one example; `sample(params, step)` draws
     pictures. Raises ConfigError for a loss that is not finite, and keeps the last good checkpoint.
     On SIGTERM or SIGINT it saves and exits with 128 + the signal's number (143, 130): what
@@ -92,7 +94,9 @@ def train_stage(
         batches.set_state(progress["batches"])
     _announce(name, stage, start, state, frozen)
 
-    put = partial(jax.device_put, device=batch_sharding(mesh))
+    def put(batch: Batch) -> Batch:
+        return encode(jax.device_put(batch, batch_sharding(mesh)))
+
     step_key, held_out_key = (_named_key(seed, f"{name}/{use}") for use in ("step", "held_out"))
     train_step = _make_step(stage, loss, optimizer, replicated(mesh))
     evaluate = _make_evaluate(loss, [put(batch) for batch in held_out], held_out_key)

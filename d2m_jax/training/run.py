@@ -1,5 +1,6 @@
 """A whole run: a teacher from scratch, or a student and its rivals from one, stage after stage."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from d2m_jax.config import (
     SparsifyConfig,
     StageConfig,
     StudentConfig,
+    WordsConfig,
 )
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
@@ -45,6 +47,7 @@ class _Work:
     config: RunConfig
     mesh: Mesh
     flops: Flops
+    encoders: Encoders
     noisy: Noisy | None = None  # for calibration; one object, so that it is compiled once
 
 
@@ -56,17 +59,21 @@ def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
     forward, for utilisation.
     """
     run_directory = open_run(run_directory, config)
-    work = _Work(config, make_mesh(config.mesh), flops)
+    mesh = make_mesh(config.mesh)
     if config.teacher is None:
-        vocabulary = icons.vocabulary(config.data, config.model.image)
-        model = replace(config.model, text=replace(config.model.text, vocabulary=vocabulary))
+        model = config.model
+        if isinstance(model.text, WordsConfig):
+            vocabulary = icons.vocabulary(config.data, model.image)
+            model = replace(model, text=replace(model.text, vocabulary=vocabulary))
         params = initialise(model.transformer, config.seed)
-        _train(work, run_directory, (model, params), config.stages)
+        encoders = Encoders(model, mesh=mesh)
+        _train(_Work(config, mesh, flops, encoders), run_directory, (model, params), config.stages)
         return
     teacher = model_directory.load(ROOT / config.teacher)
     _check_students(config, teacher[0])
-    noisy = partial(noisy_inputs, teacher[0], Encoders(teacher[0]), LossConfig())
-    work = replace(work, noisy=noisy)
+    encoders = Encoders(teacher[0], mesh=mesh)
+    noisy = partial(noisy_inputs, teacher[0], LossConfig())
+    work = _Work(config, mesh, flops, encoders, noisy)
     for name, rival in config.rivals.items():
         say(f"rival {name}")
         start = partial(_cut, work, teacher, rival.sparsify)
@@ -88,7 +95,13 @@ def _check_students(config: RunConfig, teacher: ModelConfig) -> None:
 def _cut(work: _Work, teacher: tuple[ModelConfig, dict], sparsify: SparsifyConfig):
     """The student before any training."""
     config, (model, params) = work.config, teacher
-    batches = icons.batches(config.data, model.text, model.image, sparsify.batch_size, config.seed)
+    encoders = work.encoders
+    batches = map(
+        encoders.encode,
+        icons.batches(
+            config.data, encoders.tokenizer, model.image, sparsify.batch_size, config.seed
+        ),
+    )
     return make_student(model, params, sparsify, batches, work.noisy, config.seed, say)
 
 
@@ -129,13 +142,11 @@ def _train_stage(
     params: dict,
     teacher: tuple[ModelConfig, dict] | None,
 ) -> dict:
-    config, image = work.config, model.image
-    make_batches = partial(icons.batches, config.data, model.text, image, stage.batch_size)
-    count = partial(
-        work.flops,
-        image_tokens=image.height // image.patch * (image.width // image.patch),
-        text_tokens=model.text.length,
+    config, encoders = work.config, work.encoders
+    make_batches = partial(
+        icons.batches, config.data, encoders.tokenizer, model.image, stage.batch_size
     )
+    count = partial(work.flops, image_tokens=math.prod(model.grid()), text_tokens=model.text.length)
     flops = 3 * count(model.transformer)
     if teacher is None:
         loss, constants = flow_loss(model, stage), ()
@@ -156,20 +167,23 @@ def _train_stage(
         held_out=list(
             islice(make_batches(config.seed, split="validation"), config.held_out_batches)
         ),
+        encode=encoders.encode,
         run_directory=directory,
         seed=config.seed,
         flops_per_example=flops,
-        sample=partial(_sample, config, model, directory / "samples", name),
+        sample=partial(_sample, work, model, directory / "samples", name),
         keep=config.keep_checkpoints,
         mesh=work.mesh,
     )
 
 
 def _sample(
-    config: RunConfig, model: ModelConfig, folder: Path, stage: str, params: dict, step: int
+    work: _Work, model: ModelConfig, folder: Path, stage: str, params: dict, step: int
 ) -> None:
     """The grid of fixed prompts and fixed noise at this step."""
+    config = work.config
     prompts = icons.prompts(config.data, model.image, SAMPLED_PROMPTS)
-    images = Pipeline(model, params)([p.caption for p in prompts], seed=config.seed)
+    pipe = Pipeline(model, params, encoders=work.encoders)
+    images = pipe([prompt.caption for prompt in prompts], seed=config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     grid.grid(images).save(folder / f"{stage}_{step:06d}.png")

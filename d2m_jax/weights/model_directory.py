@@ -2,7 +2,8 @@
 
 import json
 import os
-import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,51 +13,53 @@ import orbax.checkpoint as ocp
 
 from d2m_jax.config import ConfigError, ModelConfig, from_json, to_json
 from d2m_jax.models.flux import Flux, initialise, model_of
-from d2m_jax.weights.named_arrays import fingerprint, names, restructure
+from d2m_jax.weights import blocks
+from d2m_jax.weights.named_arrays import names, restructure
+from d2m_jax.weights.output import new_directory
+
+Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | Mapping
 
 
-def save(path: Path | str, config: ModelConfig, params: dict, dtype=None) -> None:
+def save(
+    path: Path | str,
+    config: ModelConfig,
+    params: Mapping,
+    dtype=None,
+    progress: Callable[[int], None] | None = None,
+    beside: Callable[[Path], None] | None = None,
+) -> None:
     """Write a model directory, floats stored as `dtype` (None: as they are).
 
-    It appears whole or not at all, and only then replaces a model directory that was there. Raises
-    ConfigError where `path` is something else.
+    `params` is a tree, or already by dotted names, of arrays or of key_table.Parameter, which are
+    read block by block; `progress` is told the bytes of each; `beside(folder)` writes what else
+    belongs there. It appears whole or not at all, and
+    only then replaces a model directory that was there. Raises ConfigError where `path` is
+    something else, or the disk is full.
     """
-    path = Path(os.path.abspath(path))
-    if path.exists() and not _is_ours(path):
-        raise ConfigError(f"{path}: exists and is no model directory; expected a free name")
-    named = names(params)
+    path, named = Path(os.path.abspath(path)), names(params)
     if dtype is not None:
         named = {
             name: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
             for name, a in named.items()
         }
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
+    with new_directory(path, _is_ours, "model directory") as new:
         (new / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
-        with ocp.StandardCheckpointer() as checkpointer:
-            note = {"fingerprint": fingerprint(named)}
-            checkpointer.save(new / "params", named, custom_metadata=note)
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        if beside is not None:
+            beside(new)
+        blocks.save(new / "params", named, progress)
 
 
 def _is_ours(path: Path) -> bool:
-    return path.is_dir() and {p.name for p in path.iterdir()} <= {"config.json", "params"}
+    return path.is_dir() and {p.name for p in path.iterdir()} <= {
+        "config.json",
+        "params",
+        "encoders",
+    }
 
 
 def load_config(path: Path | str) -> ModelConfig:
-    """The config of a model directory. Raises ConfigError where it is missing or damaged."""
+    """The config of a model directory, the path of its encoders made absolute. Raises ConfigError
+    where it is missing or damaged."""
     file = Path(path) / "config.json"
     if not file.is_file():
         found = "no config.json in it" if Path(path).is_dir() else "no such directory"
@@ -67,13 +70,38 @@ def load_config(path: Path | str) -> ModelConfig:
         value = json.loads(file.read_text())
     except ValueError as error:
         raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
-    return from_json(ModelConfig, value, str(file))
+    config = from_json(ModelConfig, value, str(file))
+    if config.encoders is None:
+        return config
+    return replace(config, encoders=os.path.abspath(Path(path) / config.encoders))
 
 
-def load(path: Path | str, dtype=jnp.float32) -> tuple[ModelConfig, dict]:
+def placement(
+    sharding: Sharding | None,
+) -> Callable[[str, tuple[int, ...]], jax.sharding.Sharding]:
+    """Where an array goes, as a function of its dotted name and shape."""
+    if sharding is None:
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return lambda name, shape: first
+    if isinstance(sharding, Mapping):
+        tree = names(dict(sharding))
+        return lambda name, shape: tree[name]
+    return sharding
+
+
+def is_model_directory(path: Path | str) -> bool:
+    """Whether there is a folder of ours: config.json beside params/."""
+    return (Path(path) / "config.json").is_file() and (Path(path) / "params").exists()
+
+
+def load(
+    path: Path | str, dtype=jnp.float32, sharding: Sharding | None = None
+) -> tuple[ModelConfig, dict]:
     """Config and parameters, floats restored as `dtype` (None: as stored).
 
-    Raises ConfigError where it is missing or damaged, or params/ does not fit config.json.
+    `sharding` says where each array goes: a function of dotted name and shape, or a tree like the
+    parameters; None is this process's first device. Raises ConfigError where it is missing or
+    damaged, or params/ does not fit config.json.
     """
     config = load_config(path)
     directory = Path(os.path.abspath(path)) / "params"
@@ -90,13 +118,14 @@ def load(path: Path | str, dtype=jnp.float32) -> tuple[ModelConfig, dict]:
         except Exception as error:  # Orbax, tensorstore and JSON each have their own
             raise ConfigError(f"{directory}: damaged, cannot be read ({_line(error)})") from None
         _check_fit(path, {name: shape for name, (shape, _) in kinds.items()}, names(expected))
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        place = placement(sharding)
         abstract = {
-            name: jax.ShapeDtypeStruct(*kind, sharding=sharding) for name, kind in kinds.items()
+            name: jax.ShapeDtypeStruct(*kind, sharding=place(name, kind[0]))
+            for name, kind in kinds.items()
         }
         try:
             named = checkpointer.restore(directory, abstract)
-            whole = fingerprint(named) == note.get("fingerprint")
+            whole = blocks.fingerprint_of(named) == note.get("fingerprint")
         except Exception as error:
             raise ConfigError(f"{directory}: damaged, cannot be read ({_line(error)})") from None
     if not whole:

@@ -16,14 +16,16 @@ from d2m_jax.data.icons import (
     render,
     vocabulary,
 )
+from d2m_jax.models.words import Words
 
 SCENES, CANVAS = IconsConfig(), PixelsConfig(24, 24)
 SINGLE, CELL = IconsConfig(task="single"), PixelsConfig(12, 12)
-TEXT = WordsConfig(vocabulary=vocabulary(SCENES, CANVAS))
+TEXT = Words(WordsConfig(vocabulary=vocabulary(SCENES, CANVAS)))
+SHORT = Words(WordsConfig(length=4, vocabulary=vocabulary(SCENES, CANVAS)))
 
 
 def caption(row):
-    return " ".join(TEXT.vocabulary[i - 1] for i in row if i)
+    return " ".join(TEXT.config.vocabulary[i - 1] for i in row if i)
 
 
 def pair(words):
@@ -86,23 +88,23 @@ def test_too_many_glyphs_are_refused_with_the_number_there_is():
 def test_a_scene_depends_on_its_index_alone():
     large = Batches(SCENES, TEXT, CANVAS, 64, 0, "train")
     small = Batches(SCENES, TEXT, CANVAS, 16, 0, "train")
-    for key in ("image", "words"):
+    for key in ("image", "text"):
         rows = np.concatenate([small[step][key] for step in range(4)])
         np.testing.assert_array_equal(large[0][key], rows)
         assert not np.array_equal(large[0][key], large[1][key])
-    assert large[0]["image"].dtype == np.uint8 and large[0]["words"].dtype == np.int32
+    assert large[0]["image"].dtype == np.uint8 and large[0]["text"].dtype == np.int32
 
 
 def test_splits_and_seeds_are_other_draws():
     def words(config=SCENES, seed=0, split="train"):
-        return Batches(config, TEXT, CANVAS, 64, seed, split)[0]["words"].tolist()
+        return Batches(config, TEXT, CANVAS, 64, seed, split)[0]["text"].tolist()
 
     draws = [words(), words(seed=1), words(split="validation"), words(IconsConfig(seed=1))]
     assert all(a != b for i, a in enumerate(draws) for b in draws[:i])
 
 
 def test_captions_have_the_six_forms_in_equal_shares():
-    words = [caption(row) for row in Batches(SCENES, TEXT, CANVAS, 600, 0, "train")[3]["words"]]
+    words = [caption(row) for row in Batches(SCENES, TEXT, CANVAS, 600, 0, "train")[3]["text"]]
     assert len({words[i].split()[0] for i in range(0, 600, 6)} & set(COLOURS)) == len(COLOURS)
     forms = [sum(f" {word} " in text for text in words) for word in ("and", "left", "below")]
     assert forms[0] == 200 and 10 < forms[1] < 45 and 10 < forms[2] < 45
@@ -113,7 +115,7 @@ def test_captions_have_the_six_forms_in_equal_shares():
 def test_held_out_pairs_never_train():
     def pairs(split):
         source = Batches(SCENES, TEXT, CANVAS, 6000, 0, split)
-        return set().union(*(pair(caption(row)) for row in source[0]["words"]))
+        return set().union(*(pair(caption(row)) for row in source[0]["text"]))
 
     train, held_out = pairs("train"), pairs("held_out")
     assert len(train) > 2500 and 100 < len(held_out) < 250
@@ -133,21 +135,28 @@ def test_the_iterator_resumes_exactly():
     for _ in range(2):
         a, b = next(first), next(second)
         np.testing.assert_array_equal(a["image"], b["image"])
-        np.testing.assert_array_equal(a["words"], b["words"])
+        np.testing.assert_array_equal(a["text"], b["text"])
 
 
 def test_the_data_repeats_after_train_size():
     small = IconsConfig(train_size=16)
     iterator = batches(small, TEXT, CANVAS, 8)
-    a, _, b = (next(iterator)["words"] for _ in range(3))
+    a, _, b = (next(iterator)["text"] for _ in range(3))
     np.testing.assert_array_equal(a, b)
 
 
 def test_single_is_one_centred_glyph():
-    batch = Batches(SINGLE, WordsConfig(length=2, vocabulary=TEXT.vocabulary), CELL, 32, 0, "train")
+    batch = Batches(
+        SINGLE,
+        Words(WordsConfig(length=2, vocabulary=TEXT.config.vocabulary)),
+        CELL,
+        32,
+        0,
+        "train",
+    )
     known, rows = lexicon_for(SINGLE, CELL), batch[0]
-    assert rows["image"].shape == (32, 12, 12, 3) and rows["words"].shape == (32, 2)
-    for image, row in zip(rows["image"], rows["words"], strict=True):
+    assert rows["image"].shape == (32, 12, 12, 3) and rows["text"].shape == (32, 2)
+    for image, row in zip(rows["image"], rows["text"], strict=True):
         colour, glyph = caption(row).split()
         mask = np.pad(known.masks[known.index[glyph]], 1)
         np.testing.assert_array_equal(image, mask[..., None] * np.array(COLOURS[colour]))
@@ -157,8 +166,8 @@ def test_single_is_one_centred_glyph():
     "config, text, image, message",
     [
         (SCENES, TEXT, PixelsConfig(24, 32), "24 × 32 pixels, expected a square"),
-        (SCENES, WordsConfig(length=4, vocabulary=TEXT.vocabulary), CANVAS, "length = 4"),
-        (SCENES, WordsConfig(vocabulary=("red",)), CANVAS, "unknown word 'and'"),
+        (SCENES, SHORT, CANVAS, "6 words, expected at most 4"),
+        (SCENES, Words(WordsConfig(vocabulary=("red",))), CANVAS, "unknown word 'and'"),
         (IconsConfig(train_size=4), TEXT, CANVAS, "train_size = 4"),
     ],
 )

@@ -96,6 +96,7 @@ def make_run(tmp_path):
                 "paper": StudentConfig(SparsifyConfig(), paper),
             },
             evaluate_prompts=12,
+            sweep_top_k=(0,),
             held_out_batches=1,
         )
         directory = tmp_path / "run"

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from d2m_jax import flow, weights
-from d2m_jax.evaluate import findings, held_out, latency, report, rows
+from d2m_jax.evaluate import held_out, latency, report, rows
 from d2m_jax.evaluate.accounting import account
 from d2m_jax.evaluate.measure import Bench
 from d2m_jax.models.flux import model_of
+from d2m_jax.sampling.encoders import Encoders
 
 ROWS = [
     "teacher",
@@ -31,7 +32,6 @@ class Killed(BaseException):
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     monkeypatch.setattr(latency, "ROUNDS", 3)
-    monkeypatch.setattr(findings, "TOP_K", (0,))
 
 
 def scores_of(directory) -> list:
@@ -133,7 +133,7 @@ def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch):
 
 def test_held_out_error_is_the_mean_squared_difference_of_velocities(make_run, tmp_path):
     run = rows.read(make_run())
-    batches = held_out.noisy_batches(run.config, run.teacher.config, "seen")
+    batches = held_out.noisy_batches(run.config, Encoders(run.teacher.config), "seen")
     row = run.students[0].rows[0]
     (inputs,) = batches
     answers = [

@@ -34,8 +34,10 @@ def overall(config, params) -> float:
 
 def pruned(teacher, mlp_ratio: float, kept: str) -> float:
     config, params = teacher
-    batches = icons.batches(task_of(config), config.text, config.image, 64)
-    noisy = partial(noisy_inputs, config, Encoders(config), LossConfig())
+    encoders = Encoders(config)
+    drawn = icons.batches(task_of(config), encoders.tokenizer, config.image, 64)
+    batches = map(encoders.encode, drawn)
+    noisy = partial(noisy_inputs, config, LossConfig())
     cut = SparsifyConfig(method="prune", mlp_ratio=mlp_ratio, shared=kept, batches=8)
     return overall(*make_student(config, params, cut, batches, noisy, seed=0))
 

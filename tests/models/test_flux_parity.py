@@ -12,6 +12,8 @@ import pytest
 
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.flux import model_of
+from d2m_jax.weights import flux_keys, key_table, torch_import
+from d2m_jax.weights.named_arrays import names
 from tests.models import toy
 
 torch = pytest.importorskip("torch")
@@ -21,83 +23,13 @@ diffusers = pytest.importorskip("diffusers")
 def ours(state, config):
     """Diffusers' tensors, or gradients by their names, in our tree."""
     state = {name: tensor.detach().numpy() for name, tensor in state.items()}
-    dim = config.hidden_size
-
-    def linear(*names):
-        """One linear, or several side by side."""
-        weight = np.concatenate([state.pop(f"{name}.weight") for name in names])
-        bias = np.concatenate([state.pop(f"{name}.bias") for name in names])
-        return {"kernel": weight.T, "bias": bias}
-
-    def embedder(name):
-        first, second = (f"time_text_embed.{name}_embedder.linear_{i}" for i in (1, 2))
-        return {"in_layer": linear(first), "out_layer": linear(second)}
-
-    def norm(query, key):
-        return {
-            "query_norm": {"scale": state.pop(f"{query}.weight")},
-            "key_norm": {"scale": state.pop(f"{key}.weight")},
-        }
-
-    def double(i):
-        block = f"transformer_blocks.{i}"
-
-        def stream(mod, qkv, norms, proj, mlp):
-            names = [f"{block}.attn.{name}" for name in qkv]
-            return (
-                {"lin": linear(f"{block}.{mod}.linear")},
-                {
-                    "qkv": linear(*names),
-                    "norm": norm(*(f"{block}.attn.{name}" for name in norms)),
-                    "proj": linear(f"{block}.attn.{proj}"),
-                },
-                {
-                    "in_layer": linear(f"{block}.{mlp}.net.0.proj"),
-                    "out_layer": linear(f"{block}.{mlp}.net.2"),
-                },
-            )
-
-        img = ("norm1", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "ff")
-        added = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-        txt = ("norm1_context", *added, "to_add_out", "ff_context")
-        parts = ("mod", "attn", "mlp")
-        return {f"img_{p}": v for p, v in zip(parts, stream(*img), strict=True)} | {
-            f"txt_{p}": v for p, v in zip(parts, stream(*txt), strict=True)
-        }
-
-    def single(i):
-        block = f"single_transformer_blocks.{i}"
-        out = linear(f"{block}.proj_out")
-        return {
-            "modulation": {"lin": linear(f"{block}.norm.linear")},
-            "qkv": linear(*(f"{block}.attn.{name}" for name in ("to_q", "to_k", "to_v"))),
-            "norm": norm(f"{block}.attn.norm_q", f"{block}.attn.norm_k"),
-            "attn_out": {"kernel": out["kernel"][:dim], "bias": out["bias"]},
-            "mlp": {
-                "in_layer": linear(f"{block}.proj_mlp"),
-                "out_layer": {"kernel": out["kernel"][dim:]},
-            },
-        }
-
-    def stack(block, depth):
-        blocks = [block(i) for i in range(depth)]
-        return {0: {"block": jax.tree.map(lambda *a: np.stack(a)[:, None], *blocks)}}
-
-    last = linear("norm_out.linear")
-    swapped = {k: np.concatenate(np.split(a, 2, axis=-1)[::-1], -1) for k, a in last.items()}
-    tree = {
-        "img_in": linear("x_embedder"),
-        "txt_in": linear("context_embedder"),
-        "time_in": embedder("timestep"),
-        "vector_in": embedder("text"),
-        "double": stack(double, config.double[0].depth),
-        "single": stack(single, config.single[0].depth),
-        "final_layer": {"adaLN_modulation": swapped, "linear": linear("proj_out")},
-    }
-    if config.guidance_embed:
-        tree["guidance_in"] = embedder("guidance")
-    assert not state, f"left over: {list(state)}"
-    return tree
+    like = torch_import.abstract(config)
+    table, shapes = (
+        flux_keys.keys("diffusers", config),
+        {n: a.shape for n, a in names(like).items()},
+    )
+    key_table.check_fit("diffusers", table, state, shapes)
+    return torch_import.load(key_table.parameters(table, state, shapes, np.float32), like)
 
 
 def relative(a, b):

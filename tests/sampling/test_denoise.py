@@ -14,34 +14,35 @@ class Recorder(Flux, pytree=False):
     """Stands for a model: a velocity of its own, and it shows what it was given."""
 
     def __init__(self, velocity, guidance_embed=True):
-        self.velocity, self.seen = velocity, {}
+        self.velocity, self.seen, self.ks = velocity, {}, set()
         self.config = SimpleNamespace(guidance_embed=guidance_embed)
 
     def __call__(self, img, img_ids, txt, txt_ids, timesteps, y, guidance, top_k):
-        self.seen.update(img_ids=img_ids, txt_ids=txt_ids, guidance=guidance, top_k=top_k)
+        self.seen.update(img_ids=img_ids, txt_ids=txt_ids, guidance=guidance)
+        self.ks.add(top_k)
         assert timesteps.shape == (img.shape[0],)
-        return self.velocity(img, timesteps[:, None, None])
+        return self.velocity(img, timesteps[:, None, None], txt, top_k)
 
 
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 3)), jnp.float32)
-TXT, Y = jnp.zeros((2, 4, 5)), jnp.zeros((2, 7))
+TEXT = jnp.zeros((2, 4, 5)), jnp.zeros((2, 7))
 
 
 def sample(model, times, **options):
-    return denoise(model, NOISE, TXT, Y, (2, 3), jnp.asarray(times), 3.5, **options)
+    return denoise(model, NOISE, TEXT, (2, 3), jnp.asarray(times), 3.5, **options)
 
 
 def test_steps_follow_the_true_velocity_to_the_data():
     """With v = noise − data every schedule ends at the data."""
     data = jnp.full(NOISE.shape, 0.3)
-    model = Recorder(lambda x, t: NOISE - data)
-    for times in ([1.0, 0.0], flow.schedule(5, 4096, True)):
+    model = Recorder(lambda x, t, txt, k: NOISE - data)
+    for times in ([1.0, 0.0], flow.schedule(5, 4096, None)):
         np.testing.assert_allclose(sample(model, times), data, atol=1e-6)
 
 
 def test_steps_are_euler_s():
     times = np.float32([1.0, 0.7, 0.4, 0.0])
-    result = sample(Recorder(lambda x, t: x * t), times)
+    result = sample(Recorder(lambda x, t, txt, k: x * t), times)
     expected = np.asarray(NOISE)
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         expected = expected + (t_next - t) * expected * t
@@ -49,10 +50,28 @@ def test_steps_are_euler_s():
 
 
 def test_what_the_model_gets():
-    model = Recorder(lambda x, t: x)
-    sample(model, [1.0, 0.0], top_k=3)
+    model = Recorder(lambda x, t, txt, k: x)
+    sample(model, [1.0, 0.0], top_k=(3,))
     assert model.seen["img_ids"].shape == (1, 6, 3) and model.seen["txt_ids"].shape == (1, 4, 3)
-    assert model.seen["guidance"].shape == (2,) and model.seen["top_k"] == 3
-    model = Recorder(lambda x, t: x, guidance_embed=False)
+    assert model.seen["guidance"].shape == (2,) and model.ks == {3}
+    model = Recorder(lambda x, t, txt, k: x, guidance_embed=False)
     sample(model, [1.0, 0.0])
-    assert model.seen["guidance"] is None and model.seen["top_k"] is None
+    assert model.seen["guidance"] is None and model.ks == {None}
+
+
+def test_experts_per_token_follow_the_schedule():
+    """Steps are shared out in order: of five steps two have the first number, two the second …"""
+    model = Recorder(lambda x, t, txt, k: jnp.full_like(x, k))
+    times = np.float32([1.0, 0.9, 0.7, 0.4, 0.3, 0.0])
+    result = sample(model, times, top_k=(4, 1, 2))
+    moved = np.dot(np.diff(times), [4, 4, 1, 1, 2])
+    np.testing.assert_allclose(result, NOISE + moved, rtol=1e-5)
+    assert model.ks == {4, 1, 2}
+
+
+def test_true_guidance_goes_away_from_the_negative_text():
+    model = Recorder(lambda x, t, txt, k: x * 0 + txt.mean((1, 2))[:, None, None])
+    negative = jnp.full((2, 4, 5), 0.2), TEXT[1]
+    result = sample(model, [1.0, 0.5, 0.0], negative=negative, true_cfg=3.0)
+    # v = 0.2 + 3 · (0 − 0.2)
+    np.testing.assert_allclose(result, NOISE + 0.4, rtol=1e-5)

@@ -1,0 +1,46 @@
+"""FLUX.1 from torch's files and back: python convert_torch_weights.py SOURCE OUTPUT"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from d2m_jax import command_line
+from d2m_jax.weights import convert
+
+
+@dataclass(frozen=True)
+class Arguments:
+    # A .safetensors file of BFL or ComfyUI, a folder of diffusers, a repository OWNER/NAME of
+    # Hugging Face, or a model directory.
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")]
+    dtype: Literal["bfloat16", "float32"] | None = None  # None: as stored
+    export: Literal["bfl", "diffusers"] | None = None  # None: a model directory
+    # A diffusers FluxPipeline, folder or repository, whose encoders and autoencoder come along.
+    encoders: str | None = None
+    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # FILE[:SCALE] to merge; may be repeated
+
+
+def main(arguments: Sequence[str]) -> None:
+    parsed = command_line.parse(
+        Arguments,
+        arguments,
+        usage="convert_torch_weights.py",
+        description="FLUX.1 from torch's files to a model directory, and back with --export.",
+    )
+    convert.convert(
+        parsed.source,
+        parsed.output,
+        dtype=parsed.dtype,
+        export=parsed.export,
+        encoders=parsed.encoders,
+        loras=[convert.lora_of(argument) for argument in parsed.lora],
+    )
+    print(f"{parsed.output} written")
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, sys.argv[1:]))

@@ -1,0 +1,56 @@
+"""Everything a run needs, as frozen dataclasses: their checks and their JSON form."""
+
+from d2m_jax.config.errors import ConfigError, check, suggestion
+from d2m_jax.config.json_form import from_json, to_json
+from d2m_jax.config.models import (
+    AutoencoderConfig,
+    CLIPConfig,
+    FluxConfig,
+    ModelConfig,
+    MoEConfig,
+    PixelsConfig,
+    PromptsConfig,
+    StackConfig,
+    T5Config,
+    WordsConfig,
+)
+from d2m_jax.config.paths import ROOT
+from d2m_jax.config.runs import (
+    GroupsConfig,
+    IconsConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    SparsifyConfig,
+    StageConfig,
+    StudentConfig,
+)
+
+__all__ = [
+    "ROOT",
+    "AutoencoderConfig",
+    "CLIPConfig",
+    "ConfigError",
+    "FluxConfig",
+    "GroupsConfig",
+    "IconsConfig",
+    "LossConfig",
+    "MeshConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PixelsConfig",
+    "PromptsConfig",
+    "RunConfig",
+    "SparsifyConfig",
+    "StackConfig",
+    "StageConfig",
+    "StudentConfig",
+    "T5Config",
+    "WordsConfig",
+    "check",
+    "from_json",
+    "suggestion",
+    "to_json",
+]

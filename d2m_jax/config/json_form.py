@@ -1,0 +1,62 @@
+"""Configs to JSON and back."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from d2m_jax.config.errors import check, suggestion
+
+
+def to_json(config: Any) -> Any:
+    """The JSON form of a config: dataclasses become objects, tuples lists."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_json(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_json(value) for value in config]
+    return config
+
+
+def from_json(kind: Any, value: Any, where: str = "") -> Any:
+    """The inverse of to_json. ConfigError names the field, what was found and what was expected."""
+    where = where or getattr(kind, "__name__", "config")
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        kinds = [a for a in arguments if a is not type(None)]
+        if len(kinds) > 1:  # dataclasses, told apart by their field `kind`; without one, the first
+            by_name = {a.kind: a for a in kinds}
+            check(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
+            name = value.get("kind", kinds[0].kind)
+            expected = ", ".join(map(repr, by_name))
+            check(name in by_name, f"{where}.kind = {name!r}: expected one of {expected}")
+            kinds = [by_name[name]]
+        return from_json(kinds[0], value, where)
+    if origin is Literal:
+        check(
+            value in arguments,
+            f"{where} = {value!r}: expected one of {', '.join(map(repr, arguments))}",
+        )
+        return value
+    if origin is tuple:
+        check(isinstance(value, list), f"{where}: expected a list, found {value!r}")
+        return tuple(from_json(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        check(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
+        return {key: from_json(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(kind):
+        check(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            check(key in hints, f"{where}.{key}: unknown field{suggestion(key, hints)}")
+        return kind(
+            **{key: from_json(hints[key], item, f"{where}.{key}") for key, item in value.items()}
+        )
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    check(type(value) is kind, f"{where} = {value!r}: expected {kind.__name__}")
+    return value

@@ -1,0 +1,273 @@
+"""A model: its transformer, its text encoders, its image side."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from d2m_jax.config.errors import check
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """`groups` groups of `blocks` blocks, of which `active` run per sample.
+
+    active < blocks is Mixture of Blocks.
+    """
+
+    groups: int
+    blocks: int = 1
+    active: int = 1
+    ffn: Literal["dense", "moe"] = "dense"
+    mlp_ratio: float = 4.0  # r, the FFN's total expansion; a width-pruned model has less than 4
+
+    def __post_init__(self):
+        check(self.groups >= 1, f"StackConfig.groups = {self.groups}: expected at least 1")
+        check(
+            1 <= self.active <= self.blocks,
+            f"StackConfig.active = {self.active}: expected 1 to blocks = {self.blocks}",
+        )
+
+    @property
+    def depth(self) -> int:
+        """Blocks in all."""
+        return self.groups * self.blocks
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a router chooses among the blocks of a group."""
+        return self.active < self.blocks
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The MoE FFN of PAPER.md: a shared expert and `experts` normal ones, `top_k` per token."""
+
+    shared_ratio: float = 1.0  # r_s
+    experts: int = 12  # n; the rest of mlp_ratio is divided among them, so r_n is derived
+    top_k: int = 2  # k
+    gate: Literal["renormalised", "softmax", "sigmoid"] = "renormalised"
+    router_input: Literal["modulated", "unmodulated"] = "modulated"
+    implementation: Literal["auto", "reference", "tiled"] = "auto"
+
+    def __post_init__(self):
+        check(self.experts >= 1, f"MoEConfig.experts = {self.experts}: expected at least 1")
+        check(
+            0 <= self.top_k <= self.experts,
+            f"MoEConfig.top_k = {self.top_k}: expected 0 to experts = {self.experts}",
+        )
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """One FLUX.1 transformer, dense or sparse; the defaults are FLUX.1 [dev] at full size."""
+
+    in_channels: int = 64
+    vec_in_dim: int = 768
+    context_in_dim: int = 4096
+    hidden_size: int = 3072
+    num_heads: int = 24
+    axes_dim: tuple[int, ...] = (16, 56, 56)
+    theta: int = 10_000
+    guidance_embed: bool = True
+    double: tuple[StackConfig, ...] = (StackConfig(19),)
+    single: tuple[StackConfig, ...] = (StackConfig(38),)
+    moe: MoEConfig = MoEConfig()
+    mob_alpha: float = 0.5  # α of the block router: pooled features against the global vector
+    modulation_rank: int | None = None  # r of the shared basis; None: a full matrix per block
+
+    def __post_init__(self):
+        heads, hidden = self.num_heads, self.hidden_size
+        check(
+            hidden % heads == 0,
+            f"FluxConfig.hidden_size = {hidden}: expected a multiple of num_heads = {heads}",
+        )
+        check(
+            sum(self.axes_dim) == hidden // heads and all(a % 2 == 0 for a in self.axes_dim),
+            f"FluxConfig.axes_dim = {self.axes_dim}: expected even numbers that sum to hidden_size"
+            f" / num_heads = {hidden // heads}",
+        )
+        check(
+            0.0 <= self.mob_alpha <= 1.0,
+            f"FluxConfig.mob_alpha = {self.mob_alpha}: expected 0 to 1",
+        )
+        rank = self.modulation_rank
+        check(
+            rank is None or 1 <= rank <= hidden,
+            f"FluxConfig.modulation_rank = {rank}: expected 1 to hidden_size = {hidden}, or none",
+        )
+        for stack in self.stacks:
+            self.ffn_width(stack)
+            if stack.ffn == "moe":
+                self.shared_width(stack)
+                self.expert_width(stack)
+
+    @property
+    def stacks(self) -> tuple[StackConfig, ...]:
+        return self.double + self.single
+
+    def ffn_width(self, stack: StackConfig) -> int:
+        """Hidden neurons of the whole FFN, all experts together."""
+        return self._whole(
+            stack.mlp_ratio * self.hidden_size, "StackConfig.mlp_ratio × hidden_size"
+        )
+
+    def shared_width(self, stack: StackConfig) -> int:
+        """Hidden neurons of the shared expert."""
+        width = self._whole(
+            self.moe.shared_ratio * self.hidden_size, "MoEConfig.shared_ratio × hidden_size"
+        )
+        check(
+            0 < width < self.ffn_width(stack),
+            f"MoEConfig.shared_ratio = {self.moe.shared_ratio}: expected more than 0 and less than"
+            f" mlp_ratio = {stack.mlp_ratio}",
+        )
+        return width
+
+    def expert_width(self, stack: StackConfig) -> int:
+        """Hidden neurons of one normal expert."""
+        rest = self.ffn_width(stack) - self.shared_width(stack)
+        check(
+            rest % self.moe.experts == 0,
+            f"MoEConfig.experts = {self.moe.experts}: does not divide the {rest} neurons that the"
+            f" shared expert leaves of the FFN's {self.ffn_width(stack)}",
+        )
+        return rest // self.moe.experts
+
+    @staticmethod
+    def _whole(value: float, name: str) -> int:
+        check(abs(value - round(value)) < 1e-6, f"{name} = {value}: expected a whole number")
+        return round(value)
+
+
+@dataclass(frozen=True)
+class WordsConfig:
+    """The embedded text encoder of models/words.py."""
+
+    dim: int = 128
+    length: int = 6  # tokens; shorter captions are padded
+    seed: int = 0
+    vocabulary: tuple[str, ...] = ()  # filled from the data: a model directory knows its words
+    kind: Literal["words"] = "words"
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """T5 v1.1's encoder, which gives `txt`; the defaults are XXL's (transformers' names)."""
+
+    vocab_size: int = 32_128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10_240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """CLIP's text encoder, which gives `y`; the defaults are ViT-L/14's (transformers' names)."""
+
+    vocab_size: int = 49_408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    eos_token_id: int = 49_407
+
+    def __post_init__(self):
+        heads, hidden = self.num_attention_heads, self.hidden_size
+        check(
+            heads >= 1 and hidden % heads == 0,
+            f"CLIPConfig.hidden_size = {hidden}: expected a multiple of num_attention_heads ="
+            f" {heads}",
+        )
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """The text encoders of FLUX.1: T5 for the tokens, CLIP for the pooled vector."""
+
+    t5: T5Config = T5Config()
+    clip: CLIPConfig = CLIPConfig()
+    length: int = 512  # tokens of T5; shorter prompts are padded
+    kind: Literal["prompts"] = "prompts"
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """FLUX.1's autoencoder (diffusers' names); latents enter the transformer in 2 × 2 patches."""
+
+    height: int = 1024  # pixels of an image where nothing else is said
+    width: int = 1024
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2  # of the encoder; the decoder has one more
+    latent_channels: int = 16
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
+    kind: Literal["autoencoder"] = "autoencoder"
+
+    @property
+    def stride(self) -> int:
+        """Pixels per token, either way: the autoencoder's own, times the patch."""
+        return 2 ** len(self.block_out_channels)
+
+    def __post_init__(self):
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        check(
+            len(widths) > 0 and groups > 0 and all(w > 0 and w % groups == 0 for w in widths),
+            f"AutoencoderConfig.block_out_channels = {widths}: expected multiples of"
+            f" norm_num_groups = {groups}",
+        )
+
+
+@dataclass(frozen=True)
+class PixelsConfig:
+    """No autoencoder: the transformer sees pixels in patches; channels = 3 · patch²."""
+
+    height: int = 24
+    width: int = 24
+    patch: int = 4
+    kind: Literal["pixels"] = "pixels"
+
+    def __post_init__(self):
+        check(
+            self.height % self.patch == 0 and self.width % self.patch == 0,
+            f"PixelsConfig.patch = {self.patch}: expected a divisor of height {self.height} and"
+            f" width {self.width}",
+        )
+
+    @property
+    def stride(self) -> int:
+        """Pixels per token, either way."""
+        return self.patch
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What config.json of a model directory holds: the transformer and its encoders."""
+
+    transformer: FluxConfig = FluxConfig()
+    text: WordsConfig | PromptsConfig = WordsConfig()
+    image: PixelsConfig | AutoencoderConfig = PixelsConfig()
+    # Folder of text encoders, tokenizers and autoencoder as in a diffusers FluxPipeline; a relative
+    # one starts at the model directory. None where words and pixels need none.
+    encoders: str | None = None
+    shift: float | None = 1.0  # of times, in sampling and training; None: by length (flow.shift)
+    sample_steps: int = 20
+    guidance: float = 3.5  # used where the transformer has guidance_embed
+
+    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Rows and columns of tokens of an image, by default of the model's own size.
+
+        Raises ConfigError for a size that tokens do not divide.
+        """
+        height = self.image.height if height is None else height
+        width = self.image.width if width is None else width
+        stride = self.image.stride
+        check(
+            height % stride == 0 and width % stride == 0 and min(height, width) >= stride,
+            f"image size {height} × {width}: expected multiples of {stride}",
+        )
+        return height // stride, width // stride

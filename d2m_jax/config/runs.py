@@ -1,0 +1,155 @@
+"""A run: data, stages, losses, how a student is cut, the mesh."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from d2m_jax.config.errors import check
+from d2m_jax.config.models import ModelConfig, MoEConfig
+
+
+@dataclass(frozen=True)
+class IconsConfig:
+    """The embedded task of data/icons.py."""
+
+    task: Literal["single", "scenes"] = "scenes"
+    glyphs: int = 512
+    seed: int = 0
+    train_size: int = 10_000_000  # scenes per epoch: each is rendered from its index
+    workers: int = 0  # grain worker processes; 0 renders in threads of this process
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a schedule; rates in steps of the stage."""
+
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: int = 50
+    final_rate: float = 0.0  # the share of learning_rate that is left at the end
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.99
+    clip: float = 1.0  # global norm; 0 turns clipping off
+    accumulate: int = 1  # micro-batches per step
+    ema: float = 0.0  # decay of the running average that is evaluated and saved; 0 turns it off
+    rates: Mapping[str, float] = field(default_factory=dict)  # name pattern → factor on the rate
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of a stage's losses (PAPER.md, pipeline); 0 leaves a loss out of the program."""
+
+    output: float = 1.0
+    feature: float = 1.0
+    balance: float = 1e-2
+    block_balance: float = 1e-2
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"  # before the model's shift
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of training: what trains, on which losses, for how long."""
+
+    kind: Literal["flow", "distill"] = "distill"  # flow: train from scratch by flow matching
+    steps: int = 1000
+    batch_size: int = 64
+    train: tuple[str, ...] = ("*",)  # name patterns (fnmatch on dotted parameter names)
+    freeze: tuple[str, ...] = ()  # taken out of train
+    top_k: int | None = None  # None: the model's own
+    groups: "GroupsConfig | None" = None  # regroup the blocks into MoB groups before this stage
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; the rest stays float32
+    remat: bool = True
+    log_every: int = 10
+    evaluate_every: int = 250  # held-out loss; decides the best checkpoint
+    checkpoint_every: int = 250
+    sample_every: int = 0  # sample grids of fixed prompts; 0 turns them off
+
+
+@dataclass(frozen=True)
+class GroupsConfig:
+    """How blocks become MoB groups: the first `keep` stay outside, the rest form the groups."""
+
+    keep_double: int = 0
+    double_blocks: int = 1
+    double_active: int = 1
+    keep_single: int = 0
+    single_blocks: int = 2
+    single_active: int = 1
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """How a student is made from the teacher, before any training (RECIPE.md)."""
+
+    method: Literal["moe", "prune"] = "moe"
+    moe: MoEConfig = MoEConfig()
+    mlp_ratio: float = 1.5  # of the pruned student
+    dense_double: tuple[int, ...] = ()  # block indices whose FFNs stay dense and whole
+    dense_single: tuple[int, ...] = ()
+    shared: Literal["taylor", "random", "magnitude"] = "taylor"  # which neurons are kept or shared
+    deal: Literal["rank", "random", "clustered"] = "clustered"
+    gate: Literal["random", "fitted"] = "fitted"
+    routed_scale: float = 1.0  # start of the learnable scale of the normal experts' sum
+    modulation_rank: int | None = None
+    batches: int = 16  # calibration
+    batch_size: int = 64
+    tokens: int = 4096  # calibration tokens per FFN for clusters and gates
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Device mesh; -1 fills what the other axes leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """A student: how it is cut from the teacher, and the stages that train it."""
+
+    sparsify: SparsifyConfig = SparsifyConfig()
+    stages: Mapping[str, StageConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run directory: a student distilled from `teacher`, or `model` trained from scratch."""
+
+    name: str
+    seed: int = 0
+    teacher: str | None = None  # a model directory; relative paths start at the repository root
+    model: ModelConfig | None = None
+    data: IconsConfig = IconsConfig()
+    sparsify: SparsifyConfig = SparsifyConfig()
+    stages: Mapping[str, StageConfig] = field(default_factory=dict)
+    rivals: Mapping[str, StudentConfig] = field(default_factory=dict)  # trained for the report
+    mesh: MeshConfig = MeshConfig()
+    keep_checkpoints: int = 2
+    evaluate_prompts: int = 600  # prompts of the icons benchmark in the report
+    # Experts per token that the report tries beside the model's own number and all of them.
+    sweep_top_k: tuple[int, ...] = (0, 1, 4, 8)
+    held_out_batches: int = 8
+
+    def __post_init__(self):
+        check(
+            (self.teacher is None) != (self.model is None),
+            "RunConfig: expected either teacher (a model directory, to distill from) or model (to"
+            " train from scratch), " + ("found neither" if self.teacher is None else "found both"),
+        )
+        check(len(self.stages) > 0, "RunConfig.stages: expected at least one stage, found none")
+        for name, stage in self.stages.items():
+            check(
+                stage.kind == ("flow" if self.teacher is None else "distill"),
+                f"RunConfig.stages.{name}.kind = {stage.kind}: "
+                + (
+                    "training from scratch is 'flow'"
+                    if self.teacher is None
+                    else "a student is trained by 'distill'"
+                ),
+            )

@@ -1,0 +1,133 @@
+"""T5 v1.1's encoder (transformers' modeling_t5.py), which turns token ids into FLUX.1's `txt`."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from d2m_jax.config import T5Config
+from d2m_jax.models.layers import Linear, RMSNorm
+
+
+class SelfAttention(nnx.Module):
+    """Norm and attention over all tokens; the scale of the logits is in T5's weights."""
+
+    def __init__(self, config: T5Config, *, rngs):
+        dim, inner = config.d_model, config.num_heads * config.d_kv
+        self.layer_norm = RMSNorm(dim)
+        self.q = Linear(dim, inner, bias=False, rngs=rngs)
+        self.k = Linear(dim, inner, bias=False, rngs=rngs)
+        self.v = Linear(dim, inner, bias=False, rngs=rngs)
+        self.o = Linear(inner, dim, bias=False, rngs=rngs)
+        self.num_heads = config.num_heads
+
+    def __call__(self, x: Float[Array, "b l d"], bias: Float[Array, "1 h l l"], dtype) -> Array:
+        x = self.layer_norm(x).astype(dtype)
+        q, k, v = (
+            linear(x).reshape(*x.shape[:2], self.num_heads, -1)
+            for linear in (self.q, self.k, self.v)
+        )
+        x = jax.nn.dot_product_attention(q, k, v, bias, scale=1.0, implementation="xla")
+        return self.o(x.reshape(*x.shape[:2], -1))
+
+
+class DenseReluDense(nnx.Module):
+    """Norm and the FFN with a gate, GELU (tanh form); the name is of the first T5."""
+
+    def __init__(self, config: T5Config, *, rngs):
+        self.layer_norm = RMSNorm(config.d_model)
+        self.wi_0 = Linear(config.d_model, config.d_ff, bias=False, rngs=rngs)
+        self.wi_1 = Linear(config.d_model, config.d_ff, bias=False, rngs=rngs)
+        self.wo = Linear(config.d_ff, config.d_model, bias=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b l d"], dtype) -> Float[Array, "b l d"]:
+        x = self.layer_norm(x).astype(dtype)
+        return self.wo(jax.nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x))
+
+
+class Block(nnx.Module):
+    """Attention and FFN beside a stream that stays float32."""
+
+    def __init__(self, config: T5Config, *, rngs):
+        self.SelfAttention = SelfAttention(config, rngs=rngs)
+        self.DenseReluDense = DenseReluDense(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b l d"], bias: Float[Array, "1 h l l"], dtype
+    ) -> Float[Array, "b l d"]:
+        x = x + self.SelfAttention(x, bias, dtype)
+        return x + self.DenseReluDense(x, dtype)
+
+
+class T5Encoder(nnx.Module):
+    """The encoder, its blocks as one stack: their parameters have the leading axis (num_layers,).
+
+    `dtype` is that of the products' inputs. The stream between blocks is float32 (T5's grows to
+    where bfloat16 would swallow what a block adds), so nothing overflows and nothing is clamped.
+    """
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config, self.dtype = config, dtype
+        self.shared = nnx.Embed(config.vocab_size, config.d_model, rngs=rngs)
+        self.relative_attention_bias = nnx.Embed(
+            config.relative_attention_num_buckets, config.num_heads, rngs=rngs
+        )
+        self.block = nnx.vmap(lambda rngs: Block(config, rngs=rngs))(rngs.split(config.num_layers))
+        self.final_layer_norm = RMSNorm(config.d_model)
+
+    def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        """Features in float32. No attention mask: FLUX.1 was trained with padding attended to."""
+        bias = self.position_bias(ids.shape[1])
+        graph, params = nnx.split(self.block)
+
+        def body(x, params):
+            return nnx.merge(graph, params)(x, bias, self.dtype), None
+
+        x, _ = jax.lax.scan(body, self.shared(ids).astype(jnp.float32), params)
+        return self.final_layer_norm(x)
+
+    def position_bias(self, length: int) -> Float[Array, "1 h l l"]:
+        """What every block adds to its attention logits, float32."""
+        buckets = position_buckets(np.arange(1 - length, length), self.config)
+        by_distance = self.relative_attention_bias(buckets).astype(jnp.float32)
+        position = jnp.arange(length)
+        distance = position[None, :] - position[:, None]  # key − query
+        return by_distance[distance + length - 1].transpose(2, 0, 1)[None]
+
+
+def position_buckets(distance: Int[np.ndarray, " n"], config: T5Config) -> Int[np.ndarray, " n"]:
+    """The bucket of each distance key − query: half for each sign, and of those half for one
+    distance each and half for ranges that grow, up to the maximum distance.
+
+    On the host in float32, as transformers: an accelerator's logarithm may miss a boundary.
+    """
+    half = config.relative_attention_num_buckets // 2
+    exact = half // 2
+    size = np.abs(distance)
+    ratio = np.maximum(size, exact).astype(np.float32) / exact
+    scale = math.log(config.relative_attention_max_distance / exact)
+    far = exact + (np.log(ratio) / scale * (half - exact)).astype(distance.dtype)
+    return np.where(distance > 0, half, 0) + np.where(size < exact, size, np.minimum(far, half - 1))
+
+
+@partial(jax.jit, static_argnums=0)
+def _initialise(config: T5Config, key):
+    return nnx.split(T5Encoder(config, rngs=nnx.Rngs(key)))[1]
+
+
+def initialise(config: T5Config, seed: int) -> dict:
+    """Fresh parameters as a pure dict, made in one compiled call."""
+    return nnx.to_pure_dict(_initialise(config, jax.random.key(seed)))
+
+
+def model_of(config: T5Config, params: dict, dtype=jnp.float32) -> T5Encoder:
+    """The encoder with these parameters (a pure dict, as `initialise` gives)."""
+    graph, state = nnx.split(
+        nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+    )
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)

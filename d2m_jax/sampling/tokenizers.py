@@ -1,0 +1,54 @@
+"""Prompts to token ids, by transformers' tokenizers of CLIP and T5 (no torch needed)."""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from d2m_jax.config import ConfigError, PromptsConfig
+
+
+class Tokenizers:
+    """The tokenizers in the folders tokenizer (CLIP) and tokenizer_2 (T5) of a FluxPipeline."""
+
+    def __init__(self, folder: str, config: PromptsConfig):
+        self.folder, self.config = Path(folder), config
+
+    @cached_property
+    def loaded(self) -> dict:
+        """Both, by the names of their encoders. ConfigError where they cannot be read."""
+        # It takes a second, and only those who have prompts need it.
+        from transformers import AutoTokenizer
+
+        found = {}
+        for name, part in (("clip", "tokenizer"), ("t5", "tokenizer_2")):
+            try:
+                found[name] = AutoTokenizer.from_pretrained(self.folder / part)
+            except Exception as error:  # each tokenizer has its own
+                line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+                where = self.folder / part
+                raise ConfigError(f"{where}: expected a tokenizer, found none ({line})") from None
+        return found
+
+    def ids(
+        self, captions: list[str], length: int | None = None
+    ) -> dict[str, Int[np.ndarray, "b l"]]:
+        """Ids for CLIP and T5, padded and cut to their lengths; T5's is `length` where given."""
+        lengths = {
+            "clip": self.config.clip.max_position_embeddings,
+            "t5": self.config.length if length is None else length,
+        }
+        return {
+            name: np.asarray(
+                tokenizer(
+                    captions,
+                    padding="max_length",
+                    max_length=lengths[name],
+                    truncation=True,
+                    return_tensors="np",
+                ).input_ids,
+                np.int32,
+            )
+            for name, tokenizer in self.loaded.items()
+        }

@@ -1,0 +1,151 @@
+"""From torch's files to a model directory and back, holding few bytes at a time."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+import rich.progress
+from rich.console import Console
+
+from d2m_jax.config import ConfigError, ModelConfig, check
+from d2m_jax.weights import blocks, lora, model_directory, output, torch_export, torch_import
+from d2m_jax.weights.encoders import (
+    FOLDERS,
+    INDEX,
+    copy_encoders,
+    is_pipeline,
+    model_config,
+)
+from d2m_jax.weights.key_table import Parameter
+from d2m_jax.weights.named_arrays import names
+
+ENCODERS = "encoders"  # the folder of a model directory that holds them
+Dtype = Literal["bfloat16", "float32"]
+
+
+def convert(
+    source: Path | str,
+    target: Path | str,
+    dtype: Dtype | None = None,
+    export: Literal["bfl", "diffusers"] | None = None,
+    loras: Sequence[tuple[Path | str, float]] = (),
+    encoders: Path | str | None = None,
+) -> None:
+    """Write the transformer in `source` (whatever load_model takes) as a model directory.
+
+    With `export` it is written for torch instead: "bfl" is one .safetensors file, "diffusers" a
+    folder with transformer/. Text encoders, tokenizers and autoencoder come along where the source
+    is a whole FluxPipeline or has them, or from the FluxPipeline `encoders`. dtype None is the type
+    that is stored, fp16 as float32 and fp8 as bfloat16. LoRA files are merged, each times its
+    scale. Raises ConfigError for bad input and for a full disk, and then leaves nothing behind.
+    """
+    target = Path(target)
+    check(
+        not target.exists() or not Path(source).exists() or not target.samefile(source),
+        f"{target}: expected another place than the source's",
+    )
+    config, params = _open(source, dtype, loras)
+    if encoders is not None:
+        folder = torch_import.local(encoders, [f"{name}/*" for name in FOLDERS])
+        config = model_config(config.transformer, folder)
+    folder = Path(config.encoders) if config.encoders and export != "bfl" else None
+    size = sum(param.nbytes for param in params.values())
+    extra = sum(file.stat().st_size for file in folder.rglob("*")) if folder else 0
+    output.check_space(target, size + extra)
+    try:
+        with progress(size, f"writing {target}") as advance:
+            if export is None:
+                beside = None
+                if folder is not None:
+                    config = replace(config, encoders=ENCODERS)
+                    beside = lambda new: copy_encoders(folder, new / ENCODERS)  # noqa: E731
+                model_directory.save(target, config, params, progress=advance, beside=beside)
+            elif export == "bfl":
+                check(
+                    target.suffix in torch_import.FILES,
+                    f"{target}: expected a name that ends in .safetensors",
+                )
+                torch_export.export_bfl(target, config.transformer, params, advance)
+            else:
+                with output.new_directory(target, _is_diffusers, "folder of diffusers") as new:
+                    transformer = new / "transformer"
+                    torch_export.export_diffusers(transformer, config.transformer, params, advance)
+                    if folder is not None:
+                        copy_encoders(folder, new)
+    except FloatingPointError as error:
+        raise ConfigError(f"{source}: {error}: damaged weights, or a type too narrow") from None
+
+
+def _is_diffusers(folder: Path) -> bool:
+    known = {"transformer", INDEX, *FOLDERS}
+    return folder.is_dir() and {file.name for file in folder.iterdir()} <= known
+
+
+def _open(
+    source: Path | str, dtype: Dtype | None, loras: Sequence[tuple[Path | str, float]]
+) -> tuple[ModelConfig, dict[str, Parameter]]:
+    """Config and parameters by name, to be read block by block."""
+    if model_directory.is_model_directory(source):
+        config, tree = model_directory.load(source, dtype=dtype and jnp.dtype(dtype))
+        params = {name: blocks.parameter(array) for name, array in names(tree).items()}
+        exact = {name: param.astype(np.float32) for name, param in params.items()}
+    else:
+        folder = torch_import.local(source, [f"{name}/*" for name in ("transformer", *FOLDERS)])
+        opened = torch_import.open_source(folder)
+        whole = folder.is_dir() and is_pipeline(folder)
+        config = model_config(opened.config, folder if whole else None)
+        params = opened.parameters(dtype and jnp.dtype(dtype))
+        exact = opened.parameters(np.float32)
+    found = [lora.read(file, config.transformer, scale) for file, scale in loras]
+    return config, lora.merge(params, exact, found)
+
+
+@contextlib.contextmanager
+def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with rate and time left, or else a line every ten seconds."""
+    console = Console(stderr=True)
+    start = shown = time.monotonic()
+    done = 0
+    if console.is_terminal:
+        with rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.DownloadColumn(),
+            rich.progress.TransferSpeedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+            refresh_per_second=4,
+        ) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda size: bar.advance(task, size)
+        return
+
+    def advance(size: int) -> None:
+        nonlocal done, shown
+        done += size
+        now = time.monotonic()
+        if now - shown > 10:
+            shown = now
+            rate = done / (now - start)
+            left = round((total - done) / rate)
+            text = f"{what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s"
+            print(f"{text}, {left // 60}:{left % 60:02d} left", file=sys.stderr, flush=True)
+
+    yield advance
+
+
+def lora_of(argument: str) -> tuple[Path, float]:
+    """FILE or FILE:SCALE as the command line has it."""
+    file, colon, scale = argument.rpartition(":")
+    if not colon:
+        return Path(argument), 1.0
+    try:
+        return Path(file), float(scale)
+    except ValueError:
+        return Path(argument), 1.0  # a colon in the file's name

@@ -1,0 +1,142 @@
+"""Text encoders and autoencoder in a folder laid out as a diffusers FluxPipeline."""
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from d2m_jax.config import (
+    AutoencoderConfig,
+    ConfigError,
+    FluxConfig,
+    ModelConfig,
+    PixelsConfig,
+    PromptsConfig,
+    WordsConfig,
+    check,
+)
+from d2m_jax.models import autoencoder, clip, t5
+from d2m_jax.weights import autoencoder_keys, key_table, text_encoder_keys, torch_import
+from d2m_jax.weights.named_arrays import names
+
+T5, CLIP, AUTOENCODER = "text_encoder_2", "text_encoder", "vae"
+FOLDERS = (CLIP, T5, AUTOENCODER, "tokenizer", "tokenizer_2", "scheduler")
+INDEX = "model_index.json"
+COPIED = (".json", ".safetensors", ".txt", ".model", ".jinja")
+# diffusers' shift by length that is FLUX.1 [dev]'s, flow.shift's None
+DYNAMIC = {
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+}
+
+
+def model_config(transformer: FluxConfig, folder: Path | None = None) -> ModelConfig:
+    """The config of a model with this transformer, and the encoders and schedule of `folder`.
+
+    Without a folder these are [dev]'s or, where the transformer knows no guidance, [schnell]'s.
+    Raises ConfigError that names the file and field where the folder is not FLUX.1's.
+    """
+    dev = transformer.guidance_embed
+    config = ModelConfig(
+        transformer=transformer,
+        text=PromptsConfig(length=512 if dev else 256),
+        image=AutoencoderConfig(),
+        shift=None if dev else 1.0,
+        sample_steps=28 if dev else 4,
+    )
+    if folder is None:
+        return config
+    for name in FOLDERS:
+        check((folder / name).is_dir(), f"{folder}: expected a folder {name} in it, found none")
+    t5_file, clip_file, image_file = (
+        folder / name / "config.json" for name in (T5, CLIP, AUTOENCODER)
+    )
+    return replace(
+        config,
+        text=replace(
+            config.text,
+            t5=text_encoder_keys.t5_config(_json(t5_file), str(t5_file)),
+            clip=text_encoder_keys.clip_config(_json(clip_file), str(clip_file)),
+        ),
+        image=autoencoder_keys.autoencoder_config(_json(image_file), str(image_file)),
+        encoders=str(folder.resolve()),
+        shift=_shift(folder / "scheduler" / "scheduler_config.json"),
+    )
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether it is a FluxPipeline's, encoders and all."""
+    return all((folder / name).is_dir() for name in FOLDERS)
+
+
+def copy_encoders(folder: Path, target: Path) -> None:
+    """Copy a FluxPipeline but for its transformer: weights as safetensors, configs, vocabularies."""
+    for name in FOLDERS:
+        files = [file for file in sorted((folder / name).iterdir()) if file.suffix in COPIED]
+        (target / name).mkdir(parents=True)
+        for file in files:
+            shutil.copyfile(file, target / name / file.name)
+    if (folder / INDEX).is_file():
+        shutil.copyfile(folder / INDEX, target / INDEX)
+
+
+def _shift(file: Path) -> float | None:
+    value = _json(file)
+    if not value.get("use_dynamic_shifting", False):
+        return float(value.get("shift", 1.0))
+    for name, expected in DYNAMIC.items():
+        found = value.get(name, expected)
+        check(found == expected, f"{file}: {name} = {found!r}, expected {expected!r}")
+    return None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    check(file.is_file(), f"{file}: no such file, expected it in a diffusers FluxPipeline")
+    try:
+        value = json.loads(file.read_text())
+        check(isinstance(value, dict), "expected an object")
+    except ValueError as error:  # ConfigError is one
+        raise ConfigError(f"{file}: damaged, expected a JSON object ({error})") from None
+    return value
+
+
+def load_encoders(config: ModelConfig, sharding: Any = None) -> dict[str, dict]:
+    """Parameters by encoder: `t5`, `clip` and `autoencoder`, those that the config has, as stored.
+
+    `sharding` as in torch_import.load. Raises ConfigError where `config.encoders` names no such
+    folder, or its tensors do not fit the config.
+    """
+    text, image, params = config.text, config.image, {}
+    if isinstance(text, WordsConfig) and isinstance(image, PixelsConfig):
+        return params
+    check(config.encoders is not None, "ModelConfig.encoders: expected a folder, found none")
+    folder = Path(config.encoders)
+    check(folder.is_dir(), f"ModelConfig.encoders = {config.encoders}: no such folder")
+    if isinstance(text, PromptsConfig):
+        source = text_encoder_keys.t5_tensors(torch_import.read_tensors(folder / T5))
+        like = jax.eval_shape(partial(t5.initialise, text.t5, 0))
+        table = text_encoder_keys.t5_keys(text.t5)
+        params["t5"] = _load(folder / T5, table, source, like, sharding)
+        source = text_encoder_keys.clip_tensors(torch_import.read_tensors(folder / CLIP))
+        like = jax.eval_shape(partial(clip.initialise, text.clip, 0))
+        table = text_encoder_keys.clip_keys(text.clip)
+        params["clip"] = _load(folder / CLIP, table, source, like, sharding)
+    if isinstance(image, AutoencoderConfig):
+        source = torch_import.read_tensors(folder / AUTOENCODER)
+        like = jax.eval_shape(partial(autoencoder.initialise, image, 0))
+        table = autoencoder_keys.diffusers_keys(image)
+        params["autoencoder"] = _load(folder / AUTOENCODER, table, source, like, sharding)
+    return params
+
+
+def _load(where: Path, table, tensors, like: dict, sharding) -> dict:
+    shapes = {name: a.shape for name, a in names(like).items()}
+    key_table.check_fit(where, table, tensors, shapes)
+    stored = torch_import.stored_dtype(tensors)
+    return torch_import.load(key_table.parameters(table, tensors, shapes, stored), like, sharding)

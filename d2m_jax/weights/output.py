@@ -1,0 +1,92 @@
+"""Files and directories that appear whole or not at all, on a disk that has room for them."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from d2m_jax.config import ConfigError
+
+
+class FullDisk(ConfigError):
+    """There was no room for all of an output; nothing of it was left."""
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise ConfigError where the disk of `path` has less than `needed` bytes free."""
+    parent = next(p for p in Path(os.path.abspath(path)).parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConfigError(
+            f"{path}: needs {needed / 1e9:.1f} GB on the disk of {parent}, found {free / 1e9:.1f}"
+            " GB free"
+        )
+
+
+@contextlib.contextmanager
+def new_file(path: Path | str) -> Iterator[Path]:
+    """A free name beside `path`; what was written there is `path` in the end, or gone on errors.
+
+    A full disk is a ConfigError.
+    """
+    path = Path(os.path.abspath(path))
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with _full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield new
+            new.rename(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path | str, replaces: Callable[[Path], bool], kind: str) -> Iterator[Path]:
+    """A new folder beside `path`, which is `path` in the end, or gone on errors.
+
+    Where `path` exists it is replaced, then and only then, if replaces(path); else, and where the
+    disk is full, ConfigError. `kind` names in the message what is written.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and not replaces(path):
+        raise ConfigError(f"{path}: exists and is no {kind}; expected a free name")
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        with _full_disk(path):
+            new.mkdir(parents=True)
+            yield new
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _full_disk(path: Path) -> Iterator[None]:
+    """Orbax and tensorstore tell of a full disk in errors of their own."""
+    try:
+        yield
+    except FullDisk:  # of a file inside, whose name is a temporary one
+        raise _full(path) from None
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+        if full:
+            raise _full(path) from None
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+        raise
+
+
+def _full(path: Path) -> FullDisk:
+    return FullDisk(f"{path}: the disk is full; nothing was written")

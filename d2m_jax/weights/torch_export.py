@@ -1,0 +1,73 @@
+"""Models as torch's files: dense transformers in BFL's layout or diffusers'."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2m_jax.config import FluxConfig
+from d2m_jax.weights import flux_keys, key_table, output, safetensors
+from d2m_jax.weights.key_table import Entry
+
+
+def torch_tensors(
+    table: list[Entry],
+    params: Mapping[str, Any],
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, safetensors.Tensor]:
+    """Torch's tensors by a table, each made when taken from our parameters by name.
+
+    `params` are arrays or key_table.Parameter; `progress` is told the bytes of every tensor.
+    """
+    shapes = key_table.their_shapes(table, {name: a.shape for name, a in params.items()})
+    found = {}
+    for name, entries in key_table.by_name(table, "theirs").items():
+        shape, dtype = shapes[name], np.dtype(params[entries[0].ours].dtype)
+
+        def take(entries=entries, shape=shape, dtype=dtype):
+            array = key_table.write(entries, params, shape, dtype)
+            if progress is not None:
+                progress(array.nbytes)
+            return array
+
+        found[name] = safetensors.Tensor(shape, dtype, take)
+    return found
+
+
+def export_bfl(
+    file: Path | str,
+    config: FluxConfig,
+    params: Mapping[str, Any],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """One .safetensors file in BFL's layout, as ComfyUI and others read it; `params` by name."""
+    tensors = torch_tensors(flux_keys.keys("bfl", config), params, progress)
+    safetensors.write(file, tensors, {"format": "pt"})
+
+
+def export_diffusers(
+    folder: Path | str,
+    config: FluxConfig,
+    params: Mapping[str, Any],
+    progress: Callable[[int], None] | None = None,
+    shard_bytes: int = 10_000_000_000,
+) -> None:
+    """A folder that diffusers' FluxTransformer2DModel.from_pretrained reads; `params` by name.
+
+    It appears whole or not at all, in the place of a folder of the same kind that was there.
+    """
+    value = flux_keys.diffusers_config(config)
+    tensors = torch_tensors(flux_keys.keys("diffusers", config), params, progress)
+    output.check_space(Path(folder), safetensors.total_bytes(tensors))
+    with output.new_directory(folder, _is_diffusers, "folder of diffusers") as new:
+        (new / "config.json").write_text(json.dumps(value, indent=2) + "\n")
+        safetensors.write_sharded(new, "diffusion_pytorch_model", tensors, shard_bytes)
+
+
+def _is_diffusers(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    own = ("config.json", "diffusion_pytorch_model")
+    return all(file.name.startswith(own) for file in folder.iterdir())

@@ -1,0 +1,186 @@
+"""FLUX.1 transformers out of torch's files: one file or shards, BFL's layout or diffusers'."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2m_jax.config import ConfigError, FluxConfig, check
+from d2m_jax.models.flux import Flux, initialise, model_of
+from d2m_jax.weights import flux_keys, key_table, model_directory, recognise, safetensors
+from d2m_jax.weights.key_table import Entry, Parameter
+from d2m_jax.weights.named_arrays import names, restructure
+
+FILES = (".safetensors", ".sft")
+INDEX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A transformer in torch's files, checked and not read yet."""
+
+    where: Path
+    layout: flux_keys.Layout
+    config: FluxConfig
+    table: list[Entry]
+    tensors: dict[str, Any]  # by torch's names
+
+    def parameters(self, dtype: Any = None) -> dict[str, Parameter]:
+        """Ours by dotted name, read when indexed; None is the narrowest type that holds them."""
+        dtype = stored_dtype(self.tensors) if dtype is None else dtype
+        shapes = {name: a.shape for name, a in flux_keys.abstract(self.config).items()}
+        return key_table.parameters(self.table, self.tensors, shapes, dtype)
+
+
+def open_source(source: Path | str) -> Source:
+    """The transformer in a file, a folder of diffusers, or a repository of Hugging Face.
+
+    Raises ConfigError that says what is wrong with it, or what else it is; all tensors that do not
+    fit are listed.
+    """
+    path = local(source)
+    if path.is_dir() and (path / "transformer").is_dir():
+        path = path / "transformer"
+    value = _diffusers_config(path / "config.json") if path.is_dir() else {}
+    layout, tensors = recognise.transformer(path, read_tensors(path))
+    for name, tensor in tensors.items():
+        found = np.dtype(tensor.dtype).name
+        check("float" in found, f"{path}: {name} is {found}, expected floating point")
+    axes = value.get("axes_dims_rope")
+    config = flux_keys.config_of(path, layout, tensors, axes and tuple(axes))
+    table = flux_keys.keys(layout, config)
+    shapes = {name: a.shape for name, a in flux_keys.abstract(config).items()}
+    key_table.check_fit(path, table, tensors, shapes)
+    return Source(path, layout, config, table, tensors)
+
+
+def local(source: Path | str, patterns: Iterable[str] = ("transformer/*", "*.json")) -> Path:
+    """The path itself, or, where there is none, the folder into which the Hugging Face repository
+    `owner/name` was downloaded (of it, what fits the patterns)."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) or path.suffix in FILES:
+        raise ConfigError(f"{source}: no such file or folder")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ConfigError(
+            f"{source}: no such folder; to download such a repository of Hugging Face, install"
+            " huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
+    except Exception as error:  # it has many, of many packages
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise ConfigError(
+            f"{source}: no such folder, and not to be had from Hugging Face ({line})"
+        ) from None
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """The floating-point tensors of a .safetensors file, an index of shards, or the only one of
+    either in a folder; scaled fp8 is multiplied out when taken."""
+    if path.is_dir():
+        path = _weights_in(path)
+    if path.name.endswith(INDEX):
+        tensors = safetensors.read_sharded(path)
+    else:
+        recognise.refuse_pickle(path)
+        check(path.suffix in FILES, f"{path}: expected a .safetensors file or a folder of them")
+        tensors = safetensors.read(path)
+    return safetensors.unscaled(tensors)
+
+
+def _weights_in(folder: Path) -> Path:
+    files = sorted(folder.iterdir())
+    for ending in (INDEX, *FILES):
+        found = [file for file in files if file.name.endswith(ending)]
+        # Beside a diffusers model there may be lighter copies: NAME.fp16.safetensors.
+        plain = [file for file in found if file.name.removesuffix(ending).count(".") == 0]
+        found = plain or found
+        if len(found) > 1:
+            raise ConfigError(
+                f"{folder}: holds {len(found)} of *{ending}, expected one; name the file itself"
+            )
+        if found:
+            return found[0]
+    for file in files:
+        if file.is_file():
+            recognise.refuse_pickle(file)
+    raise ConfigError(f"{folder}: holds no .safetensors file, expected a model")
+
+
+def _diffusers_config(file: Path) -> dict[str, Any]:
+    """What diffusers wrote beside the weights; {} without it."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text())
+        kind, axes = value.get("_class_name"), value.get("axes_dims_rope")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{file}: damaged, expected a JSON object ({error})") from None
+    known = "FluxTransformer2DModel"
+    check(kind in (None, known), f"{file}: _class_name = {kind!r}, expected {known!r}")
+    whole = isinstance(axes, list) and all(type(n) is int and n > 0 for n in axes)
+    check(axes is None or whole, f"{file}: axes_dims_rope = {axes!r}, expected a list of sizes")
+    return value
+
+
+def abstract(config: FluxConfig) -> dict:
+    """The shapes of a transformer's parameters, as a pure dict."""
+    return jax.eval_shape(partial(initialise, config, 0))
+
+
+def stored_dtype(tensors: Mapping[str, Any]) -> np.dtype:
+    """The narrowest of bfloat16 and float32 that holds these tensors' numbers."""
+    narrow = {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
+    wide = any(np.dtype(tensor.dtype).name not in narrow for tensor in tensors.values())
+    return np.dtype(jnp.float32 if wide else jnp.bfloat16)
+
+
+def load(
+    params: Mapping[str, Parameter],
+    like: dict,
+    sharding: model_directory.Sharding | None = None,
+) -> dict:
+    """The tree `like` (abstract arrays) filled array after array.
+
+    `sharding` says where each goes, as in model_directory.load: every device's part is then read by
+    itself.
+    """
+    named = {}
+    for name in names(like):
+        param = params[name]
+        if sharding is None:
+            named[name] = jnp.asarray(param[...])
+        else:
+            place = model_directory.placement(sharding)(name, param.shape)
+            named[name] = jax.make_array_from_callback(param.shape, place, param.__getitem__)
+    return restructure(like, named)
+
+
+def load_model(
+    path: Path | str, dtype: Any = jnp.float32, sharding: model_directory.Sharding | None = None
+) -> Flux:
+    """The transformer of a model directory, a BFL or ComfyUI file, a diffusers folder, or a Hugging
+    Face repository.
+
+    Activations are in `dtype`. Parameters are float32 from a model directory, else `dtype` too;
+    `sharding` says where they go (model_directory.load). ConfigError for whatever else is there.
+    """
+    if model_directory.is_model_directory(path):
+        if sharding is None:
+            return model_directory.load_model(path, dtype)
+        config, params = model_directory.load(path, sharding=sharding)
+        return model_of(config.transformer, params, dtype)
+    source = open_source(path)
+    params = load(source.parameters(dtype), abstract(source.config), sharding)
+    return model_of(source.config, params, dtype)

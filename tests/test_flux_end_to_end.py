@@ -1,0 +1,108 @@
+"""From a torch FluxPipeline to ours, through all stages of distillation, and back to torch."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from d2m_jax.config import (
+    GroupsConfig,
+    IconsConfig,
+    LossConfig,
+    RunConfig,
+    SparsifyConfig,
+    StageConfig,
+)
+from d2m_jax.evaluate import accounting
+from d2m_jax.sampling.pipeline import load_pipeline, noise
+from d2m_jax.training import run
+from d2m_jax.weights import convert, load_config
+from tests.sampling.flux_oracle import tiny_pipeline
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+PROMPTS = ["red anchor left of blue earth", "blue earth"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A FluxPipeline as diffusers saves it."""
+    path = tmp_path_factory.mktemp("torch") / "flux"
+    tiny_pipeline().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("ours") / "flux"
+    convert.convert(folder, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(model):
+    return sample(model)
+
+
+def sample(path):
+    return load_pipeline(path)(PROMPTS, steps=2, seed=1, max_sequence_length=12)
+
+
+def test_a_model_directory_gives_the_same_images(folder, model, images):
+    np.testing.assert_array_equal(sample(folder), images)
+
+
+def test_a_model_directory_can_move(model, images, tmp_path):
+    model.rename(tmp_path / "moved")
+    try:
+        assert load_config(tmp_path / "moved").encoders == str(tmp_path / "moved" / "encoders")
+        np.testing.assert_array_equal(sample(tmp_path / "moved"), images)
+    finally:
+        (tmp_path / "moved").rename(model)
+
+
+def test_export_is_a_pipeline_of_diffusers(model, images, tmp_path):
+    convert.convert(model, tmp_path / "back", export="diffusers")
+    pipe = diffusers.FluxPipeline.from_pretrained(tmp_path / "back")
+    pipe.set_progress_bar_config(disable=True)
+    found = pipe(
+        PROMPTS,
+        height=16,
+        width=16,
+        num_inference_steps=2,
+        latents=torch.from_numpy(np.array(noise(1, 2, 16, 64))),
+        max_sequence_length=12,
+        guidance_scale=3.5,
+        output_type="np",
+    ).images
+    np.testing.assert_allclose(found, images, atol=1e-4)  # float32 rounding
+
+
+def test_all_stages_with_its_own_encoders_in_the_loop(model, images, tmp_path):
+    def stage(**fields):
+        return StageConfig(steps=2, batch_size=4, log_every=1, evaluate_every=2, **fields)
+
+    groups = GroupsConfig(keep_double=2, single_blocks=2, single_active=1)
+    config = RunConfig(
+        name="flux",
+        teacher=str(model),
+        data=IconsConfig(glyphs=40),
+        sparsify=SparsifyConfig(batches=2, batch_size=4, tokens=64, routed_scale=0.0),
+        stages={
+            "shared": stage(train=("*.shared.*",), top_k=0),
+            "moe": stage(train=("*.experts.*", "*.gate.*", "*mlp.scale"), sample_every=2),
+            "mob": stage(groups=groups, loss=LossConfig(feature=0.0)),
+        },
+        held_out_batches=1,
+    )
+    run.run(config, tmp_path / "run", accounting.flops_per_example)
+    student = load_config(tmp_path / "run" / "model")
+    assert student.encoders == str(model / "encoders")
+    assert student.transformer.single[0].mixes and student.transformer.double[0].ffn == "moe"
+    assert (tmp_path / "run" / "samples" / "moe_000002.png").is_file()
+    found = sample(tmp_path / "run" / "model")
+    assert found.shape == images.shape and np.isfinite(found).all()
+    assert np.abs(found - images).max() > 1e-3  # another model, else nothing was cut
+    everything = load_pipeline(model)
+    assert replace(student, transformer=everything.config.transformer) == everything.config

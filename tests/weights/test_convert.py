@@ -1,0 +1,147 @@
+"""From torch to a model directory and back, by the script: bits, memory, bad input."""
+
+import errno
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import convert_torch_weights
+from d2m_jax import command_line
+from d2m_jax.config import ConfigError
+from d2m_jax.weights import blocks, convert, model_directory, safetensors
+from d2m_jax.weights.key_table import Parameter
+from d2m_jax.weights.named_arrays import fingerprint, names
+from tests.weights import toy
+
+CONFIG = toy.config(1, 2)
+
+
+def run(*arguments):
+    return command_line.run(convert_torch_weights.main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def bfl(tmp_path_factory):
+    """A file in BFL's layout, bfloat16, with the axes that nothing says otherwise."""
+    file = tmp_path_factory.mktemp("bfl") / "flux.safetensors"
+    safetensors.write(file, toy.random_state("bfl", CONFIG, ml_dtypes.bfloat16))
+    return file
+
+
+def test_there_and_back(bfl, tmp_path, capfd):
+    assert run(bfl, tmp_path / "model") == 0
+    config, params = model_directory.load(tmp_path / "model", dtype=None)
+    assert config.transformer.double == CONFIG.double and config.shift is None
+    assert {a.dtype for a in names(params).values()} == {jnp.dtype("bfloat16")}
+    assert run(tmp_path / "model", tmp_path / "back.safetensors", "--export", "bfl") == 0
+    assert run(tmp_path / "model", tmp_path / "folder", "--export", "diffusers") == 0
+    assert run(tmp_path / "folder", tmp_path / "again.safetensors", "--export", "bfl") == 0
+    assert "again.safetensors written" in capfd.readouterr().out
+    source = safetensors.read(bfl)
+    for name in ("back.safetensors", "again.safetensors"):
+        found = safetensors.read(tmp_path / name)
+        assert found.keys() == source.keys()
+        for key, tensor in source.items():
+            assert np.asarray(found[key]).tobytes() == np.asarray(tensor).tobytes(), key
+
+
+def test_types_and_loras(bfl, tmp_path):
+    up, down = np.ones((32, 1), np.float32), np.full((1, 32), 2**-12, np.float32)
+    tensors = {
+        "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": up,
+        "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": down,
+    }
+    file = tmp_path / "lora.safetensors"
+    safetensors.write(file, tensors)
+    for model in ("bare", "merged"):
+        lora = () if model == "bare" else ("--lora", f"{file}:0.5", "--lora", file)
+        assert run(bfl, tmp_path / model, "--dtype", "float32", *lora) == 0
+    bare, merged = (
+        names(model_directory.load(tmp_path / model, dtype=None)[1]) for model in ("bare", "merged")
+    )
+    for name, array in bare.items():
+        expected = 1.5 * 2**-12 if name == "double.0.block.img_attn.proj.kernel" else 0
+        assert array.dtype == np.float32
+        # numbers of size 3 have steps of 2.4e-7 in float32, and are rounded once
+        np.testing.assert_allclose(merged[name] - array, expected, atol=3e-7)
+
+
+def test_blocks(tmp_path, monkeypatch):
+    """Large arrays go block by block, and the checkpoint is like any other."""
+    monkeypatch.setattr(blocks, "WHOLE", 500)
+    monkeypatch.setattr(blocks, "IN_FLIGHT", 1000)
+    rng = np.random.default_rng(0)
+    arrays = {
+        "b": rng.normal(size=(3, 2, 8, 5)).astype(np.float32),
+        "a": rng.normal(size=(40, 20)).astype(ml_dtypes.bfloat16),
+        "c": np.asarray(3, np.float32),
+    }
+    asked, told = [], []
+
+    def take(region):
+        asked.append(region)
+        return arrays["b"][region]
+
+    params = arrays | {"b": Parameter((3, 2, 8, 5), np.dtype(np.float32), take)}
+    blocks.save(tmp_path / "params", params, told.append)
+    assert len(asked) == 6 and sum(told) == sum(a.nbytes for a in arrays.values())
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(tmp_path / "params")
+        note = checkpointer.metadata(tmp_path / "params").custom_metadata
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), array)
+    assert note["fingerprint"] == fingerprint(arrays) == blocks.fingerprint_of(found)
+
+
+def test_bad_input_is_one_line(bfl, tmp_path, capfd):
+    (tmp_path / "flux.pt").write_bytes(b"")
+    (tmp_path / "mine").write_text("mine")
+    for arguments, message in (
+        ((tmp_path / "absent", "out"), "absent: no such file or folder"),
+        ((tmp_path / "flux.pt", "out"), "a pickle file"),
+        ((bfl, tmp_path / "mine"), "exists and is no model directory"),
+        ((bfl, bfl, "--export", "bfl"), "another place than the source's"),
+        ((bfl, tmp_path / "out", "--export", "bfl"), "a name that ends in .safetensors"),
+        ((bfl, tmp_path / "out", "--dtype", "int8"), "dtype"),
+        ((bfl, tmp_path / "out", "--lora", tmp_path / "absent:0.5"), "absent: no such file"),
+        ((bfl, tmp_path / "out", "--typo", "1"), "--typo: unknown option, did you mean"),
+    ):
+        assert run(*arguments) == 2
+        err = capfd.readouterr().err
+        assert err.count("\n") == 1 and message in err, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["flux.pt", "mine"]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_damaged_numbers(tmp_path):
+    state = toy.random_state("bfl", CONFIG)
+    state["txt_in.bias"][3] = np.nan
+    safetensors.write(tmp_path / "a.safetensors", state)
+    with pytest.raises(ConfigError, match="a.safetensors: txt_in.bias is not finite"):
+        convert.convert(tmp_path / "a.safetensors", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_full_disk(bfl, tmp_path, monkeypatch):
+    def fail(directory, params, progress):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "save", fail)
+        with pytest.raises(ConfigError, match="out: the disk is full; nothing was written"):
+            convert.convert(bfl, tmp_path / "out")
+    usage = convert.output.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(convert.output.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ConfigError, match="out: needs .* GB on the disk of .*, found 0.0 GB free"):
+        convert.convert(bfl, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_lora_arguments():
+    assert convert.lora_of("a.safetensors:0.125") == (convert.Path("a.safetensors"), 0.125)
+    assert convert.lora_of("a:b") == (convert.Path("a:b"), 1.0)

@@ -1,0 +1,255 @@
+"""Torch's files in and out: formats and types, shardings, bit-identical round trips, diffusers."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import d2m_jax
+from d2m_jax.config import ConfigError, ModelConfig
+from d2m_jax.weights import model_directory, safetensors
+from d2m_jax.weights.named_arrays import names
+from d2m_jax.weights.torch_export import export_bfl, export_diffusers
+from d2m_jax.weights.torch_import import abstract, load, load_model, open_source
+from tests.models.toy import inputs
+from tests.weights import toy
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+CONFIG = toy.config(1, 2)
+
+
+@pytest.fixture(scope="module")
+def bfl(tmp_path_factory):
+    """A file in BFL's layout, float32."""
+    file = tmp_path_factory.mktemp("bfl") / "flux.safetensors"
+    safetensors.write(file, toy.random_state("bfl", CONFIG))
+    return file
+
+
+@pytest.fixture(scope="module")
+def expected(bfl):
+    """Its parameters by our names."""
+    return {name: param[...] for name, param in open_source(bfl).parameters().items()}
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(array), name)
+
+
+def test_diffusers_folder_and_back(tmp_path):
+    """save_pretrained → load_model → our export → from_pretrained: the same model all along."""
+    theirs = toy.diffusers_model(CONFIG)
+    theirs.save_pretrained(tmp_path / "pipe" / "transformer", max_shard_size="60KB")
+    assert len(list((tmp_path / "pipe" / "transformer").glob("*.safetensors"))) > 2
+    model = d2m_jax.load_model(tmp_path / "pipe")
+    assert model.config == CONFIG
+    args = inputs(CONFIG, text=3)
+    mine = np.asarray(model(*args))
+    params = open_source(tmp_path / "pipe").parameters()
+    export_diffusers(tmp_path / "back", CONFIG, params, shard_bytes=60_000)
+    back = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "back").eval()
+    state = back.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    img, img_ids, txt, txt_ids, t, y, guidance = (torch.from_numpy(np.array(a)) for a in args)
+    with torch.no_grad():
+        velocity = back(img, txt, y, t, img_ids[0], txt_ids[0], guidance, return_dict=False)[0]
+    # float32 sums in another order, and guidance times 1000 turns the sinusoid a long way
+    # (tests/models/test_flux_parity.py); a wrong tensor is off by 1e-1
+    assert np.linalg.norm(mine - velocity.numpy()) / np.linalg.norm(velocity) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("layout", ["bfl", "diffusers"])
+def test_import_and_export_keep_every_bit(tmp_path, layout, dtype):
+    rng = np.random.default_rng(0)
+    state = toy.random_state(layout, CONFIG, dtype)
+    # any bits: infinities, subnormal numbers, NaNs with a message in them
+    state = {
+        n: np.frombuffer(rng.bytes(a.nbytes), dtype).reshape(a.shape) for n, a in state.items()
+    }
+    safetensors.write(tmp_path / "config.safetensors", state)
+    source = open_source(tmp_path / "config.safetensors")
+    params = source.parameters()
+    config = source.config
+    if layout == "bfl":
+        export_bfl(tmp_path / "out.safetensors", config, params)
+        back = safetensors.read(tmp_path / "out.safetensors")
+    else:
+        export_diffusers(tmp_path / "out", config, params)
+        back = safetensors.read(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    assert back.keys() == state.keys()
+    for name, array in state.items():
+        assert np.asarray(back[name]).tobytes() == array.tobytes(), name
+
+
+def test_layouts_and_places_agree(bfl, expected, tmp_path):
+    """The same model as shards, with ComfyUI's prefix, in diffusers' layout, as a folder."""
+    state = safetensors.read(bfl)
+    (tmp_path / "shards").mkdir()
+    safetensors.write_sharded(tmp_path / "shards", "flux", state, 50_000)
+    comfy = {"model.diffusion_model." + n: t for n, t in state.items()}
+    comfy |= {"vae.decoder.conv_in.weight": np.ones(2, np.float32)}
+    safetensors.write(tmp_path / "comfy.safetensors", comfy)
+    export_diffusers(tmp_path / "folder", CONFIG, expected)
+    shutil.copytree(tmp_path / "folder", tmp_path / "pipe" / "transformer")
+    for path in ("shards", "comfy.safetensors", "folder", "pipe"):
+        same({n: p[...] for n, p in open_source(tmp_path / path).parameters().items()}, expected)
+    index = next((tmp_path / "shards").glob("*.index.json"))
+    assert open_source(index).layout == "bfl"
+    # without config.json, which alone tells how a head is divided among the axes
+    (tmp_path / "folder" / "config.json").unlink()
+    assert open_source(tmp_path / "folder").config.axes_dim == (4, 6, 6)
+
+
+@pytest.mark.parametrize("kind", ["float16", "float8_e4m3fn", "float8_e5m2"])
+def test_other_types(bfl, tmp_path, kind):
+    narrow = {n: np.asarray(t).astype(kind) for n, t in safetensors.read(bfl).items()}
+    safetensors.write(tmp_path / "a.safetensors", narrow)
+    source = open_source(tmp_path / "a.safetensors")
+    params = source.parameters()
+    assert {p.dtype.name for p in params.values()} == {
+        "float32" if kind == "float16" else "bfloat16"
+    }
+    wide = {n: a.astype(np.float32) for n, a in narrow.items()}
+    safetensors.write(tmp_path / "b.safetensors", wide)
+    exact = open_source(tmp_path / "b.safetensors").parameters()
+    for name, param in params.items():
+        np.testing.assert_array_equal(param[...].astype(np.float32), exact[name][...])
+
+
+def test_scaled_fp8(bfl, expected, tmp_path):
+    state = {}
+    for name, tensor in safetensors.read(bfl).items():
+        array = np.asarray(tensor)
+        if array.ndim == 2:
+            scale = np.abs(array).max() / 448
+            state[name.removesuffix("weight") + "scale_weight"] = np.asarray(scale, np.float32)
+            array = (array / scale).astype(ml_dtypes.float8_e4m3fn)
+        state[name] = array
+    state["scaled_fp8"] = np.empty(0, ml_dtypes.float8_e4m3fn)
+    safetensors.write(tmp_path / "a.safetensors", state)
+    for name, param in open_source(tmp_path / "a.safetensors").parameters().items():
+        # e4m3 has 3 bits after the point: half a step is 1/16 of a number
+        np.testing.assert_allclose(param[...], expected[name], rtol=1 / 15, atol=0.02)
+
+
+def test_whole_numbers_are_no_weights(bfl, tmp_path):
+    state = dict(safetensors.read(bfl)) | {"img_in.weight": np.ones((32, 12), np.int8)}
+    safetensors.write(tmp_path / "a.safetensors", state)
+    with pytest.raises(
+        ConfigError, match="a.safetensors: img_in.weight is int8, expected floating"
+    ):
+        open_source(tmp_path / "a.safetensors")
+
+
+def test_straight_into_a_mesh(bfl, expected):
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tensor"))
+    asked = []
+
+    def place(name, shape):
+        asked.append(name)
+        spec = ("tensor", "fsdp") if name.endswith("kernel") else ()
+        return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - len(spec)), *spec))
+
+    model = load_model(bfl, sharding=place)
+    assert sorted(asked) == sorted(expected)
+    kernel = model.single[0].block.qkv.kernel[...]
+    assert kernel.sharding.spec == PartitionSpec(None, None, "tensor", "fsdp")
+    np.testing.assert_array_equal(kernel, expected["single.0.block.qkv.kernel"])
+    # the same as a tree, and parts of arrays that no boundary of a fused tensor respects
+    like = abstract(CONFIG)
+    tree = jax.tree.map(lambda a: jax.sharding.SingleDeviceSharding(jax.devices()[0]), like)
+    source = open_source(bfl)
+    same(names(load(source.parameters(), like, tree)), expected)
+    for name, param in source.parameters().items():
+        region = tuple(slice(n // 3, n // 3 + max(1, n // 2)) for n in param.shape)
+        np.testing.assert_array_equal(param[region], expected[name][region])
+
+
+def test_load_model_types(bfl):
+    model = load_model(bfl, dtype=jnp.bfloat16)
+    assert model.dtype == jnp.bfloat16 and model.img_in.kernel[...].dtype == jnp.bfloat16
+
+
+def test_model_directories_as_before(bfl, tmp_path):
+    params = load(open_source(bfl).parameters(), abstract(CONFIG))
+    model_directory.save(tmp_path / "m", ModelConfig(transformer=CONFIG), params)
+    assert d2m_jax.load_model(tmp_path / "m", dtype=jnp.bfloat16).img_in.kernel[...].dtype == "f4"
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("fsdp",))
+    place = NamedSharding(mesh, PartitionSpec())
+    model = load_model(tmp_path / "m", sharding=lambda name, shape: place)
+    assert model.img_in.kernel[...].sharding == place
+    np.testing.assert_array_equal(model.img_in.kernel[...], params["img_in"]["kernel"])
+
+
+def test_what_is_no_model(bfl, tmp_path, monkeypatch):
+    def refused(path, message):
+        with pytest.raises(ConfigError, match=message) as error:
+            load_model(path)
+        assert "\n" not in str(error.value)
+
+    refused(tmp_path / "absent", "absent: no such file or folder")
+    refused("absent.safetensors", "no such file or folder")
+    refused(tmp_path, "holds no .safetensors file")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    refused(tmp_path, "pytorch_model.bin: a pickle file")
+    refused(tmp_path / "pytorch_model.bin", "a pickle file")
+    (tmp_path / "a.txt").write_text("")
+    refused(tmp_path / "a.txt", "expected a .safetensors file")
+    for name in ("a.safetensors", "b.safetensors"):
+        shutil.copy(bfl, tmp_path / name)
+    refused(tmp_path, "holds 2 of \\*.safetensors, expected one")
+    (tmp_path / "b.safetensors").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
+    refused(tmp_path, "_class_name = 'SD3Transformer2DModel', expected 'FluxTransformer2DModel'")
+    (tmp_path / "config.json").write_text(json.dumps({"axes_dims_rope": [8, "a"]}))
+    refused(tmp_path, "axes_dims_rope = ")
+    (tmp_path / "config.json").write_text(json.dumps({"axes_dims_rope": [8, 8, 8]}))
+    refused(tmp_path, "axes_dim = ")
+    (tmp_path / "config.json").write_text("[")
+    refused(tmp_path, "config.json: damaged")
+    with (tmp_path / "a.safetensors").open("r+b") as file:
+        file.truncate(20_000)
+    refused(tmp_path / "a.safetensors", "truncated")
+
+
+def test_repositories_of_hugging_face(bfl, monkeypatch):
+    """Only where the path does not exist, and with the folder that huggingface_hub says."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(repository, allow_patterns):
+        asked.append(repository)
+        return str(bfl.parent)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert open_source("owner/name").config.double == CONFIG.double and asked == ["owner/name"]
+
+    def fail(repository, allow_patterns):
+        raise OSError("offline\nand so on")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ConfigError, match=r"owner/name: .*not to be had from .* \(offline\)"):
+        open_source("owner/name")
+
+
+def test_full_disk_while_exporting(expected, tmp_path, monkeypatch):
+    import errno
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.os, "fsync", fail)
+    for export, name in ((export_bfl, "a.safetensors"), (export_diffusers, "a")):
+        with pytest.raises(ConfigError, match=rf"/{name}: the disk is full"):
+            export(tmp_path / name, CONFIG, expected)
+    assert not list(tmp_path.iterdir())
