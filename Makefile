@@ -9,13 +9,16 @@ BIN := $(VENV)/bin
 CREATED := $(VENV)/created-$(VERSION)
 INSTALLED := $(VENV)/installed-$(VERSION)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train.py configs/icons_moe_s.py --run-dir runs/demo
 
 test: $(INSTALLED)-test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-slow: $(INSTALLED)-test
+	$(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED)-dev
 	$(BIN)/ruff check .

@@ -49,7 +49,7 @@ def get_config() -> RunConfig:
     return RunConfig(
         name="icons_moe_s",
         teacher="teachers/icons",
-        data=IconsConfig(task="scenes", glyphs=256, seed=0),
+        data=IconsConfig(task="scenes", glyphs=512, seed=0),
         sparsify=SparsifyConfig(deal="clustered", gate="fitted"),
         stages={"moe": stage(STEPS), "mob": stage(MOB_STEPS, groups=groups)},
         rivals={

@@ -22,7 +22,7 @@ def get_config() -> RunConfig:
             text=WordsConfig(dim=128, length=2),
             image=PixelsConfig(height=12, width=12, patch=6),
         ),
-        data=IconsConfig(task="single", glyphs=256),
+        data=IconsConfig(task="single", glyphs=512),
         stages={
             "flow": dataclasses.replace(
                 flow, steps=STEPS, evaluate_every=500, checkpoint_every=500, sample_every=1000

@@ -49,8 +49,9 @@ def get_config() -> RunConfig:
             ),
             text=WordsConfig(dim=128, length=6),
             image=PixelsConfig(height=24, width=24, patch=6),
-            sample_steps=50,
+            shift=3.0,
+            sample_steps=28,
         ),
-        data=IconsConfig(task="scenes", glyphs=256, train_size=100_000_000),
-        stages={"flow": stage(16_000, 2e-3), "finish": stage(5_500, 1.2e-3)},
+        data=IconsConfig(task="scenes", glyphs=512, train_size=100_000_000),
+        stages={"flow": stage(20_000, 2e-3)},
     )

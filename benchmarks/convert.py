@@ -1,0 +1,118 @@
+"""Conversion of a FLUX.1 [dev] file to a model directory: speed beside a plain copy, and memory.
+
+    python benchmarks/convert.py --output convert.json
+
+The file has the true header of BFL's layout in bfloat16, and zeros: it is sparse and takes no disk.
+--depth 19 38 is the whole model (23.8 GB); fewer blocks give the same rate. Memory is the peak of
+anonymous pages of the process that converts, without the page cache, as Linux counts it (RssAnon).
+"""
+
+import argparse
+import json
+import math
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from timing import machine
+
+from d2m_jax.config import FluxConfig, StackConfig
+from d2m_jax.weights import flux_keys, key_table
+from d2m_jax.weights.convert import convert
+
+
+def zeros(file: Path, doubles: int, singles: int) -> int:
+    """Write the file of a model of this depth; its size in bytes."""
+    config = replace(FluxConfig(), double=(StackConfig(doubles),), single=(StackConfig(singles),))
+    shapes = {name: tuple(a.shape) for name, a in flux_keys.abstract(config).items()}
+    header, offset = {}, 0
+    for name, shape in key_table.their_shapes(flux_keys.keys("bfl", config), shapes).items():
+        end = offset + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        out.truncate(8 + len(text) + offset)
+    return file.stat().st_size
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds of a plain copy, byte by byte through memory as a program would."""
+    start = time.perf_counter()
+    with source.open("rb") as read, target.open("wb") as written:
+        shutil.copyfileobj(read, written, 2**24)
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
+class Peak(threading.Thread):
+    """The most anonymous memory that this process held, in bytes."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.bytes = 0
+
+    def run(self):
+        while True:
+            status = Path("/proc/self/status").read_text()
+            line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+            self.bytes = max(self.bytes, 1024 * int(line.split()[1]))
+            time.sleep(0.02)
+
+
+def measure(file: Path, target: Path) -> dict:
+    """Seconds and peak memory of one conversion, in this process."""
+    peak = Peak()
+    peak.start()
+    start = time.perf_counter()
+    convert(file, target)
+    return {"seconds": time.perf_counter() - start, "peak": peak.bytes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--depth", type=int, nargs=2, default=[19, 38], metavar=("DOUBLE", "SINGLE")
+    )
+    parser.add_argument("--folder", type=Path, help="where to write; a temporary one by default")
+    parser.add_argument("--note", default="", help="what else the machine did")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--measure", type=Path, nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:  # a process of its own, so that the memory is the conversion's alone
+        print(json.dumps(measure(*options.measure)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        file, target = Path(folder) / "flux.safetensors", Path(folder) / "model"
+        size = zeros(file, *options.depth)
+        command = [sys.executable, __file__, "--measure", str(file), str(target)]
+        row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        shutil.rmtree(target)
+        copied = copy(file, Path(folder) / "copy")
+    row |= {
+        "bytes": size,
+        "depth": options.depth,
+        "GB per second": size / row["seconds"] / 1e9,
+        "copy, GB per second": size / copied / 1e9,
+        "peak GB": row["peak"] / 1e9,
+    }
+    print(f"{'depth':>8} {'GB':>6} {'seconds':>8} {'GB/s':>6} {'copy, GB/s':>11} {'peak, GB':>9}")
+    print(
+        f"{'{} + {}'.format(*options.depth):>8} {size / 1e9:6.1f} {row['seconds']:8.1f}"
+        f" {row['GB per second']:6.2f} {row['copy, GB per second']:11.2f} {row['peak GB']:9.2f}"
+    )
+    if options.output:
+        report = machine() | {"note": options.note, "rows": [row]}
+        options.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

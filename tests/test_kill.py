@@ -1,0 +1,56 @@
+"""A run that is killed again and again ends with what an uninterrupted one reports.
+
+Minutes, so it runs alone: make test-slow
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KILLS = 6
+
+
+def start(directory: Path, cache: Path) -> subprocess.Popen:
+    # The programs of one start are compiled again at the next: a cache spares the test that.
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "train.py", "configs/tiny.py", "--run-dir", str(directory)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+
+
+def results(directory: Path) -> list:
+    rows = json.loads((directory / "report.json").read_text())["rows"]
+    return [(row["name"], row["steps"], row["scores"], row["held_out_error"]) for row in rows]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_reports_the_same(tmp_path):
+    cache = tmp_path / "cache"
+    begin = os.times().elapsed
+    assert start(tmp_path / "whole", cache).wait() == 0
+    whole = os.times().elapsed - begin
+    expected = results(tmp_path / "whole")
+    assert len(expected) == 5 and any(row[3]["seen"] > 0 for row in expected)
+
+    moments, killed = random.Random(0), 0
+    for _ in range(KILLS):
+        process = start(tmp_path / "killed", cache)
+        try:
+            # Long enough to get on, in all too short to end.
+            process.wait(moments.uniform(0.3, 0.6) * whole / 2)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            killed += 1
+    assert killed >= 2, "no kill came in time"
+    assert start(tmp_path / "killed", cache).wait() == 0
+    assert results(tmp_path / "killed") == expected
