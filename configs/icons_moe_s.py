@@ -25,16 +25,20 @@ BLOCKS = ("double.*", "single.*")  # everything but the embedders and the last l
 SHARED = ("*.shared.*",)
 ROUTED = ("*.experts.*", "*.gate.*", "*mlp.scale")
 
+# A normal expert sees one token in six and learns the slower; a fitted gate is right from the
+# start and must not run away from what its experts are (docs/decisions.md).
+FITTED = {"*.experts.*": 4.0, "*.gate.*": 0.1}
+
 
 def stage(steps: int, train: tuple[str, ...] = BLOCKS, **fields) -> StageConfig:
-    """A stage of this experiment; the optimizer is the same for all students."""
+    """A stage of this experiment, on output distillation alone unless `loss` says otherwise."""
     learning_rate, rates = fields.pop("learning_rate", 2e-3), fields.pop("rates", {})
     optimizer = OptimizerConfig(learning_rate=learning_rate, warmup=50, rates=rates)
     return StageConfig(
         steps=steps,
         train=train,
         optimizer=optimizer,
-        loss=LossConfig(feature=fields.pop("feature", 0.0)),
+        loss=fields.pop("loss", LossConfig(feature=0.0)),
         remat=False,
         log_every=20,
         evaluate_every=200,
@@ -46,12 +50,18 @@ def stage(steps: int, train: tuple[str, ...] = BLOCKS, **fields) -> StageConfig:
 
 def get_config() -> RunConfig:
     groups = GroupsConfig(keep_double=1, keep_single=2, single_blocks=2, single_active=1)
+    fitted = {"rates": FITTED, "loss": LossConfig(feature=0.0, balance=1e-3)}
+    # The scale starts at 0 and has far to go, hence a rate of its own.
+    routed = {"rates": {"*mlp.scale": 30.0}, "loss": LossConfig()}
     return RunConfig(
         name="icons_moe_s",
         teacher="teachers/icons",
         data=IconsConfig(task="scenes", glyphs=512, seed=0),
         sparsify=SparsifyConfig(deal="clustered", gate="fitted"),
-        stages={"moe": stage(STEPS), "mob": stage(MOB_STEPS, groups=groups)},
+        stages={
+            "moe": stage(STEPS, **fitted),
+            "mob": stage(MOB_STEPS, groups=groups, **fitted),
+        },
         rivals={
             "pruned": StudentConfig(
                 SparsifyConfig(method="prune", mlp_ratio=1.5),
@@ -61,11 +71,8 @@ def get_config() -> RunConfig:
             "paper": StudentConfig(
                 SparsifyConfig(deal="rank", gate="random", routed_scale=0.0),
                 {
-                    "shared": stage(STEPS // 3, SHARED, top_k=0, feature=1.0),
-                    # The scale starts at 0 and has far to go, hence a rate of its own.
-                    "moe": stage(
-                        STEPS - STEPS // 3, ROUTED, feature=1.0, rates={"*mlp.scale": 30.0}
-                    ),
+                    "shared": stage(STEPS // 3, SHARED, top_k=0, loss=LossConfig()),
+                    "moe": stage(STEPS - STEPS // 3, ROUTED, **routed),
                 },
             ),
         },

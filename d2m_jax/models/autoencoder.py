@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from d2m_jax.config import AutoencoderConfig, check
+from d2m_jax.models import parameters
 from d2m_jax.models.layers import Linear
 
 QUERIES = 1024  # of the mid attention at once: its weights on 1024² pixels are 64 MiB an image
@@ -280,20 +281,6 @@ def spread(
     return starts, (weight / total[places]).astype(np.float32)
 
 
-@partial(jax.jit, static_argnums=0)
-def _initialise(config: AutoencoderConfig, key):
-    return nnx.split(Autoencoder(config, rngs=nnx.Rngs(key)))[1]
-
-
-def initialise(config: AutoencoderConfig, seed: int) -> dict:
-    """Fresh parameters as a pure dict, made in one compiled call."""
-    return nnx.to_pure_dict(_initialise(config, jax.random.key(seed)))
-
-
-def model_of(config: AutoencoderConfig, params: dict, dtype=jnp.float32) -> Autoencoder:
-    """The autoencoder with these parameters (a pure dict, as `initialise` gives)."""
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0), dtype=dtype))
-    )
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
+# (config, seed) → fresh parameters; (config, params, dtype) → the model
+initialise = partial(parameters.initialise, Autoencoder)
+model_of = partial(parameters.model_of, Autoencoder)

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import CLIPConfig
+from d2m_jax.models import parameters
 from d2m_jax.models.layers import Linear
 
 # flax's faster variance loses digits where the mean is large
@@ -94,20 +95,6 @@ class CLIPText(nnx.Module):
         return self.final_layer_norm(x[jnp.arange(len(x)), jnp.argmax(end, axis=-1)])
 
 
-@partial(jax.jit, static_argnums=0)
-def _initialise(config: CLIPConfig, key):
-    return nnx.split(CLIPText(config, rngs=nnx.Rngs(key)))[1]
-
-
-def initialise(config: CLIPConfig, seed: int) -> dict:
-    """Fresh parameters as a pure dict, made in one compiled call."""
-    return nnx.to_pure_dict(_initialise(config, jax.random.key(seed)))
-
-
-def model_of(config: CLIPConfig, params: dict, dtype=jnp.float32) -> CLIPText:
-    """The encoder with these parameters (a pure dict, as `initialise` gives)."""
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: CLIPText(config, rngs=nnx.Rngs(0), dtype=dtype))
-    )
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
+# (config, seed) → fresh parameters; (config, params, dtype) → the model
+initialise = partial(parameters.initialise, CLIPText)
+model_of = partial(parameters.model_of, CLIPText)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from d2m_jax.config import FluxConfig, StackConfig
+from d2m_jax.models import parameters
 from d2m_jax.models.blocks import Context, DoubleStreamBlock, SingleStreamBlock, Streams
 from d2m_jax.models.layers import (
     Linear,
@@ -185,24 +186,6 @@ def join(streams: Streams) -> Streams:
     return (jnp.concatenate([txt, img], axis=1),)
 
 
-@partial(jax.jit, static_argnums=0)
-def _initialise(config: FluxConfig, key):
-    return nnx.split(Flux(config, rngs=nnx.Rngs(key)))[1]
-
-
-def initialise(config: FluxConfig, seed: int) -> dict:
-    """Fresh parameters as a pure dict, made in one compiled call."""
-    return nnx.to_pure_dict(_initialise(config, jax.random.key(seed)))
-
-
-def program(config: FluxConfig, dtype=jnp.float32):
-    """The graph definition of a model, without its parameters: nnx.merge(program(config), params)
-    is the model."""
-    return nnx.split(nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0), dtype=dtype)))[0]
-
-
-def model_of(config: FluxConfig, params: dict, dtype=jnp.float32) -> Flux:
-    """The model with these parameters (a pure dict, as `initialise` gives)."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0), dtype=dtype)))
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
+# (config, seed) → fresh parameters; (config, params, dtype) → the model
+initialise = partial(parameters.initialise, Flux)
+model_of = partial(parameters.model_of, Flux)

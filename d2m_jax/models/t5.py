@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import T5Config
+from d2m_jax.models import parameters
 from d2m_jax.models.layers import Linear, RMSNorm
 
 
@@ -114,20 +115,6 @@ def position_buckets(distance: Int[np.ndarray, " n"], config: T5Config) -> Int[n
     return np.where(distance > 0, half, 0) + np.where(size < exact, size, np.minimum(far, half - 1))
 
 
-@partial(jax.jit, static_argnums=0)
-def _initialise(config: T5Config, key):
-    return nnx.split(T5Encoder(config, rngs=nnx.Rngs(key)))[1]
-
-
-def initialise(config: T5Config, seed: int) -> dict:
-    """Fresh parameters as a pure dict, made in one compiled call."""
-    return nnx.to_pure_dict(_initialise(config, jax.random.key(seed)))
-
-
-def model_of(config: T5Config, params: dict, dtype=jnp.float32) -> T5Encoder:
-    """The encoder with these parameters (a pure dict, as `initialise` gives)."""
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0), dtype=dtype))
-    )
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
+# (config, seed) → fresh parameters; (config, params, dtype) → the model
+initialise = partial(parameters.initialise, T5Encoder)
+model_of = partial(parameters.model_of, T5Encoder)
