@@ -29,7 +29,6 @@ ROUTED = ("*.experts.*", "*.gate.*", "*mlp.scale")
 # to learn, a normal expert sees one token in six, and a fitted gate is right from the start.
 PRUNED = {"*mlp.*": 2.0}
 FITTED = {"*.shared.*": 2.0, "*.experts.*": 4.0, "*.gate.*": 0.1}
-PAPER = {"*.shared.*": 2.0, "*.experts.*": 4.0, "*mlp.scale": 30.0}  # the scale starts at 0
 
 
 def stage(steps: int, train: tuple[str, ...] = BLOCKS, **fields) -> StageConfig:
@@ -54,7 +53,9 @@ def get_config() -> RunConfig:
     groups = GroupsConfig(keep_double=1, keep_single=2, single_blocks=2, single_active=1)
     fitted = {"rates": FITTED, "loss": LossConfig(feature=0.0, balance=1e-3)}
     pruned = {"rates": PRUNED}
-    paper = {"rates": PAPER, "loss": LossConfig()}
+    shared = {"rates": {"*.shared.*": 2.0}, "loss": LossConfig()}
+    # The scale starts at 0 and has far to go.
+    routed = {"rates": {"*.experts.*": 4.0, "*mlp.scale": 30.0}, "loss": LossConfig()}
     return RunConfig(
         name="icons_moe_s",
         teacher="teachers/icons",
@@ -76,8 +77,8 @@ def get_config() -> RunConfig:
             "paper": StudentConfig(
                 SparsifyConfig(deal="rank", gate="random", routed_scale=0.0),
                 {
-                    "shared": stage(STEPS // 3, SHARED, top_k=0, **paper),
-                    "moe": stage(STEPS - STEPS // 3, ROUTED, **paper),
+                    "shared": stage(STEPS // 3, SHARED, top_k=0, **shared),
+                    "moe": stage(STEPS - STEPS // 3, ROUTED, **routed),
                 },
             ),
         },
