@@ -27,7 +27,7 @@ ROUTED = ("*.experts.*", "*.gate.*", "*mlp.scale")
 
 # Factors on the rate, the best of a few for either (docs/decisions.md): what was cut has the most
 # to learn, a normal expert sees one token in six, and a fitted gate is right from the start.
-PRUNED = {"*mlp.*": 2.0}
+PRUNED = {"*mlp.*": 4.0}
 FITTED = {"*.shared.*": 2.0, "*.experts.*": 4.0, "*.gate.*": 0.1}
 
 
