@@ -13,12 +13,13 @@ from d2m_jax.weights import convert
 
 @dataclass(frozen=True)
 class Arguments:
-    # A .safetensors file of BFL or ComfyUI, a folder of diffusers, a repository OWNER/NAME of
-    # Hugging Face, or a model directory.
+    # A .safetensors file of BFL or ComfyUI, a folder of diffusers or of --export torch, a
+    # repository OWNER/NAME of Hugging Face, or a model directory.
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")]
     dtype: Literal["bfloat16", "float32"] | None = None  # None: as stored
-    export: Literal["bfl", "diffusers"] | None = None  # None: a model directory
+    # None: a model directory; "torch", the one for sparse models, brings the module that runs them.
+    export: Literal["bfl", "diffusers", "torch"] | None = None
     # A diffusers FluxPipeline, folder or repository, whose encoders and autoencoder come along.
     encoders: str | None = None
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # FILE[:SCALE] to merge; may be repeated

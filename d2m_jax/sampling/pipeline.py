@@ -133,13 +133,13 @@ def noise(seed: int, count: int, tokens: int, channels: int) -> Float[Array, "b 
 
 
 def load_pipeline(path: str | Path, dtype=None) -> Pipeline:
-    """The pipeline of a model directory, or of a diffusers FluxPipeline: its folder, or the name of
-    its Hugging Face repository. `dtype` as in Pipeline, parameters as stored. ConfigError where it
-    is missing, damaged or something else."""
+    """The pipeline of a model directory, of an export for torch, or of a diffusers FluxPipeline: its
+    folder, or the name of its Hugging Face repository. `dtype` as in Pipeline, parameters as
+    stored. ConfigError where it is missing, damaged or something else."""
     if model_directory.is_model_directory(path):
         return Pipeline(*model_directory.load(path, dtype=None), dtype)
     folder = torch_import.local(path, [f"{name}/*" for name in ("transformer", *FOLDERS)])
     source = torch_import.open_source(folder)
-    config = model_config(source.config, folder)
+    config = source.model or model_config(source.config, folder)
     params = torch_import.load(source.parameters(), torch_import.abstract(source.config))
     return Pipeline(config, params, dtype)

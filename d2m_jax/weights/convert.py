@@ -33,14 +33,15 @@ def convert(
     source: Path | str,
     target: Path | str,
     dtype: Dtype | None = None,
-    export: Literal["bfl", "diffusers"] | None = None,
+    export: Literal["bfl", "diffusers", "torch"] | None = None,
     loras: Sequence[tuple[Path | str, float]] = (),
     encoders: Path | str | None = None,
 ) -> None:
     """Write the transformer in `source` (whatever load_model takes) as a model directory.
 
     With `export` it is written for torch instead: "bfl" is one .safetensors file, "diffusers" a
-    folder with transformer/. Text encoders, tokenizers and autoencoder come along where the source
+    folder with transformer/, "torch" a folder for any model, sparse too, with the PyTorch module
+    that runs it. Text encoders, tokenizers and autoencoder come along where the source
     is a whole FluxPipeline or has them, or from the FluxPipeline `encoders`. dtype None is the type
     that is stored, fp16 as float32 and fp8 as bfloat16. LoRA files are merged, each times its
     scale. Raises ConfigError for bad input and for a full disk, and then leaves nothing behind.
@@ -58,14 +59,19 @@ def convert(
     size = sum(param.nbytes for param in params.values())
     extra = sum(file.stat().st_size for file in folder.rglob("*")) if folder else 0
     output.check_space(target, size + extra)
+    if folder is not None and export != "diffusers":
+        config = replace(config, encoders=ENCODERS)
+
+    def beside(new: Path) -> None:
+        if folder is not None:
+            copy_encoders(folder, new / ENCODERS)
+
     try:
         with progress(size, f"writing {target}") as advance:
             if export is None:
-                beside = None
-                if folder is not None:
-                    config = replace(config, encoders=ENCODERS)
-                    beside = lambda new: copy_encoders(folder, new / ENCODERS)  # noqa: E731
                 model_directory.save(target, config, params, progress=advance, beside=beside)
+            elif export == "torch":
+                torch_export.export_torch(target, config, params, advance, beside)
             elif export == "bfl":
                 check(
                     target.suffix in torch_import.FILES,
@@ -99,7 +105,7 @@ def _open(
         folder = torch_import.local(source, [f"{name}/*" for name in ("transformer", *FOLDERS)])
         opened = torch_import.open_source(folder)
         whole = folder.is_dir() and is_pipeline(folder)
-        config = model_config(opened.config, folder if whole else None)
+        config = opened.model or model_config(opened.config, folder if whole else None)
         params = opened.parameters(dtype and jnp.dtype(dtype))
         exact = opened.parameters(np.float32)
     found = [lora.read(file, config.transformer, scale) for file, scale in loras]

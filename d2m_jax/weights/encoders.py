@@ -76,7 +76,7 @@ def is_pipeline(folder: Path) -> bool:
 
 
 def copy_encoders(folder: Path, target: Path) -> None:
-    """Copy a FluxPipeline but for its transformer: weights as safetensors, configs, vocabularies."""
+    """Copy a FluxPipeline but for its transformer: safetensors, configs, vocabularies."""
     for name in FOLDERS:
         files = [file for file in sorted((folder / name).iterdir()) if file.suffix in COPIED]
         (target / name).mkdir(parents=True)

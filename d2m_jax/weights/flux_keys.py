@@ -22,16 +22,17 @@ def keys(layout: Layout, config: FluxConfig) -> list[Entry]:
     sparse = [s for s in config.stacks if s.ffn == "moe" or s.mixes]
     check(
         not sparse and config.modulation_rank is None,
-        f"FluxConfig: a sparse model; the layout {layout!r} holds dense ones only",
+        f"the layout {layout!r} holds dense models only, found a sparse model; to export it use"
+        " --export torch",
     )
     top, double, single = {
-        "bfl": (_bfl_top, _bfl_double, _bfl_single),
+        "bfl": (bfl_top, _bfl_double, _bfl_single),
         "diffusers": (_diffusers_top, _diffusers_double, _diffusers_single),
     }[layout]
     entries = list(top(config))
-    for stack, i, start, index in _blocks(config.double, "double"):
+    for stack, i, start, index in numbered_blocks(config.double, "double"):
         entries += double(config, stack, i, start, index)
-    for stack, i, start, index in _blocks(config.single, "single"):
+    for stack, i, start, index in numbered_blocks(config.single, "single"):
         entries += single(config, stack, i, start, index)
     return entries
 
@@ -41,7 +42,7 @@ def abstract(config: FluxConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return names(jax.eval_shape(partial(initialise, config, 0)))
 
 
-def _blocks(
+def numbered_blocks(
     stacks: tuple[StackConfig, ...], kind: str
 ) -> Iterator[tuple[StackConfig, int, str, tuple[int, int]]]:
     """Every block's stack, number, start of our names, and index in their leading axes."""
@@ -53,7 +54,7 @@ def _blocks(
                 i += 1
 
 
-def _linear(
+def linear(
     theirs: str, ours: str, index: tuple[int, ...] = (), at: Span = None, our: Span = None
 ) -> list[Entry]:
     """Weight and bias of a linear; `at` and `our` are the outputs meant, in theirs and in ours."""
@@ -79,56 +80,68 @@ def _embedders(config: FluxConfig) -> list[str]:
     return ["time", "vector"] + ["guidance"] * config.guidance_embed
 
 
-def _bfl_top(config: FluxConfig) -> Iterator[Entry]:
+def bfl_top(config: FluxConfig) -> Iterator[Entry]:
+    """What lies around BFL's blocks."""
     same = ["img_in", "txt_in", "final_layer.linear"]
     same += [f"{e}_in.{layer}_layer" for e in _embedders(config) for layer in ("in", "out")]
     for name in same:
-        yield from _linear(name, name)
-    yield from _linear("final_layer.adaLN_modulation.1", "final_layer.adaLN_modulation")
+        yield from linear(name, name)
+    yield from linear("final_layer.adaLN_modulation.1", "final_layer.adaLN_modulation")
 
 
 def _bfl_double(config, stack, i: int, start: str, index) -> Iterator[Entry]:
+    yield from bfl_double_attention(i, start, index)
+    for stream in ("img", "txt"):
+        yield from bfl_mlp(f"double_blocks.{i}.{stream}_mlp", f"{start}.{stream}_mlp", index)
+
+
+def bfl_double_attention(i: int, start: str, index: tuple[int, ...]) -> Iterator[Entry]:
+    """A double block of BFL's but for its FFNs."""
     for stream in ("img", "txt"):
         ours, theirs = f"{start}.{stream}", f"double_blocks.{i}.{stream}"
         for name in ("mod.lin", "attn.qkv", "attn.proj"):
-            yield from _linear(f"{theirs}_{name}", f"{ours}_{name}", index)
+            yield from linear(f"{theirs}_{name}", f"{ours}_{name}", index)
         for norm in ("query_norm.scale", "key_norm.scale"):
             name = f"attn.norm.{norm}"
             yield Entry(f"{theirs}_{name}", f"{ours}_{name}", "same", index)
-        yield from _linear(f"{theirs}_mlp.0", f"{ours}_mlp.in_layer", index)
-        yield from _linear(f"{theirs}_mlp.2", f"{ours}_mlp.out_layer", index)
+
+
+def bfl_mlp(theirs: str, ours: str, index: tuple[int, ...]) -> Iterator[Entry]:
+    """An FFN of BFL's."""
+    yield from linear(f"{theirs}.0", f"{ours}.in_layer", index)
+    yield from linear(f"{theirs}.2", f"{ours}.out_layer", index)
 
 
 def _bfl_single(config, stack, i: int, start: str, index) -> Iterator[Entry]:
     theirs, width = f"single_blocks.{i}", 3 * config.hidden_size
     fused = width, width + config.ffn_width(stack)
-    yield from _linear(f"{theirs}.modulation.lin", f"{start}.modulation.lin", index)
-    yield from _linear(f"{theirs}.linear1", f"{start}.qkv", index, at=(0, width))
-    yield from _linear(f"{theirs}.linear1", f"{start}.mlp.in_layer", index, at=fused)
+    yield from linear(f"{theirs}.modulation.lin", f"{start}.modulation.lin", index)
+    yield from linear(f"{theirs}.linear1", f"{start}.qkv", index, at=(0, width))
+    yield from linear(f"{theirs}.linear1", f"{start}.mlp.in_layer", index, at=fused)
     yield from _single_out(f"{theirs}.linear2", config, stack, start, index)
     for norm in ("norm.query_norm.scale", "norm.key_norm.scale"):
         yield Entry(f"{theirs}.{norm}", f"{start}.{norm}", "same", index)
 
 
 def _diffusers_top(config: FluxConfig) -> Iterator[Entry]:
-    yield from _linear("x_embedder", "img_in")
-    yield from _linear("context_embedder", "txt_in")
-    yield from _linear("proj_out", "final_layer.linear")
+    yield from linear("x_embedder", "img_in")
+    yield from linear("context_embedder", "txt_in")
+    yield from linear("proj_out", "final_layer.linear")
     called = {"time": "timestep", "vector": "text", "guidance": "guidance"}
     for name in _embedders(config):
         theirs = f"time_text_embed.{called[name]}_embedder.linear"
-        yield from _linear(f"{theirs}_1", f"{name}_in.in_layer")
-        yield from _linear(f"{theirs}_2", f"{name}_in.out_layer")
+        yield from linear(f"{theirs}_1", f"{name}_in.in_layer")
+        yield from linear(f"{theirs}_2", f"{name}_in.out_layer")
     # BFL chunks (shift, scale), diffusers (scale, shift).
     dim, ours = config.hidden_size, "final_layer.adaLN_modulation"
     first, second = (0, dim), (dim, 2 * dim)
-    yield from _linear("norm_out.linear", ours, at=first, our=second)
-    yield from _linear("norm_out.linear", ours, at=second, our=first)
+    yield from linear("norm_out.linear", ours, at=first, our=second)
+    yield from linear("norm_out.linear", ours, at=second, our=first)
 
 
 def _qkv(theirs: tuple[str, str, str], ours: str, index, dim: int) -> Iterator[Entry]:
     for part, name in enumerate(theirs):
-        yield from _linear(name, f"{ours}.qkv", index, our=(part * dim, (part + 1) * dim))
+        yield from linear(name, f"{ours}.qkv", index, our=(part * dim, (part + 1) * dim))
 
 
 def _diffusers_double(config, stack, i: int, start: str, index) -> Iterator[Entry]:
@@ -145,23 +158,23 @@ def _diffusers_double(config, stack, i: int, start: str, index) -> Iterator[Entr
         ),
     ):
         ours, attn = f"{start}.{stream}", f"{theirs}.attn"
-        yield from _linear(f"{theirs}.{mod}.linear", f"{ours}_mod.lin", index)
+        yield from linear(f"{theirs}.{mod}.linear", f"{ours}_mod.lin", index)
         yield from _qkv(tuple(f"{attn}.{name}" for name in qkv), f"{ours}_attn", index, dim)
         for name, norm in zip(norms, ("query_norm", "key_norm"), strict=True):
             yield Entry(f"{attn}.{name}.weight", f"{ours}_attn.norm.{norm}.scale", "same", index)
-        yield from _linear(f"{attn}.{proj}", f"{ours}_attn.proj", index)
-        yield from _linear(f"{theirs}.{mlp}.net.0.proj", f"{ours}_mlp.in_layer", index)
-        yield from _linear(f"{theirs}.{mlp}.net.2", f"{ours}_mlp.out_layer", index)
+        yield from linear(f"{attn}.{proj}", f"{ours}_attn.proj", index)
+        yield from linear(f"{theirs}.{mlp}.net.0.proj", f"{ours}_mlp.in_layer", index)
+        yield from linear(f"{theirs}.{mlp}.net.2", f"{ours}_mlp.out_layer", index)
 
 
 def _diffusers_single(config, stack, i: int, start: str, index) -> Iterator[Entry]:
     theirs, dim = f"single_transformer_blocks.{i}", config.hidden_size
-    yield from _linear(f"{theirs}.norm.linear", f"{start}.modulation.lin", index)
+    yield from linear(f"{theirs}.norm.linear", f"{start}.modulation.lin", index)
     qkv = tuple(f"{theirs}.attn.{name}" for name in ("to_q", "to_k", "to_v"))
     yield from _qkv(qkv, start, index, dim)
     for name, norm in (("norm_q", "query_norm"), ("norm_k", "key_norm")):
         yield Entry(f"{theirs}.attn.{name}.weight", f"{start}.norm.{norm}.scale", "same", index)
-    yield from _linear(f"{theirs}.proj_mlp", f"{start}.mlp.in_layer", index)
+    yield from linear(f"{theirs}.proj_mlp", f"{start}.mlp.in_layer", index)
     yield from _single_out(f"{theirs}.proj_out", config, stack, start, index)
 
 

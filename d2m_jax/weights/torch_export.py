@@ -1,15 +1,19 @@
-"""Models as torch's files: dense transformers in BFL's layout or diffusers'."""
+"""Models as torch's files: dense ones in BFL's layout or diffusers', any with its own module."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from d2m_jax.config import FluxConfig
-from d2m_jax.weights import flux_keys, key_table, output, safetensors
+from d2m_jax.config import FluxConfig, ModelConfig, to_json
+from d2m_jax.weights import flux_keys, key_table, output, safetensors, sparse_keys
 from d2m_jax.weights.key_table import Entry
+
+MODULE = Path(__file__).parent / "torch_module" / "sparse_flux.py"  # copied, never imported
 
 
 def torch_tensors(
@@ -58,8 +62,8 @@ def export_diffusers(
 
     It appears whole or not at all, in the place of a folder of the same kind that was there.
     """
-    value = flux_keys.diffusers_config(config)
     tensors = torch_tensors(flux_keys.keys("diffusers", config), params, progress)
+    value = flux_keys.diffusers_config(config)
     output.check_space(Path(folder), safetensors.total_bytes(tensors))
     with output.new_directory(folder, _is_diffusers, "folder of diffusers") as new:
         (new / "config.json").write_text(json.dumps(value, indent=2) + "\n")
@@ -71,3 +75,42 @@ def _is_diffusers(folder: Path) -> bool:
         return False
     own = ("config.json", "diffusion_pytorch_model")
     return all(file.name.startswith(own) for file in folder.iterdir())
+
+
+def export_torch(
+    folder: Path | str,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    progress: Callable[[int], None] | None = None,
+    beside: Callable[[Path], None] | None = None,
+    shard_bytes: int = 10_000_000_000,
+) -> None:
+    """A folder that is a PyTorch program: weights of any model, config.json, sparse_flux.py, which
+    runs them, and KEYS.md, which names them; `params` by name, `beside` as in model_directory.save.
+
+    It appears whole or not at all, in the place of a folder of the same kind that was there.
+    """
+    tensors = torch_tensors(sparse_keys.keys(config.transformer), params, progress)
+    output.check_space(Path(folder), safetensors.total_bytes(tensors))
+    with output.new_directory(folder, _is_torch, "folder of --export torch") as new:
+        (new / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
+        (new / "KEYS.md").write_text(sparse_keys.describe(config.transformer, tensors))
+        shutil.copyfile(MODULE, new / MODULE.name)
+        if beside is not None:
+            beside(new)
+        safetensors.write_sharded(new, "model", tensors, shard_bytes)
+
+
+def is_torch_export(folder: Path) -> bool:
+    """Whether it is a folder of export_torch."""
+    return all((folder / name).is_file() for name in ("config.json", MODULE.name))
+
+
+def _is_torch(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    own = (
+        r"config.json|KEYS.md|sparse_flux.py|encoders|model(-\d+-of-\d+)?.safetensors(.index.json)?"
+    )
+    # Running the module leaves Python's cache there.
+    return all(re.fullmatch(own + "|__pycache__", file.name) for file in folder.iterdir())

@@ -1,4 +1,4 @@
-"""FLUX.1 transformers out of torch's files: one file or shards, BFL's layout or diffusers'."""
+"""Transformers out of torch's files: one file or shards, BFL's layout, diffusers' or ours."""
 
 import json
 import re
@@ -6,15 +6,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2m_jax.config import ConfigError, FluxConfig, check
+from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, check
 from d2m_jax.models.flux import Flux, initialise, model_of
-from d2m_jax.weights import flux_keys, key_table, model_directory, recognise, safetensors
+from d2m_jax.weights import (
+    flux_keys,
+    key_table,
+    model_directory,
+    recognise,
+    safetensors,
+    sparse_keys,
+    torch_export,
+)
 from d2m_jax.weights.key_table import Entry, Parameter
 from d2m_jax.weights.named_arrays import names, restructure
 
@@ -27,10 +35,11 @@ class Source:
     """A transformer in torch's files, checked and not read yet."""
 
     where: Path
-    layout: flux_keys.Layout
+    layout: flux_keys.Layout | Literal["torch"]
     config: FluxConfig
     table: list[Entry]
     tensors: dict[str, Any]  # by torch's names
+    model: ModelConfig | None = None  # what an export of ours says beside the transformer
 
     def parameters(self, dtype: Any = None) -> dict[str, Parameter]:
         """Ours by dotted name, read when indexed; None is the narrowest type that holds them."""
@@ -40,7 +49,8 @@ class Source:
 
 
 def open_source(source: Path | str) -> Source:
-    """The transformer in a file, a folder of diffusers, or a repository of Hugging Face.
+    """The transformer in a file, a folder of diffusers or of --export torch, or a repository of
+    Hugging Face.
 
     Raises ConfigError that says what is wrong with it, or what else it is; all tensors that do not
     fit are listed.
@@ -48,17 +58,24 @@ def open_source(source: Path | str) -> Source:
     path = local(source)
     if path.is_dir() and (path / "transformer").is_dir():
         path = path / "transformer"
+    if torch_export.is_torch_export(path):
+        model = model_directory.load_config(path)
+        tensors, config = read_tensors(path), model.transformer
+        return _checked(Source(path, "torch", config, sparse_keys.keys(config), tensors, model))
     value = _diffusers_config(path / "config.json") if path.is_dir() else {}
     layout, tensors = recognise.transformer(path, read_tensors(path))
-    for name, tensor in tensors.items():
-        found = np.dtype(tensor.dtype).name
-        check("float" in found, f"{path}: {name} is {found}, expected floating point")
     axes = value.get("axes_dims_rope")
     config = flux_keys.config_of(path, layout, tensors, axes and tuple(axes))
-    table = flux_keys.keys(layout, config)
-    shapes = {name: a.shape for name, a in flux_keys.abstract(config).items()}
-    key_table.check_fit(path, table, tensors, shapes)
-    return Source(path, layout, config, table, tensors)
+    return _checked(Source(path, layout, config, flux_keys.keys(layout, config), tensors))
+
+
+def _checked(source: Source) -> Source:
+    for name, tensor in source.tensors.items():
+        found = np.dtype(tensor.dtype).name
+        check("float" in found, f"{source.where}: {name} is {found}, expected floating point")
+    shapes = {name: a.shape for name, a in flux_keys.abstract(source.config).items()}
+    key_table.check_fit(source.where, source.table, source.tensors, shapes)
+    return source
 
 
 def local(source: Path | str, patterns: Iterable[str] = ("transformer/*", "*.json")) -> Path:
@@ -170,8 +187,8 @@ def load(
 def load_model(
     path: Path | str, dtype: Any = jnp.float32, sharding: model_directory.Sharding | None = None
 ) -> Flux:
-    """The transformer of a model directory, a BFL or ComfyUI file, a diffusers folder, or a Hugging
-    Face repository.
+    """The transformer of a model directory, a BFL or ComfyUI file, a folder of diffusers or of
+    --export torch, or a Hugging Face repository.
 
     Activations are in `dtype`. Parameters are float32 from a model directory, else `dtype` too;
     `sharding` says where they go (model_directory.load). ConfigError for whatever else is there.

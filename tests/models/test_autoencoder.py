@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from d2m_jax.config import AutoencoderConfig, ConfigError
-from d2m_jax.models.autoencoder import GroupNorm, initialise, model_of, spread
+from d2m_jax.models.autoencoder import Attention, GroupNorm, initialise, model_of, spread
 from d2m_jax.weights import autoencoder_keys
-from tests.models.oracle import imported, relative, shaken, tensors
+from tests.models.oracle import imported, operations, relative, shaken, tensors
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -125,6 +126,19 @@ def test_decode_and_its_gradient(theirs, params, size, queries, monkeypatch):
     assert relative(gradient, last(x.grad)) < 1e-5
 
 
+def test_attention_at_full_size_holds_one_block_of_weights():
+    """1024² pixels are 16384 places: 2^28 weights in all, 2^24 of 1024 queries."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Attention(32, 512, rngs=nnx.Rngs(0))))
+
+    def total(x, state):
+        return nnx.merge(graph, state)(x).sum()
+
+    x = jax.ShapeDtypeStruct((1, 128, 128, 512), jnp.float32)
+    program = jax.make_jaxpr(jax.value_and_grad(total))(x, state)
+    sizes = [out.aval.size for op in operations(program.jaxpr) for out in op.outvars]
+    assert max(sizes) == 2**24
+
+
 def test_tiles_are_blended_as_in_diffusers(theirs, params):
     """Tiles of 8 latents every 6, where diffusers has whole tiles; its last ones are cut.
 
@@ -172,18 +186,30 @@ def test_bfloat16_activations(params):
         params, latents
     )
     assert half.dtype == jnp.float32
-    # 8 bits in every activation; norms in bfloat16 would be worse
+    # 8 bits in every activation
     assert 1e-5 < relative(half, np.asarray(whole)) < 0.05
+
+
+def exact_norm(x):
+    """Of two groups, in float64."""
+    y = np.asarray(x, np.float64).reshape(*x.shape[:3], 2, -1)
+    y = y - y.mean((1, 2, 4), keepdims=True)
+    return (y / np.sqrt((y**2).mean((1, 2, 4), keepdims=True) + 1e-6)).reshape(x.shape)
 
 
 @pytest.mark.parametrize("offset", [0, 100, 1000])
 def test_group_norm_at_a_large_mean(offset):
     """The one-pass variance errs by 0.18 at mean 1000; images have large means."""
     x = normal(2, 5, 4, 8) + np.float32(offset)
-    exact = x.astype(np.float64).reshape(2, 20, 2, 4)
-    exact = exact - exact.mean((1, 3), keepdims=True)
-    exact = exact / np.sqrt((exact**2).mean((1, 3), keepdims=True) + 1e-6)
-    np.testing.assert_allclose(GroupNorm(2, 8)(jnp.asarray(x)), exact.reshape(x.shape), atol=1e-3)
+    np.testing.assert_allclose(GroupNorm(2, 8)(jnp.asarray(x)), exact_norm(x), atol=1e-3)
+
+
+def test_group_norm_is_float32_in_half_precision():
+    x = jnp.asarray(200 * normal(2, 32, 32, 8) + 100, jnp.bfloat16)
+    result = GroupNorm(2, 8)(x)
+    assert result.dtype == jnp.bfloat16
+    # one rounding at the end
+    np.testing.assert_allclose(np.asarray(result, np.float64), exact_norm(x), rtol=2**-8)
 
 
 def test_full_size_has_the_published_parameters():
