@@ -133,9 +133,11 @@ def noise(seed: int, count: int, tokens: int, channels: int) -> Float[Array, "b 
 
 
 def load_pipeline(path: str | Path, dtype=None) -> Pipeline:
-    """The pipeline of a model directory, of an export for torch, or of a diffusers FluxPipeline: its
-    folder, or the name of its Hugging Face repository. `dtype` as in Pipeline, parameters as
-    stored. ConfigError where it is missing, damaged or something else."""
+    """The pipeline of a model directory, an export for torch, or a diffusers FluxPipeline (its
+    folder, or the name of its Hugging Face repository).
+
+    `dtype` as in Pipeline; parameters as stored. ConfigError for whatever else is there.
+    """
     if model_directory.is_model_directory(path):
         return Pipeline(*model_directory.load(path, dtype=None), dtype)
     folder = torch_import.local(path, [f"{name}/*" for name in ("transformer", *FOLDERS)])

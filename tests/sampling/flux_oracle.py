@@ -28,7 +28,7 @@ def tiny_pipeline(guidance: bool = True, dynamic: bool = True):
     )
 
     torch.manual_seed(0)
-    letters = [c for c in string.ascii_lowercase] + [f"{c}</w>" for c in string.ascii_lowercase]
+    letters = list(string.ascii_lowercase) + [f"{c}</w>" for c in string.ascii_lowercase]
     tokens = [*letters, "<|startoftext|>", "<|endoftext|>"]
     clip_tokenizer = CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77
