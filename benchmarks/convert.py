@@ -23,14 +23,16 @@ from pathlib import Path
 from timing import machine
 
 from d2m_jax.config import FluxConfig, StackConfig
+from d2m_jax.models.flux import abstract
 from d2m_jax.weights import flux_keys, key_table
 from d2m_jax.weights.convert import convert
+from d2m_jax.weights.named_arrays import sizes
 
 
 def zeros(file: Path, doubles: int, singles: int) -> int:
     """Write the file of a model of this depth; its size in bytes."""
     config = replace(FluxConfig(), double=(StackConfig(doubles),), single=(StackConfig(singles),))
-    shapes = {name: tuple(a.shape) for name, a in flux_keys.abstract(config).items()}
+    shapes = sizes(abstract(config))
     header, offset = {}, 0
     for name, shape in key_table.their_shapes(flux_keys.keys("bfl", config), shapes).items():
         end = offset + 2 * math.prod(shape)

@@ -19,10 +19,9 @@ from fractions import Fraction
 from typing import Any
 
 import jax
-from flax import nnx
 
 from d2m_jax.config import FluxConfig, ModelConfig
-from d2m_jax.models.flux import Flux
+from d2m_jax.models.flux import abstract
 
 # PAPER.md's table by the names of the configs: activated parameters, FLOPs per forward.
 PAPER = {
@@ -89,8 +88,7 @@ def account(
         config = config.transformer
     image_tokens, text_tokens = image_tokens or 4096, text_tokens or 77
     parts = dict.fromkeys(PARTS, Cost())
-    state = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0)))))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)):
         names = [key.key for key in path]
         activated = int(leaf.size * _share(config, names))
         tokens = _tokens(names, image_tokens, text_tokens) if "kernel" in names[-1] else 0

@@ -281,6 +281,7 @@ def spread(
     return starts, (weight / total[places]).astype(np.float32)
 
 
-# (config, seed) → fresh parameters; (config, params, dtype) → the model
+# (config, seed) → fresh parameters; (config) → their shapes; (config, params, dtype) → the model
 initialise = partial(parameters.initialise, Autoencoder)
+abstract = partial(parameters.abstract, Autoencoder)
 model_of = partial(parameters.model_of, Autoencoder)

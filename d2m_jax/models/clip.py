@@ -95,6 +95,7 @@ class CLIPText(nnx.Module):
         return self.final_layer_norm(x[jnp.arange(len(x)), jnp.argmax(end, axis=-1)])
 
 
-# (config, seed) → fresh parameters; (config, params, dtype) → the model
+# (config, seed) → fresh parameters; (config) → their shapes; (config, params, dtype) → the model
 initialise = partial(parameters.initialise, CLIPText)
+abstract = partial(parameters.abstract, CLIPText)
 model_of = partial(parameters.model_of, CLIPText)

@@ -186,6 +186,7 @@ def join(streams: Streams) -> Streams:
     return (jnp.concatenate([txt, img], axis=1),)
 
 
-# (config, seed) → fresh parameters; (config, params, dtype) → the model
+# (config, seed) → fresh parameters; (config) → their shapes; (config, params, dtype) → the model
 initialise = partial(parameters.initialise, Flux)
+abstract = partial(parameters.abstract, Flux)
 model_of = partial(parameters.model_of, Flux)

@@ -18,6 +18,11 @@ def initialise(kind: type, config: Any, seed: int) -> dict:
     return nnx.to_pure_dict(_initialise(kind, config, jax.random.key(seed)))
 
 
+def abstract(kind: type, config: Any) -> dict:
+    """Shapes and types of what `initialise` gives, without computing any."""
+    return jax.eval_shape(partial(initialise, kind, config, 0))
+
+
 def model_of(kind: type, config: Any, params: dict, dtype=jnp.float32) -> nnx.Module:
     """The module with these parameters; `dtype` is that of activations."""
     graph, state = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=dtype)))

@@ -115,6 +115,7 @@ def position_buckets(distance: Int[np.ndarray, " n"], config: T5Config) -> Int[n
     return np.where(distance > 0, half, 0) + np.where(size < exact, size, np.minimum(far, half - 1))
 
 
-# (config, seed) → fresh parameters; (config, params, dtype) → the model
+# (config, seed) → fresh parameters; (config) → their shapes; (config, params, dtype) → the model
 initialise = partial(parameters.initialise, T5Encoder)
+abstract = partial(parameters.abstract, T5Encoder)
 model_of = partial(parameters.model_of, T5Encoder)

@@ -11,12 +11,12 @@ from jaxtyping import Array, Float
 
 from d2m_jax import flow
 from d2m_jax.config import MeshConfig, ModelConfig, PromptsConfig, check
-from d2m_jax.models.flux import model_of
+from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.sampling.denoise import denoise
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sharding import batch_sharding, batch_shards, make_mesh, replicated
 from d2m_jax.weights import model_directory, torch_import
-from d2m_jax.weights.encoders import FOLDERS, model_config
+from d2m_jax.weights.encoders import model_config, pipeline_folder
 
 BATCH_TOKENS = 2048  # image tokens of a batch where no size is asked for
 
@@ -140,8 +140,8 @@ def load_pipeline(path: str | Path, dtype=None) -> Pipeline:
     """
     if model_directory.is_model_directory(path):
         return Pipeline(*model_directory.load(path, dtype=None), dtype)
-    folder = torch_import.local(path, [f"{name}/*" for name in ("transformer", *FOLDERS)])
+    folder = pipeline_folder(path)
     source = torch_import.open_source(folder)
     config = source.model or model_config(source.config, folder)
-    params = torch_import.load(source.parameters(), torch_import.abstract(source.config))
+    params = torch_import.load(source.parameters(), abstract(source.config))
     return Pipeline(config, params, dtype)

@@ -1,6 +1,7 @@
-"""Weights on disk: the model directory."""
+"""Weights on disk: the model directory, and torch's files."""
 
-from d2m_jax.weights.model_directory import load, load_config, load_model, save
+from d2m_jax.weights.model_directory import load, load_config, save
 from d2m_jax.weights.named_arrays import fingerprint, names
+from d2m_jax.weights.torch_import import load_model
 
 __all__ = ["fingerprint", "load", "load_config", "load_model", "names", "save"]

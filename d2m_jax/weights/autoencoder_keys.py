@@ -2,13 +2,10 @@
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-import jax
-
 from d2m_jax.config import AutoencoderConfig, check, from_json
-from d2m_jax.models.autoencoder import initialise
+from d2m_jax.models.autoencoder import abstract
 from d2m_jax.weights.key_table import Entry, Layout
 from d2m_jax.weights.named_arrays import names
 
@@ -51,7 +48,7 @@ def bfl_keys(config: AutoencoderConfig) -> list[Entry]:
 
 def _table(config: AutoencoderConfig, patterns: Mapping[str, Any], linear: Layout) -> list[Entry]:
     entries = []
-    for ours, leaf in names(jax.eval_shape(partial(initialise, config, 0))).items():
+    for ours, leaf in names(abstract(config)).items():
         theirs = re.sub(r"\b(kernel|scale)$", "weight", ours)
         for pattern, replacement in patterns.items():
             theirs = re.sub(pattern, replacement, theirs)

@@ -21,11 +21,12 @@ from d2m_jax.weights.encoders import (
     copy_encoders,
     is_pipeline,
     model_config,
+    pipeline_folder,
 )
 from d2m_jax.weights.key_table import Parameter
+from d2m_jax.weights.model_directory import ENCODERS
 from d2m_jax.weights.named_arrays import names
 
-ENCODERS = "encoders"  # the folder of a model directory that holds them
 Dtype = Literal["bfloat16", "float32"]
 
 
@@ -41,10 +42,10 @@ def convert(
 
     With `export` it is written for torch instead: "bfl" is one .safetensors file, "diffusers" a
     folder with transformer/, "torch" a folder for any model, sparse too, with the PyTorch module
-    that runs it. Text encoders, tokenizers and autoencoder come along where the source
-    is a whole FluxPipeline or has them, or from the FluxPipeline `encoders`. dtype None is the type
-    that is stored, fp16 as float32 and fp8 as bfloat16. LoRA files are merged, each times its
-    scale. Raises ConfigError for bad input and for a full disk, and then leaves nothing behind.
+    that runs it. Text encoders, tokenizers and autoencoder come along where the source is a whole
+    FluxPipeline or has them, or from the FluxPipeline `encoders`. dtype None is the type that is
+    stored, fp16 as float32 and fp8 as bfloat16. LoRA files are merged, each times its scale. Raises
+    ConfigError for bad input and for a full disk, and then leaves nothing behind.
     """
     target = Path(target)
     check(
@@ -53,7 +54,7 @@ def convert(
     )
     config, params = _open(source, dtype, loras)
     if encoders is not None:
-        folder = torch_import.local(encoders, [f"{name}/*" for name in FOLDERS])
+        folder = pipeline_folder(encoders, transformer=False)
         config = model_config(config.transformer, folder)
     folder = Path(config.encoders) if config.encoders and export != "bfl" else None
     size = sum(param.nbytes for param in params.values())
@@ -102,7 +103,7 @@ def _open(
         params = {name: blocks.parameter(array) for name, array in names(tree).items()}
         exact = {name: param.astype(np.float32) for name, param in params.items()}
     else:
-        folder = torch_import.local(source, [f"{name}/*" for name in ("transformer", *FOLDERS)])
+        folder = pipeline_folder(source)
         opened = torch_import.open_source(folder)
         whole = folder.is_dir() and is_pipeline(folder)
         config = opened.model or model_config(opened.config, folder if whole else None)

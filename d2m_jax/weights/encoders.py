@@ -3,11 +3,8 @@
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from d2m_jax.config import (
     AutoencoderConfig,
@@ -21,7 +18,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.models import autoencoder, clip, t5
 from d2m_jax.weights import autoencoder_keys, key_table, text_encoder_keys, torch_import
-from d2m_jax.weights.named_arrays import names
+from d2m_jax.weights.named_arrays import sizes
 
 T5, CLIP, AUTOENCODER = "text_encoder_2", "text_encoder", "vae"
 FOLDERS = (CLIP, T5, AUTOENCODER, "tokenizer", "tokenizer_2", "scheduler")
@@ -68,6 +65,13 @@ def model_config(transformer: FluxConfig, folder: Path | None = None) -> ModelCo
         encoders=str(folder.resolve()),
         shift=_shift(folder / "scheduler" / "scheduler_config.json"),
     )
+
+
+def pipeline_folder(source: Path | str, transformer: bool = True) -> Path:
+    """A FluxPipeline's folder, downloaded where it names a Hugging Face repository; the
+    transformer's part of that only where it is wanted."""
+    parts = ("transformer", *FOLDERS) if transformer else FOLDERS
+    return torch_import.local(source, [f"{name}/*" for name in parts])
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -120,23 +124,23 @@ def load_encoders(config: ModelConfig, sharding: Any = None) -> dict[str, dict]:
     check(folder.is_dir(), f"ModelConfig.encoders = {config.encoders}: no such folder")
     if isinstance(text, PromptsConfig):
         source = text_encoder_keys.t5_tensors(torch_import.read_tensors(folder / T5))
-        like = jax.eval_shape(partial(t5.initialise, text.t5, 0))
+        like = t5.abstract(text.t5)
         table = text_encoder_keys.t5_keys(text.t5)
         params["t5"] = _load(folder / T5, table, source, like, sharding)
         source = text_encoder_keys.clip_tensors(torch_import.read_tensors(folder / CLIP))
-        like = jax.eval_shape(partial(clip.initialise, text.clip, 0))
+        like = clip.abstract(text.clip)
         table = text_encoder_keys.clip_keys(text.clip)
         params["clip"] = _load(folder / CLIP, table, source, like, sharding)
     if isinstance(image, AutoencoderConfig):
         source = torch_import.read_tensors(folder / AUTOENCODER)
-        like = jax.eval_shape(partial(autoencoder.initialise, image, 0))
+        like = autoencoder.abstract(image)
         table = autoencoder_keys.diffusers_keys(image)
         params["autoencoder"] = _load(folder / AUTOENCODER, table, source, like, sharding)
     return params
 
 
 def _load(where: Path, table, tensors, like: dict, sharding) -> dict:
-    shapes = {name: a.shape for name, a in names(like).items()}
+    shapes = sizes(like)
     key_table.check_fit(where, table, tensors, shapes)
     stored = torch_import.stored_dtype(tensors)
     return torch_import.load(key_table.parameters(table, tensors, shapes, stored), like, sharding)

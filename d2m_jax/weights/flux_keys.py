@@ -2,15 +2,10 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, Literal
 
-import jax
-
 from d2m_jax.config import ConfigError, FluxConfig, StackConfig, check
-from d2m_jax.models.flux import initialise
 from d2m_jax.weights.key_table import SHOWN, Entry, Part, listed
-from d2m_jax.weights.named_arrays import names
 
 Layout = Literal["bfl", "diffusers"]
 Span = tuple[int, int] | None  # of the outputs of a linear
@@ -35,11 +30,6 @@ def keys(layout: Layout, config: FluxConfig) -> list[Entry]:
     for stack, i, start, index in numbered_blocks(config.single, "single"):
         entries += single(config, stack, i, start, index)
     return entries
-
-
-def abstract(config: FluxConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a transformer's parameters by our names."""
-    return names(jax.eval_shape(partial(initialise, config, 0)))
 
 
 def numbered_blocks(

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from d2m_jax.config import ConfigError, FluxConfig, check, suggestion
+from d2m_jax.models.flux import abstract
 from d2m_jax.weights import flux_keys, key_table, recognise, safetensors
 from d2m_jax.weights.key_table import SHOWN, Entry, Parameter, listed, overlap, relative
+from d2m_jax.weights.named_arrays import sizes
 
 PREFIXES = re.compile(
     r"^(base_model\.model\.)?(model\.diffusion_model\.|diffusion_model\.|transformer\.|unet\."
@@ -76,7 +78,7 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[tuple
             wrong.append(f"{name} is unknown{near}")
         else:
             linears.setdefault(linear, {})[ROLES[role]] = tensor
-    shapes = _their_shapes(tables, config)
+    shapes = key_table.their_shapes(tables, sizes(abstract(config)))
     found = []
     for linear, parts in linears.items():
         complaint = _misfit(parts, shapes[f"{linear}.weight"])
@@ -94,11 +96,6 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[tuple
     check(not wrong, f"{path}: {len(wrong)} tensors do not fit this model: {listed(wrong)}")
     check(len(found) > 0, f"{path}: expected a LoRA, found no tensors of one")
     return found
-
-
-def _their_shapes(tables: list[Entry], config: FluxConfig) -> dict[str, tuple[int, ...]]:
-    shapes = {name: tuple(a.shape) for name, a in flux_keys.abstract(config).items()}
-    return key_table.their_shapes(tables, shapes)
 
 
 def _misfit(parts: Mapping[str, Any], shape: tuple[int, ...]) -> str:

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,11 +11,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from d2m_jax.config import ConfigError, ModelConfig, from_json, to_json
-from d2m_jax.models.flux import Flux, initialise, model_of
+from d2m_jax.models.flux import abstract
 from d2m_jax.weights import blocks
 from d2m_jax.weights.named_arrays import names, restructure
 from d2m_jax.weights.output import new_directory
 
+ENCODERS = "encoders"  # the folder in which a model directory may hold its own
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | Mapping
 
 
@@ -32,9 +32,8 @@ def save(
 
     `params` is a tree, or already by dotted names, of arrays or of key_table.Parameter, which are
     read block by block; `progress` is told the bytes of each; `beside(folder)` writes what else
-    belongs there. It appears whole or not at all, and
-    only then replaces a model directory that was there. Raises ConfigError where `path` is
-    something else, or the disk is full.
+    belongs there. It appears whole or not at all, and only then replaces a model directory that was
+    there. Raises ConfigError where `path` is something else, or the disk is full.
     """
     path, named = Path(os.path.abspath(path)), names(params)
     if dtype is not None:
@@ -50,11 +49,8 @@ def save(
 
 
 def _is_ours(path: Path) -> bool:
-    return path.is_dir() and {p.name for p in path.iterdir()} <= {
-        "config.json",
-        "params",
-        "encoders",
-    }
+    known = {"config.json", "params", ENCODERS}
+    return path.is_dir() and {p.name for p in path.iterdir()} <= known
 
 
 def load_config(path: Path | str) -> ModelConfig:
@@ -107,7 +103,7 @@ def load(
     directory = Path(os.path.abspath(path)) / "params"
     if not directory.is_dir():
         raise ConfigError(f"{path}: expected params/ beside config.json, found none")
-    expected = jax.eval_shape(partial(initialise, config.transformer, 0))
+    expected = abstract(config.transformer)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             metadata = checkpointer.metadata(directory)
@@ -119,12 +115,12 @@ def load(
             raise ConfigError(f"{directory}: damaged, cannot be read ({_line(error)})") from None
         _check_fit(path, {name: shape for name, (shape, _) in kinds.items()}, names(expected))
         place = placement(sharding)
-        abstract = {
+        wanted = {
             name: jax.ShapeDtypeStruct(*kind, sharding=place(name, kind[0]))
             for name, kind in kinds.items()
         }
         try:
-            named = checkpointer.restore(directory, abstract)
+            named = checkpointer.restore(directory, wanted)
             whole = blocks.fingerprint_of(named) == note.get("fingerprint")
         except Exception as error:
             raise ConfigError(f"{directory}: damaged, cannot be read ({_line(error)})") from None
@@ -134,12 +130,6 @@ def load(
         for name, a in named.items():
             named[name] = a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
     return config, restructure(expected, named)
-
-
-def load_model(path: Path | str, dtype=jnp.float32) -> Flux:
-    """The transformer of a model directory; activations in `dtype`, parameters float32."""
-    config, params = load(path)
-    return model_of(config.transformer, params, dtype)
 
 
 def _check_fit(path, stored: dict[str, tuple], expected: dict) -> None:

@@ -25,6 +25,11 @@ def shapes(tree: Any) -> dict[str, str]:
     return {name: f"{a.dtype}{list(a.shape)}" for name, a in names(tree).items()}
 
 
+def sizes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every leaf; leaves are whatever has one."""
+    return {name: tuple(a.shape) for name, a in names(tree).items()}
+
+
 class Fingerprint:
     """Eight hex digits over names, shapes, types and bytes of arrays, which come part by part."""
 

@@ -3,10 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
-
-import jax
 
 from d2m_jax.config import CLIPConfig, T5Config, check, from_json
 from d2m_jax.models import clip, t5
@@ -34,12 +31,12 @@ CLIP = {
 
 def t5_keys(config: T5Config) -> list[Entry]:
     """The table of T5EncoderModel's names."""
-    return _table(jax.eval_shape(partial(t5.initialise, config, 0)), T5)
+    return _table(t5.abstract(config), T5)
 
 
 def clip_keys(config: CLIPConfig) -> list[Entry]:
     """The table of CLIPTextModel's names."""
-    return _table(jax.eval_shape(partial(clip.initialise, config, 0)), CLIP)
+    return _table(clip.abstract(config), CLIP)
 
 
 def _table(params: dict, starts: Mapping[str, str]) -> list[Entry]:

@@ -12,6 +12,7 @@ import numpy as np
 from d2m_jax.config import FluxConfig, ModelConfig, to_json
 from d2m_jax.weights import flux_keys, key_table, output, safetensors, sparse_keys
 from d2m_jax.weights.key_table import Entry
+from d2m_jax.weights.named_arrays import sizes
 
 MODULE = Path(__file__).parent / "torch_module" / "sparse_flux.py"  # copied, never imported
 
@@ -25,7 +26,7 @@ def torch_tensors(
 
     `params` are arrays or key_table.Parameter; `progress` is told the bytes of every tensor.
     """
-    shapes = key_table.their_shapes(table, {name: a.shape for name, a in params.items()})
+    shapes = key_table.their_shapes(table, sizes(params))
     found = {}
     for name, entries in key_table.by_name(table, "theirs").items():
         shape, dtype = shapes[name], np.dtype(params[entries[0].ours].dtype)

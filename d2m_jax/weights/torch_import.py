@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, check
-from d2m_jax.models.flux import Flux, initialise, model_of
+from d2m_jax.models.flux import Flux, abstract, model_of
 from d2m_jax.weights import (
     flux_keys,
     key_table,
@@ -24,7 +23,7 @@ from d2m_jax.weights import (
     torch_export,
 )
 from d2m_jax.weights.key_table import Entry, Parameter
-from d2m_jax.weights.named_arrays import names, restructure
+from d2m_jax.weights.named_arrays import names, restructure, sizes
 
 FILES = (".safetensors", ".sft")
 INDEX = ".safetensors.index.json"
@@ -44,7 +43,7 @@ class Source:
     def parameters(self, dtype: Any = None) -> dict[str, Parameter]:
         """Ours by dotted name, read when indexed; None is the narrowest type that holds them."""
         dtype = stored_dtype(self.tensors) if dtype is None else dtype
-        shapes = {name: a.shape for name, a in flux_keys.abstract(self.config).items()}
+        shapes = sizes(abstract(self.config))
         return key_table.parameters(self.table, self.tensors, shapes, dtype)
 
 
@@ -73,7 +72,7 @@ def _checked(source: Source) -> Source:
     for name, tensor in source.tensors.items():
         found = np.dtype(tensor.dtype).name
         check("float" in found, f"{source.where}: {name} is {found}, expected floating point")
-    shapes = {name: a.shape for name, a in flux_keys.abstract(source.config).items()}
+    shapes = sizes(abstract(source.config))
     key_table.check_fit(source.where, source.table, source.tensors, shapes)
     return source
 
@@ -151,11 +150,6 @@ def _diffusers_config(file: Path) -> dict[str, Any]:
     return value
 
 
-def abstract(config: FluxConfig) -> dict:
-    """The shapes of a transformer's parameters, as a pure dict."""
-    return jax.eval_shape(partial(initialise, config, 0))
-
-
 def stored_dtype(tensors: Mapping[str, Any]) -> np.dtype:
     """The narrowest of bfloat16 and float32 that holds these tensors' numbers."""
     narrow = {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
@@ -173,14 +167,14 @@ def load(
     `sharding` says where each goes, as in model_directory.load: every device's part is then read by
     itself.
     """
-    named = {}
+    named, place = {}, sharding and model_directory.placement(sharding)
     for name in names(like):
         param = params[name]
-        if sharding is None:
+        if place is None:
             named[name] = jnp.asarray(param[...])
         else:
-            place = model_directory.placement(sharding)(name, param.shape)
-            named[name] = jax.make_array_from_callback(param.shape, place, param.__getitem__)
+            there = place(name, param.shape)
+            named[name] = jax.make_array_from_callback(param.shape, there, param.__getitem__)
     return restructure(like, named)
 
 
@@ -194,8 +188,6 @@ def load_model(
     `sharding` says where they go (model_directory.load). ConfigError for whatever else is there.
     """
     if model_directory.is_model_directory(path):
-        if sharding is None:
-            return model_directory.load_model(path, dtype)
         config, params = model_directory.load(path, sharding=sharding)
         return model_of(config.transformer, params, dtype)
     source = open_source(path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from d2m_jax.config import FluxConfig, StackConfig
-from d2m_jax.models.flux import model_of
+from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.weights import flux_keys, key_table, torch_import
 from d2m_jax.weights.named_arrays import names
 from tests.models import toy
@@ -23,7 +23,7 @@ diffusers = pytest.importorskip("diffusers")
 def ours(state, config):
     """Diffusers' tensors, or gradients by their names, in our tree."""
     state = {name: tensor.detach().numpy() for name, tensor in state.items()}
-    like = torch_import.abstract(config)
+    like = abstract(config)
     table, shapes = (
         flux_keys.keys("diffusers", config),
         {n: a.shape for n, a in names(like).items()},

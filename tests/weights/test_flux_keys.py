@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from d2m_jax.config import ConfigError, FluxConfig, MoEConfig, StackConfig
-from d2m_jax.weights import flux_keys, key_table, recognise, torch_import
-from d2m_jax.weights.named_arrays import names
+from d2m_jax.models.flux import abstract
+from d2m_jax.weights import flux_keys, key_table, recognise
+from d2m_jax.weights.named_arrays import sizes
 from tests.weights import toy
 
 
@@ -22,7 +23,7 @@ class Shape:
 
 
 def shapes(config):
-    return {name: a.shape for name, a in names(torch_import.abstract(config)).items()}
+    return sizes(abstract(config))
 
 
 def tensors_of(layout, config):

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from d2m_jax.config import ConfigError
+from d2m_jax.models.flux import abstract
 from d2m_jax.weights import flux_keys, key_table, lora, safetensors, torch_import
+from d2m_jax.weights.named_arrays import sizes
 from tests.weights import toy
 
 CONFIG = toy.config(1, 2)
-SHAPES = {name: tuple(a.shape) for name, a in flux_keys.abstract(CONFIG).items()}
+SHAPES = sizes(abstract(CONFIG))
 STATE = {layout: toy.random_state(layout, CONFIG) for layout in ("bfl", "diffusers")}
 RANK = 3
 LINEARS = {

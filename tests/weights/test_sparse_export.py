@@ -14,9 +14,8 @@ import pytest
 import convert_torch_weights
 from d2m_jax import command_line
 from d2m_jax.config import FluxConfig, ModelConfig, MoEConfig, PixelsConfig, StackConfig, to_json
-from d2m_jax.models.flux import model_of
+from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.weights import (
-    flux_keys,
     key_table,
     model_directory,
     safetensors,
@@ -24,7 +23,7 @@ from d2m_jax.weights import (
     torch_export,
     torch_import,
 )
-from d2m_jax.weights.named_arrays import fingerprint, names
+from d2m_jax.weights.named_arrays import fingerprint, names, sizes
 from tests.models import toy
 
 torch = pytest.importorskip("torch")
@@ -251,7 +250,7 @@ def test_full_size():
     module = program(torch_export.MODULE.parent)
     with torch.device("meta"):
         model = module.Flux(json.loads(text, object_hook=lambda d: SimpleNamespace(**d)))
-    shapes = {name: a.shape for name, a in flux_keys.abstract(config).items()}
+    shapes = sizes(abstract(config))
     expected = key_table.their_shapes(sparse_keys.keys(config), shapes)
     assert {name: tuple(a.shape) for name, a in model.state_dict().items()} == expected
     total = sum(np.prod(shape, dtype=np.int64) for shape in shapes.values())

@@ -12,10 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import d2m_jax
 from d2m_jax.config import ConfigError, ModelConfig
+from d2m_jax.models.flux import abstract
 from d2m_jax.weights import model_directory, safetensors
 from d2m_jax.weights.named_arrays import names
 from d2m_jax.weights.torch_export import export_bfl, export_diffusers
-from d2m_jax.weights.torch_import import abstract, load, load_model, open_source
+from d2m_jax.weights.torch_import import load, load_model, open_source
 from tests.models.toy import inputs
 from tests.weights import toy
 

@@ -9,8 +9,9 @@ import inspect
 import numpy as np
 
 from d2m_jax.config import FluxConfig, StackConfig
-from d2m_jax.weights import flux_keys, key_table, torch_import
-from d2m_jax.weights.named_arrays import names
+from d2m_jax.models.flux import abstract
+from d2m_jax.weights import flux_keys, key_table
+from d2m_jax.weights.named_arrays import sizes
 
 
 def config(doubles=2, singles=3, guidance=True):
@@ -57,6 +58,6 @@ def to_diffusers(state, dim=32):
 def random_state(layout, config, dtype=np.float32, seed=0):
     """Random arrays by torch's names of one layout."""
     rng = np.random.default_rng(seed)
-    shapes = {name: a.shape for name, a in names(torch_import.abstract(config)).items()}
+    shapes = sizes(abstract(config))
     theirs = key_table.their_shapes(flux_keys.keys(layout, config), shapes)
     return {n: rng.normal(size=shape).astype(dtype) for n, shape in theirs.items()}
