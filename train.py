@@ -1,7 +1,8 @@
 """Train or distill a model: python train.py CONFIG.py [--run-dir DIR] [--any.field value]
 
 Goes on where it stopped if DIR (default: runs/ and the config's name) holds a run of that config.
-`python train.py CONFIG.py --help` lists every field.
+`--plan --topology v5p:4x4x4` trains nothing, and tells what every stage would need there: memory,
+collectives, time. `python train.py CONFIG.py --help` lists every field.
 """
 
 import shlex
@@ -21,6 +22,14 @@ from d2m_jax.config import RunConfig, check
 class Arguments:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     run_dir: Path | None = None  # default: runs/ and the config's name
+    plan: bool = False  # compile every stage for a topology, run none
+    topology: str = "h200:1"  # of --plan: v5e:4x8, v5p:4x4x4, v6e:8x8, h100:8; v6e:16x16:4: pods
+    output: Path | None = None  # of --plan: a JSON file for what it prints
+    # Of many processes, where the environment does not tell (SLURM, Kubernetes, TPU pods do):
+    coordinator: str | None = None  # HOST:PORT of process 0
+    processes: int | None = None
+    process: int | None = None  # number of this one
+    host_timeout: float = 300.0  # seconds that all may take to come
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -42,15 +51,28 @@ def main(arguments: Sequence[str]) -> None:
         default=Arguments(config),
     )
     # Imported once the arguments are right: help and errors need not wait for jax.
+    if parsed.plan:
+        from d2m_jax.evaluate.accounting import flops_per_example
+        from d2m_jax.training.dry_run import dry_run
+
+        load = command_line.load_config
+        dry_run(parsed.config, parsed.topology, flops_per_example, load, parsed.output)
+        return
+    from d2m_jax import hosts
+    from d2m_jax.config import to_json
     from d2m_jax.evaluate import accounting, report
     from d2m_jax.sharding import use_cores
     from d2m_jax.training import run
 
     use_cores()
     run_directory = parsed.run_dir or Path("runs") / parsed.config.name
-    run.run(parsed.config, run_directory, accounting.flops_per_example)
-    if parsed.config.teacher is not None:
-        report.write(run_directory, shlex.join(["python", "train.py", *arguments]))
+    command = shlex.join(["python", "train.py", *arguments])
+    who = parsed.coordinator, parsed.processes, parsed.process, parsed.host_timeout
+    with hosts.joined(*who):
+        hosts.agree({"config": to_json(parsed.config), "run_dir": str(run_directory)})
+        run.run(parsed.config, run_directory, accounting.flops_per_example)
+        if parsed.config.teacher is not None:
+            hosts.by_first(lambda: report.write(run_directory, command))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,63 @@
-"""The device mesh and where arrays live on it: batches over (data, fsdp), parameters everywhere."""
+"""The device mesh, and where every array lives on it: one table of logical axes.
+
+`data` and `fsdp` cut the batch; `fsdp` cuts parameters too, which are gathered block by block.
+`expert` cuts the batch like both, and the normal experts; `tensor` cuts heads and FFNs.
+"""
 
 import contextlib
 import ctypes
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
-from d2m_jax.config import ConfigError, MeshConfig
+from d2m_jax.config import ConfigError, FluxConfig, MeshConfig, check
 
 AXES = ("data", "fsdp", "expert", "tensor")
+Axes = tuple[str | None, ...]  # logical axes, of RULES
+
+# Logical axis → the mesh axes that cut it.
+RULES = {
+    "batch": ("data", "fsdp", "expert"),
+    # Rows of matrices, where they are stored. (Columns in small pieces a TPU could not gather.)
+    "rows": ("fsdp", "expert"),
+    "expert_rows": ("fsdp",),
+    # Rows that stay cut over `tensor` while they are used. Queries, keys and values lie side by
+    # side in one matrix, whose columns cannot be cut by heads: layers.heads exchanges its rows.
+    "inner_rows": ("tensor", "fsdp", "expert"),
+    "expert_inner_rows": ("tensor", "fsdp"),
+    "expert": ("expert",),
+    "inner": ("tensor",),  # heads, neurons of an FFN, outputs of a modulation
+}
+# How stored parameters are cut for the time of a block.
+USED = {"rows": None, "expert_rows": None, "inner_rows": "inner", "expert_inner_rows": "inner"}
+
+# Logical axes of the last dimensions of parameters, by the end of their names. All others are
+# whole on every device: biases, norms, gates and block routers.
+PARAMETERS: dict[str, Axes] = {
+    "qkv.kernel": ("inner_rows", None),
+    "proj.kernel": ("inner_rows", None),
+    "attn_out.kernel": ("inner_rows", None),
+    "in_layer.kernel": ("rows", "inner"),
+    "out_layer.kernel": ("inner_rows", None),
+    "experts.in_kernel": ("expert", "expert_rows", "inner"),
+    "experts.in_bias": ("expert", "inner"),
+    "experts.out_kernel": ("expert", "expert_inner_rows", None),
+    "lin.kernel": ("rows", "inner"),
+    "modulation_basis.kernel": ("rows", None),
+    "adaLN_modulation.kernel": ("rows", None),
+    "img_in.kernel": ("rows", None),
+    "txt_in.kernel": ("rows", None),
+    "linear.kernel": ("rows", None),
+}
 # mallopt's numbers for M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX (malloc.h)
 MALLOC = {-1: 2**31 - 1, -4: 0, -8: 1}
 
@@ -33,13 +78,14 @@ def use_cores() -> None:
             libc.mallopt(parameter, value)
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over this job's devices; one axis of -1 takes what the others leave.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over this job's devices (all, or these); one axis of -1 takes what the others leave.
 
     Raises ConfigError where the sizes are larger than, or do not divide, the number of devices.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    found = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    found = len(devices)
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             raise ConfigError(
@@ -58,44 +104,218 @@ def make_mesh(config: MeshConfig) -> Mesh:
         raise ConfigError(f"MeshConfig ({asked}): {used} devices do not divide the {found} found")
     if free:
         sizes[free[0]] = found // used
-    count = math.prod(sizes.values())
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=jax.devices()[:count],
-    )
+    grid = _grid(tuple(sizes.values()), devices[: math.prod(sizes.values())])
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def on_own_samples(function: Callable, samples: Any, shared: Any) -> Any:
-    """function(samples, shared), every device on its own samples alone.
+def _grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the order in which neighbours on an axis of the mesh are near each other.
 
-    Leaves of `samples` and of the result have the batch as first axis. Under `jax.set_mesh` the
-    compiler would else sort, gather and loop over the samples of all devices on each of them.
-    Without a mesh, inside another such call, or where the batch cannot be cut, it is a plain call.
+    Several slices of TPUs, which only a slow network joins, lie along `data`.
     """
-    mesh, axes = jax.sharding.get_abstract_mesh(), ("data", "fsdp")
-    batch = jax.tree.leaves(samples)[0].shape[0]
-    if mesh.empty or mesh.manual_axes or batch % batch_shards(mesh):
-        return function(samples, shared)
+    # A mesh axis may take a part of an axis of the torus: 64 of 16 × 16 chips.
+    options = {"allow_split_physical_axes": True}
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu" or slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, **options)
+    data, *rest = shape
+    if data % slices:
+        raise ConfigError(f"MeshConfig.data = {data}: expected a multiple of the {slices} slices")
+    within, across = (data // slices, *rest), (slices, *[1] * len(rest))
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, **options)
 
-    def local(samples, shared):
-        # Varying from here on, so that gradients are summed over the devices once, at the entry.
-        shared = jax.tree.map(lambda a: jax.lax.pcast(a, axes, to="varying"), shared)
-        return function(samples, shared)
 
-    spec = PartitionSpec(axes)
-    return jax.shard_map(local, in_specs=(spec, PartitionSpec()), out_specs=spec)(samples, shared)
+def partition(mesh: Mesh | AbstractMesh, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
+    """How an array of this shape is cut; `axes` are those of its last dimensions (of RULES, or
+    None). What a dimension cannot be divided by does not cut it."""
+    parts: list[Any] = [None] * (len(shape) - len(axes))
+    for size, axis in zip(shape[len(parts) :], axes, strict=True):
+        cut = [name for name in RULES.get(axis, ()) if mesh.shape[name] > 1]
+        while size % math.prod(mesh.shape[name] for name in cut):
+            cut.pop()
+        parts.append(tuple(cut) or None)
+    return PartitionSpec(*parts)
+
+
+def axes_of(name: str) -> Axes:
+    """Logical axes of the last dimensions of a parameter, or of what an optimizer keeps for it."""
+    return PARAMETERS.get(".".join(name.split(".")[-2:]), ())
+
+
+def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where a transformer's parameter of this dotted name is stored."""
+    return NamedSharding(mesh, partition(mesh, axes_of(name), shape))
+
+
+def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
+    """The same for a tree of arrays, concrete or abstract: parameters, optimizer states."""
+
+    def place(path, leaf):
+        return parameter_sharding(mesh, _name(path), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _name(path) -> str:
+    # A state of Flax ends every name with that of the variable's field.
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def gathered(params: Any, dtype: Any) -> Any:
+    """A block's parameters for the time of its use, where they are cut over a mesh: in the dtype
+    that they are used in, whole but for the expert and the tensor axis (FSDP)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return params
+
+    def gather(path, leaf):
+        axes = axes_of(_name(path))
+        used = tuple(USED.get(axis, axis) for axis in axes)
+        stored, used = (partition(mesh, kind, leaf.shape) for kind in (axes, used))
+        return leaf if stored == used else _gather(leaf, stored, used, dtype)
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(a, stored: PartitionSpec, used: PartitionSpec, dtype):
+    return jax.lax.with_sharding_constraint(a.astype(dtype), used)
+
+
+def _gather_forward(a, stored, used, dtype):
+    return _gather(a, stored, used, dtype), jnp.zeros((), a.dtype)
+
+
+def _gather_backward(stored, used, dtype, like, gradient):
+    # Cut at once, so that devices sum a part of it each instead of all of it (reduce-scatter).
+    return (jax.lax.with_sharding_constraint(gradient, stored).astype(like.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Cut an activation along its logical axes; without a mesh, x."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(mesh, axes, x.shape))
+
+
+def check_mesh(mesh: Mesh, config: FluxConfig) -> None:
+    """Raise ConfigError where the mesh does not divide the model's experts, heads and FFNs."""
+    sizes = [("tensor", "FluxConfig.num_heads", config.num_heads)]
+    for stack in config.stacks:
+        if stack.ffn == "moe":
+            sizes.append(("expert", "MoEConfig.experts", config.moe.experts))
+            sizes.append(("tensor", "the shared expert's width", config.shared_width(stack)))
+            sizes.append(("tensor", "a normal expert's width", config.expert_width(stack)))
+        else:
+            sizes.append(("tensor", "the FFN's width", config.ffn_width(stack)))
+    for axis, name, size in sizes:
+        parts = mesh.shape[axis]
+        check(
+            size % parts == 0, f"MeshConfig.{axis} = {parts}: expected a divisor of {name}, {size}"
+        )
+
+
+def local_mesh() -> Mesh:
+    """The mesh of this process's devices alone, each with samples of its own."""
+    return make_mesh(MeshConfig(), jax.local_devices())
+
+
+def on_own_part(function: Callable, arguments: tuple, axes: tuple[Axes, ...], out: Axes) -> Any:
+    """function(*arguments), every device on its own parts alone.
+
+    `axes`, one per argument, and `out` are the logical axes of the first dimensions of all its
+    leaves. Under `jax.set_mesh` the compiler would else sort, gather and loop over the tokens of
+    all devices on each of them, and it cannot divide a kernel. Without a mesh, inside another such
+    call, or where something cannot be cut, it is a plain call.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return function(*arguments)
+
+    def cut(axis: str | None) -> tuple[str, ...]:
+        return tuple(name for name in RULES.get(axis, ()) if mesh.shape[name] > 1)
+
+    def spec(axes: Axes) -> PartitionSpec:
+        return PartitionSpec(*[cut(axis) or None for axis in axes])
+
+    for argument, kind in zip(arguments, axes, strict=True):
+        for leaf in jax.tree.leaves(argument):
+            for size, axis in zip(leaf.shape, kind, strict=False):
+                if size % math.prod(mesh.shape[name] for name in cut(axis)):
+                    return function(*arguments)
+    # Kernels do not say over which axes their results vary, hence no check.
+    mapped = jax.shard_map(
+        function, in_specs=tuple(map(spec, axes)), out_specs=spec(out), check_vma=False
+    )
+    return mapped(*arguments)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose first axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put(value: Any, sharding: NamedSharding) -> Array:
+    """An array there; one of the host must be the same in all processes."""
+    if sharding.is_fully_addressable or isinstance(value, jax.Array) and value.committed:
+        return jax.device_put(value, sharding)
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+
+
+def put_parameters(mesh: Mesh, tree: Any) -> Any:
+    """A tree of parameters where `parameter_sharding` says; what is one array stays one."""
+    done: dict[int, Array] = {}
+
+    def place(path, leaf):
+        if id(leaf) not in done:
+            sharding = parameter_sharding(mesh, _name(path), np.shape(leaf))
+            done[id(leaf)] = put(leaf, sharding)
+        return done[id(leaf)]
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+    """Host arrays with the batch as first axis, cut over the mesh; of the whole batch, each
+    process has the rows that `own_rows` says."""
+    shards, sharding = batch_shards(mesh), batch_sharding(mesh)
+    mine = own_rows(mesh, shards)
+
+    def place(leaf):
+        rows = len(leaf) // (mine.stop - mine.start)  # of a shard
+
+        def part(index):
+            start, stop, _ = index[0].indices(rows * shards)
+            return leaf[start - rows * mine.start : stop - rows * mine.start]
+
+        shape = rows * shards, *leaf.shape[1:]
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(place, batch)
+
+
+def own_rows(mesh: Mesh, size: int) -> slice:
+    """The rows of a batch of `size` that this process's devices need."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    rows = [part[0].indices(size) for part in parts]
+    return slice(min(start for start, _, _ in rows), max(stop for _, stop, _ in rows))
+
+
+def whole(array: Array | np.ndarray) -> np.ndarray:
+    """All of an array on the host, in every process."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = jax.jit(lambda a: a, out_shardings=replicated(array.sharding.mesh))(array)
+    return np.asarray(array)
 
 
 def spread(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
@@ -108,4 +328,4 @@ def spread(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Parts into which a batch is cut."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])

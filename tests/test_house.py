@@ -14,7 +14,8 @@ SCRIPTS = ("train", "convert_torch_weights", "sample", "evaluate")
 FLOORS = {
     "config": 0,
     "flow": 0,
-    "kernels": 0,
+    "kernels": 1,
+    "hosts": 1,
     "sharding": 1,
     "models": 2,
     "weights": 3,

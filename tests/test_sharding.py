@@ -40,7 +40,7 @@ def test_bad_meshes(config, message):
         make_mesh(config)
 
 
-def test_mesh_that_does_not_divide(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 8)
+def test_mesh_that_does_not_divide():
+    devices = jax.devices() * 8
     with pytest.raises(ConfigError, match=r"MeshConfig \(data = -1, fsdp = 3\): 3 devices do not"):
-        make_mesh(MeshConfig(fsdp=3))
+        make_mesh(MeshConfig(fsdp=3), devices[:8])

@@ -1,7 +1,7 @@
 """Everything a run needs, as frozen dataclasses: their checks and their JSON form."""
 
 from d2m_jax.config.errors import ConfigError, check, suggestion
-from d2m_jax.config.json_form import from_json, to_json
+from d2m_jax.config.json_form import differences, from_json, to_json
 from d2m_jax.config.models import (
     AutoencoderConfig,
     CLIPConfig,
@@ -50,6 +50,7 @@ __all__ = [
     "T5Config",
     "WordsConfig",
     "check",
+    "differences",
     "from_json",
     "suggestion",
     "to_json",

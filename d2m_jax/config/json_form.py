@@ -3,7 +3,7 @@
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from d2m_jax.config.errors import check, suggestion
@@ -60,3 +60,14 @@ def from_json(kind: Any, value: Any, where: str = "") -> Any:
         return float(value)
     check(type(value) is kind, f"{where} = {value!r}: expected {kind.__name__}")
     return value
+
+
+def differences(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, value here and value there of every field in which two JSON values differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in [*one, *(key for key in other if key not in one)]:
+            absent = "(absent)"
+            inner = f"{name}.{key}" if name else key
+            yield from differences(one.get(key, absent), other.get(key, absent), inner)
+    elif one != other:
+        yield name, one, other

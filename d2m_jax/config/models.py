@@ -46,7 +46,10 @@ class MoEConfig:
     top_k: int = 2  # k
     gate: Literal["renormalised", "softmax", "sigmoid"] = "renormalised"
     router_input: Literal["modulated", "unmodulated"] = "modulated"
-    implementation: Literal["auto", "reference", "tiled"] = "auto"
+    # How the experts are computed (kernels/grouped_matmul.py); "auto": the best that is there.
+    implementation: Literal[
+        "auto", "reference", "tiled", "megablox", "triton", "mosaic_gpu", "mosaic_tpu"
+    ] = "auto"
 
     def __post_init__(self):
         check(self.experts >= 1, f"MoEConfig.experts = {self.experts}: expected at least 1")

@@ -109,14 +109,15 @@ def batches(
     batch_size: int,
     seed: int = 0,
     split: Split = "train",
+    rows: slice = slice(None),
     threads: int = 2,
 ) -> grain.DatasetIterator:
     """Endless batches {"image": uint8 [b, h, w, 3], "text": what the tokenizer makes of captions}.
 
     `train` and `validation` are different draws of the training pairs, `held_out` draws the others.
-    The iterator's get_state and set_state resume exactly.
+    Of every batch only `rows` are drawn: what a process of many needs. The iterator's get_state and set_state resume exactly.
     """
-    source = Batches(config, tokenizer, image, batch_size, seed, split)
+    source = Batches(config, tokenizer, image, batch_size, seed, split, rows)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)
     dataset = grain.MapDataset.source(source).repeat().to_iter_dataset(options)
     if config.workers:
@@ -136,6 +137,7 @@ class Batches:
         batch_size: int,
         seed: int,
         split: Split,
+        rows: slice = slice(None),
     ):
         check(
             batch_size <= config.train_size,
@@ -143,6 +145,7 @@ class Batches:
             f" {batch_size}",
         )
         self.config, self.batch_size, self.held_out = config, batch_size, split == "held_out"
+        self.rows = rows
         self.lexicon = lexicon_for(config, image)
         self.grid = _grid(config, image)
         self.key = _key(config.seed, seed, split)
@@ -157,11 +160,11 @@ class Batches:
         return self.config.train_size // self.batch_size
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        index = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        index = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rows]
         drawn = _scenes(self.config, self.lexicon, self.key, index, self.held_out)
-        canvas = np.full((self.batch_size, self.grid**2), -1)
+        canvas = np.full((len(index), self.grid**2), -1)
         for k in reversed(range(drawn.objects.shape[1])):
-            canvas[np.arange(self.batch_size), drawn.places[:, k]] = drawn.objects[:, k]
+            canvas[np.arange(len(index)), drawn.places[:, k]] = drawn.objects[:, k]
         text = self.tokenizer.ids(_captions(drawn, self.lexicon))
         return {"image": _paint(canvas, self.lexicon), "text": text}
 

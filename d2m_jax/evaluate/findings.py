@@ -7,6 +7,7 @@ from typing import Any
 from d2m_jax.config import ModelConfig
 from d2m_jax.evaluate import benchmark, latency, routing
 from d2m_jax.evaluate.accounting import Account, account
+from d2m_jax.evaluate.ahead import compiled_ahead
 from d2m_jax.evaluate.comparison import By, Comparison, Verdict, compare, verdicts
 from d2m_jax.evaluate.held_out import BATCH
 from d2m_jax.evaluate.measure import Bench, Measured
@@ -40,15 +41,14 @@ def gather(run: Run, bench: Bench) -> Findings:
     count = run.config.evaluate_prompts
     prompts = {"seen": count, "held_out": max(FEWEST, count // 2)}
     measured = {}
-    for row in run.rows:
-        measured[row] = found = bench.measure(row.file_name, row.config, row.params, prompts)
-        score = 100 * found.scores["seen"].overall.mean
-        _say(f"{row.label}: score {score:.1f} %, held-out error {found.errors['seen']:.3g}")
-    sweep = _sweep(run, bench, prompts["seen"] // 3)
+    with compiled_ahead(run, bench.inputs["seen"][0]):
+        for row in run.rows:
+            measured[row] = found = bench.measure(row.file_name, row.config, row.params, prompts)
+            score = 100 * found.scores["seen"].overall.mean
+            _say(f"{row.label}: score {score:.1f} %, held-out error {found.errors['seen']:.3g}")
+        sweep = _sweep(run, bench, prompts["seen"] // 3)
     routed = {
-        row: routing.measure(row.config, row.params, bench.inputs["seen"])
-        for row in run.main.finals
-        if row.sparse
+        row: routing.measure(row.config, row.params, bench.inputs["seen"]) for row in run.routed
     }
     accounts = {row: account(row.config) for row in run.rows}
     gflops = {row: account.total.flops / 1e9 for row, account in accounts.items()}
@@ -67,9 +67,10 @@ def gather(run: Run, bench: Bench) -> Findings:
 
 
 def _sweep(run: Run, bench: Bench, count: int) -> tuple[Row, dict[int, Measured]] | None:
-    """The main student before it mixes blocks, with other numbers of experts per token."""
-    row = next((row for row in run.main.finals if row.sparse and not row.mixes), None)
-    if row is None:
+    """The main student before it mixes blocks, with other numbers of experts per token, its own
+    and all of them; None where the run tries none."""
+    row = next((row for row in run.routed if not row.mixes), None)
+    if row is None or not run.config.sweep_top_k:
         return None
     moe, prompts = row.config.transformer.moe, {"seen": max(FEWEST, count)}
     found = {}

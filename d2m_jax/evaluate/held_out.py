@@ -12,12 +12,12 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from d2m_jax import flow
-from d2m_jax.config import LossConfig, MeshConfig, ModelConfig, RunConfig
+from d2m_jax.config import LossConfig, ModelConfig, RunConfig
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import noisy_inputs
 from d2m_jax.models.flux import model_of
 from d2m_jax.sampling.encoders import Encoders
-from d2m_jax.sharding import batch_sharding, batch_shards, make_mesh, replicated
+from d2m_jax.sharding import batch_sharding, batch_shards, local_mesh, replicated
 
 BATCH = 32  # examples of one forward
 SPLITS = {"seen": "validation", "held_out": "held_out"}  # pairs of glyph and colour → data split
@@ -33,28 +33,39 @@ def noisy_batches(config: RunConfig, encoders: Encoders, pairs: str) -> list[Inp
         jax.random.key(config.seed), np.uint32(zlib.crc32(f"report/{pairs}".encode()))
     )
     model = encoders.config
-
-    @jax.jit
-    def noisy(batch, i):
-        inputs, _ = noisy_inputs(model, LossConfig(), batch, jax.random.fold_in(key, i))
-        img, _, txt, _, timesteps, y, _ = inputs
-        return {"img": img, "txt": txt, "timesteps": timesteps, "y": y}
-
     batches = icons.batches(
         config.data, encoders.tokenizer, model.image, BATCH, config.seed, SPLITS[pairs]
     )
     return [
-        noisy(encoders.encode(batch), np.uint32(i))
+        _noisy(model, encoders.encode(batch), jax.random.fold_in(key, np.uint32(i)))
         for i, batch in enumerate(islice(batches, count))
     ]
 
 
+@partial(jax.jit, static_argnums=0)
+def _noisy(config: ModelConfig, batch: dict[str, Array], key: Array) -> Inputs:
+    inputs, _ = noisy_inputs(config, LossConfig(), batch, key)
+    img, _, txt, _, timesteps, y, _ = inputs
+    return {"img": img, "txt": txt, "timesteps": timesteps, "y": y}
+
+
 def forward(config: ModelConfig, params: dict, inputs: Inputs) -> Float[Array, "b n c"]:
     """The velocity of one batch, on the devices that `place` chose."""
+    with _mesh_of(inputs):
+        return _forward(config, params, inputs)
+
+
+def compile_forward(config: ModelConfig, params: dict, inputs: Inputs) -> None:
+    """Compile the forward of a batch where `place` puts it; `forward` finds it in JAX's cache."""
+    params, inputs = place(params, inputs)
+    with _mesh_of(inputs):
+        _forward.lower(config, params, inputs).compile()
+
+
+def _mesh_of(inputs: Inputs) -> contextlib.AbstractContextManager:
     sharding = inputs["img"].sharding
     on_mesh = isinstance(sharding, NamedSharding)
-    with jax.set_mesh(sharding.mesh) if on_mesh else contextlib.nullcontext():
-        return _forward(config, params, inputs)
+    return jax.set_mesh(sharding.mesh) if on_mesh else contextlib.nullcontext()
 
 
 @partial(jax.jit, static_argnums=0)
@@ -70,7 +81,7 @@ def _forward(config: ModelConfig, params: dict, inputs: Inputs) -> Float[Array, 
 
 def place(params: dict, inputs: Inputs) -> tuple[dict, Inputs]:
     """Both on the devices: a batch cut over all of them, or on one where it cannot be cut."""
-    mesh = make_mesh(MeshConfig())
+    mesh = local_mesh()
     if len(inputs["timesteps"]) % batch_shards(mesh):
         return jax.device_put((params, inputs), jax.devices()[0])
     return jax.device_put(params, replicated(mesh)), jax.device_put(inputs, batch_sharding(mesh))

@@ -71,6 +71,11 @@ def measure(
     return layers, groups
 
 
+def compile_routing(config: ModelConfig, params: dict, inputs: Inputs) -> None:
+    """Compile what `measure` runs; it finds it in JAX's cache."""
+    _route.lower(config, params, inputs).compile()
+
+
 @partial(jax.jit, static_argnums=0)
 def _route(config: ModelConfig, params: dict, inputs: Inputs) -> tuple[dict, dict, dict]:
     """By (kind, stack, FFN): loads [g, m, b, n], and choices by image token [g, m, tokens, n].

@@ -89,6 +89,11 @@ class Run:
         return next((s for s in self.students if s.pruned and s.rows), None)
 
     @property
+    def routed(self) -> list[Row]:
+        """The rows whose routing is shown."""
+        return [row for row in self.main.finals if row.sparse]
+
+    @property
     def finals(self) -> list[Row]:
         """The rows that stand for the students in pictures, the teacher first."""
         return [self.teacher, *(row for student in self.students for row in student.finals)]

@@ -1,29 +1,26 @@
 """Grouped matmul: rows sorted by group, one weight matrix per group.
 
-The rows of a group start at a multiple of `tile`, so a tile of rows never meets two groups and the
-shapes stay static without dropping a row: `tiles(rows, groups, tile)` tiles hold any split of
-`rows` rows.
+Forward, gradient of the rows and gradient of the weights each by the kernel that suits the device.
+`jax.lax.ragged_dot` is none of them: XLA expands it to every group times every row.
 """
 
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
+from d2m_jax.config import ConfigError
+from d2m_jax.kernels import tiles
+from d2m_jax.kernels.target import failure, gpu_lacks, log_once, target
 
-def tiles(rows: int, groups: int, tile: int) -> int:
-    """Tiles that hold `rows` rows however they fall into `groups` groups, each padded to whole
-    tiles."""
-    return -(-rows // tile) + groups
-
-
-def tile_groups(sizes: Int[Array, " g"], count: int, tile: int) -> Int[Array, " t"]:
-    """The group of each of `count` tiles, for padded group sizes; tiles past the end belong to the
-    last group."""
-    ends = jnp.cumsum(sizes)
-    starts = jnp.arange(count) * tile
-    return jnp.minimum(jnp.searchsorted(ends, starts, side="right"), sizes.shape[0] - 1)
+INTERPRET = False  # run TPU kernels on a CPU, slowly: for tests
 
 
 def reference(
@@ -37,49 +34,171 @@ def reference(
     return jnp.einsum("rd,gdf,rg->rf", x, w, chosen)
 
 
-# A gathered copy of one weight matrix per tile is quickest while it stays in the cache; above this
-# size a scan reads each matrix in place and sums its gradient in the carry.
-GATHER_BYTES = 4 * 2**20
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def tiled(
-    x: Float[Array, "r d"], w: Float[Array, "g d f"], sizes: Int[Array, " g"], tile: int
+def grouped_matmul(
+    x: Float[Array, "r d"], w: Float[Array, "g d f"], sizes: Int[Array, " g"], way: str
 ) -> Float[Array, "r f"]:
-    """The sparse form for a CPU: tile by tile with its group's matrix. `sizes` are multiples of
-    `tile`, as are r."""
-    return _forward(x, w, tile_groups(sizes, x.shape[0] // tile, tile), tile)
+    """The rows of group i times w[i], in a way of WAYS (see `choose`).
+
+    The first sizes[0] rows are those of group 0, and so on. Rows past the last group cost no work
+    and give exactly zero; so does their gradient.
+    """
+    return _only_rows(_alone(WAYS[way].rows, transpose=False)(x, w, sizes), sizes)
 
 
-def _forward(x, w, group, tile):
-    x = x.reshape(-1, tile, x.shape[-1])
-    if x.shape[0] * w[0].nbytes <= GATHER_BYTES:
-        y = jnp.einsum("tbd,tdf->tbf", x, w[group])
-    else:
-        y = jax.lax.map(lambda a: a[0] @ w[a[1]], (x, group))
-    return y.reshape(-1, w.shape[-1])
+def _forward_rule(x, w, sizes, way):
+    return grouped_matmul(x, w, sizes, way), (x, w, sizes)
 
 
-def _forward_rule(x, w, sizes, tile):
-    group = tile_groups(sizes, x.shape[0] // tile, tile)
-    return _forward(x, w, group, tile), (x, w, group)
-
-
-def _backward_rule(tile, residuals, dy):
-    x, w, group = residuals
-    dx = _forward(dy, w.swapaxes(1, 2), group, tile)
-    x, dy = x.reshape(-1, tile, x.shape[-1]), dy.reshape(-1, tile, dy.shape[-1])
-    if x.shape[0] * w[0].nbytes <= GATHER_BYTES:
-        parts = jnp.einsum("tbd,tbf->tdf", x, dy, preferred_element_type=jnp.float32)
-        dw = jax.ops.segment_sum(parts, group, w.shape[0])
-    else:
-
-        def add(dw, a):
-            part = jnp.matmul(a[0].T, a[1], preferred_element_type=jnp.float32)
-            return dw.at[a[2]].add(part), None
-
-        dw, _ = jax.lax.scan(add, jnp.zeros(w.shape, jnp.float32), (x, dy, group))
+def _backward_rule(way, residuals, dy):
+    x, w, sizes = residuals
+    dx = _only_rows(_alone(WAYS[way].rows, transpose=True)(dy, w, sizes), sizes)
+    dw = _alone(WAYS[way].weights)(x, dy, sizes)
+    # A kernel may leave a group without rows as it found the memory.
+    dw = jnp.where((sizes > 0)[:, None, None], dw, 0)
     return dx, dw.astype(w.dtype), None
 
 
-tiled.defvjp(_forward_rule, _backward_rule)
+grouped_matmul.defvjp(_forward_rule, _backward_rule)
+
+
+def _alone(kernel: Callable, **options) -> Callable:
+    """Under vmap (the samples of a Mixture of Blocks) one after the other: kernels have no
+    batch."""
+    return jax.custom_batching.sequential_vmap(partial(kernel, **options))
+
+
+def _only_rows(y, sizes):
+    """y with zeros where a kernel left rows of no group as it found the memory."""
+    return jnp.where(jnp.arange(y.shape[0])[:, None] < sizes.sum(), y, 0)
+
+
+def _tiled(x, w, sizes, transpose):
+    return tiles.multiply(x, w.swapaxes(1, 2) if transpose else w, sizes)
+
+
+def _megablox(x, w, sizes, transpose):
+    kernels = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    padded = _padded(x)
+    tiling = _tiling(padded, x.shape[1], w.shape[1 if transpose else 2])
+    y = kernels.gmm(padded, w, sizes, x.dtype, tiling, transpose_rhs=transpose, interpret=INTERPRET)
+    return y[: x.shape[0]]
+
+
+def _megablox_weights(x, dy, sizes):
+    kernels = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    x, dy = _padded(x), _padded(dy)
+    tiling = _tiling(x, x.shape[1], dy.shape[1])
+    return kernels.tgmm(x.T, dy, sizes, x.dtype, tiling, interpret=INTERPRET)
+
+
+def _padded(x):
+    """x with as many rows as whole tiles have."""
+    return jnp.pad(x, ((0, -x.shape[0] % _row_tile(x)), (0, 0)))
+
+
+def _row_tile(x) -> int:
+    return 512 if x.shape[0] >= 512 else 128
+
+
+def _tiling(x, inner: int, outer: int) -> tuple[int, int, int]:
+    """Rows, inner and outer columns of a tile: the largest that divide evenly and leave room for
+    double buffers in 16 MB of VMEM."""
+
+    def columns(size: int) -> int:
+        return next((t for t in (1024, 768, 512, 384, 256) if size % t == 0), min(size, 128))
+
+    return _row_tile(x), columns(inner), columns(outer)
+
+
+def _tokamax(kernel: str, x, w, sizes, transpose):
+    contracted = ([1], [2 if transpose else 1]), ([], [])
+    return _tokamax_dot(kernel, x, w, sizes, lax.RaggedDotDimensionNumbers(contracted, [0], [0]))
+
+
+def _tokamax_weights(kernel: str, x, dy, sizes):
+    contracted = ([0], [0]), ([], [])
+    return _tokamax_dot(kernel, x, dy, sizes, lax.RaggedDotDimensionNumbers(contracted, [0], []))
+
+
+def _tokamax_dot(kernel: str, a, b, sizes, dimensions):
+    dot = importlib.import_module("tokamax").ragged_dot_general
+    return dot(a, b, sizes, ragged_dot_dimension_numbers=dimensions, implementation=kernel)
+
+
+@dataclass(frozen=True)
+class Way:
+    """Kernels: `rows(x, w, sizes, transpose)` for forward and the gradient of the rows,
+    `weights(x, dy, sizes)` for that of the weights."""
+
+    device: str  # "cpu" runs everywhere
+    rows: Callable
+    weights: Callable
+    tokamax: str | None = None  # which of its kernels must be there
+
+
+WAYS = {
+    "tiled": Way("cpu", _tiled, tiles.gradient),
+    "megablox": Way("tpu", _megablox, _megablox_weights),
+    "triton": Way(
+        "gpu", partial(_tokamax, "triton"), partial(_tokamax_weights, "triton"), "triton"
+    ),
+    # Mosaic's own gradient of the weights reaches a quarter of Triton's rate (tokamax's timings on
+    # an H100).
+    "mosaic_gpu": Way(
+        "gpu", partial(_tokamax, "mosaic_gpu"), partial(_tokamax_weights, "triton"), "mosaic_gpu"
+    ),
+    "mosaic_tpu": Way(
+        "tpu",
+        partial(_tokamax, "mosaic_tpu"),
+        partial(_tokamax_weights, "mosaic_tpu"),
+        "mosaic_tpu",
+    ),
+}
+BEST = {"cpu": "tiled", "tpu": "megablox", "gpu": "triton"}
+
+
+def choose(implementation: str) -> str:
+    """A way of WAYS or "reference", for the device that the program being traced is for.
+
+    "auto" is the best that is there, and one logged line says what is missing; a way by name that
+    cannot work is a ConfigError that lists what can.
+    """
+    device = target()
+    if implementation == "reference":
+        return implementation
+    if implementation == "auto":
+        best = BEST.get(device, "tiled")
+        if lack := lacks(best, device):
+            cost = "every expert runs on every token, n / k times the work of those chosen"
+            message = f"grouped matmul: {best} {lack}; {cost}"
+            log_once(__name__, message, logging.WARNING)
+            return "reference"
+        log_once(__name__, f"grouped matmul: {best}")
+        return best
+    if lack := lacks(implementation, device):
+        works = ["auto", "reference", *(name for name in WAYS if not lacks(name, device))]
+        raise ConfigError(
+            f"MoEConfig.implementation = {implementation}: {lack}; here work {', '.join(works)}"
+        )
+    return implementation
+
+
+def lacks(name: str, device: str) -> str:
+    """Why a way cannot work on a device ("cpu", "gpu", "tpu"), or nothing."""
+    way = WAYS[name]
+    if way.device not in ("cpu", device):
+        return f"is for {way.device}, found {device}"
+    if way.device == "gpu" and (lack := gpu_lacks()):
+        return lack
+    return _tokamax_lacks(way.tokamax) if way.tokamax else ""
+
+
+@functools.cache
+def _tokamax_lacks(kernel: str) -> str:
+    def small_product(x, w, sizes):
+        return importlib.import_module("tokamax").ragged_dot(x, w, sizes, implementation=kernel)
+
+    kinds = ((128, 128), jnp.bfloat16), ((1, 128, 128), jnp.bfloat16), ((1,), jnp.int32)
+    why = failure(small_product, *(jax.ShapeDtypeStruct(*kind) for kind in kinds))
+    return why and f"needs tokamax with its kernel {kernel} ({why})"

@@ -124,7 +124,7 @@ class SingleStreamBlock(nnx.Module):
         shift, scale, gate = self.modulation(context.cond)
         norm = layer_norm(x)
         x_mod = modulate(norm, shift, scale)
-        q, k, v = heads(self.qkv(x_mod), self.num_heads)
+        q, k, v = heads(self.qkv, x_mod, self.num_heads)
         attn = attend(self.norm.query_norm(q), self.norm.key_norm(k), v, context.pe)
         y, aux = call_ffn(self.mlp, x_mod, norm, context)
         return (x + gate.astype(x.dtype) * (self.attn_out(attn) + y),), {"mlp": aux}

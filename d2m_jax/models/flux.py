@@ -20,6 +20,7 @@ from d2m_jax.models.layers import (
     timestep_embedding,
 )
 from d2m_jax.models.mob import BlockRouter, choose, run_chosen
+from d2m_jax.sharding import constrain, gathered
 
 
 class Stack(nnx.Module):
@@ -52,10 +53,14 @@ class Stack(nnx.Module):
         block, router = params
 
         def run_block(block, streams, context):
+            block = gathered(block, streams[0].dtype)
+            streams = tuple(constrain(x, "batch", None, None) for x in streams)
             return nnx.merge(graphs[0], block)(streams, context)
 
         if not self.config.mixes:
             return jax.lax.scan(lambda s, p: run_block(p, s, context), streams, block)
+        # Samples choose on their own devices, which must then have all blocks of the group.
+        block = gathered(block, streams[0].dtype)
         logits = nnx.merge(graphs[1], router)(streams, context)
         probability, chosen, weight = choose(logits, self.config.active)
         streams, aux = run_chosen(run_block, block, streams, context, chosen, weight)

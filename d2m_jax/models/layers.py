@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from d2m_jax.kernels.attention import attention
+from d2m_jax.sharding import constrain, on_own_part
 
 
 class Linear(nnx.Module):
@@ -72,7 +73,8 @@ class FFN(nnx.Module):
         self.out_layer = Linear(width, dim, bias=out_bias, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        return self.out_layer(jax.nn.gelu(self.in_layer(x), approximate=True))
+        hidden = constrain(self.in_layer(x), "batch", *[None] * (x.ndim - 2), "inner")
+        return self.out_layer(jax.nn.gelu(hidden, approximate=True))
 
 
 class Modulation(nnx.Module):
@@ -87,7 +89,8 @@ class Modulation(nnx.Module):
         self.chunks = chunks
 
     def __call__(self, cond: Float[Array, "b r"]) -> list[Float[Array, "b 1 d"]]:
-        return jnp.split(self.lin(cond)[:, None], self.chunks, axis=-1)
+        modulation = constrain(self.lin(cond), "batch", None)
+        return jnp.split(modulation[:, None], self.chunks, axis=-1)
 
 
 def modulate(x: Float[Array, "b n d"], shift: Array, scale: Array) -> Float[Array, "b n d"]:
@@ -127,14 +130,22 @@ def apply_rope(x: Float[Array, "b n h d"], pe: tuple[Array, Array]) -> Float[Arr
     return rotated.reshape(x.shape).astype(x.dtype)
 
 
-def heads(qkv: Float[Array, "b n e"], count: int) -> list[Float[Array, "b n h d"]]:
-    """Split [q, k, v] and their heads."""
-    return [part.reshape(*part.shape[:2], count, -1) for part in jnp.split(qkv, 3, axis=-1)]
+def heads(
+    linear: Linear, x: Float[Array, "b n d"], count: int
+) -> tuple[Float[Array, "b n h c"], Float[Array, "b n h c"], Float[Array, "b n h c"]]:
+    """Queries, keys and values of every head, from a linear that gives them side by side."""
+    kernel = linear.kernel[...].astype(x.dtype).reshape(x.shape[-1], 3, -1)
+    kernel = constrain(kernel, None, None, "inner")
+    bias = linear.bias[...].astype(x.dtype).reshape(3, -1)
+    qkv = constrain(jnp.tensordot(x, kernel, 1) + bias, "batch", None, None, "inner")
+    q, k, v = (qkv[:, :, i].reshape(*x.shape[:2], count, -1) for i in range(3))
+    return q, k, v
 
 
 def attend(q, k, v, pe: tuple[Array, Array]) -> Float[Array, "b n d"]:
-    """Attention with rotary positions, heads joined again."""
-    x = attention(apply_rope(q, pe), apply_rope(k, pe), v)
+    """Attention with rotary positions, heads joined again; every device has heads of its own."""
+    q, k, axes = apply_rope(q, pe), apply_rope(k, pe), ("batch", None, "inner")
+    x = on_own_part(attention, (q, k, v), (axes, axes, axes), axes)
     return x.reshape(*x.shape[:2], -1)
 
 
@@ -149,5 +160,5 @@ class SelfAttention(nnx.Module):
 
     def project(self, x: Float[Array, "b n d"]) -> list[Float[Array, "b n h c"]]:
         """Normalised queries and keys, and values."""
-        q, k, v = heads(self.qkv(x), self.num_heads)
+        q, k, v = heads(self.qkv, x, self.num_heads)
         return [self.norm.query_norm(q), self.norm.key_norm(k), v]

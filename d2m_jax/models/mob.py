@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from d2m_jax.models.blocks import Context, Streams
 from d2m_jax.models.layers import Linear
-from d2m_jax.sharding import on_own_samples
+from d2m_jax.sharding import on_own_part
 
 # Samples run side by side while copies of their blocks' weights fit in this many bytes, else one
 # after the other with weights read in place.
@@ -74,7 +74,7 @@ def run_chosen(
     samples = streams, context.vec, context.cond, chosen, weight, context.pe if pe_mapped else None
     shared = params, None if pe_mapped else context.pe
     run = partial(_run_samples, run_block, context)
-    streams, aux = on_own_samples(run, samples, shared)
+    streams, aux = on_own_part(run, (samples, shared), (("batch",), ()), ("batch",))
     return streams, jax.tree.map(lambda a: a.swapaxes(0, 1), aux)
 
 

@@ -8,9 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import FluxConfig, StackConfig
-from d2m_jax.kernels import grouped_matmul
+from d2m_jax.kernels.grouped_matmul import choose, grouped_matmul
 from d2m_jax.models.layers import FFN, Linear
-from d2m_jax.sharding import on_own_samples
+from d2m_jax.sharding import on_own_part
 
 SORTED_TOKENS = 512  # from which sorting tokens by expert pays on a CPU
 
@@ -58,8 +58,15 @@ class MoE(nnx.Module):
             return y, {}
         logits = self.logits(x, unmodulated, vec)
         probability, chosen, weight = self.route(logits, k)
-        run = partial(run_experts, self.config.implementation)
-        routed = on_own_samples(run, (x, chosen, weight), self.experts.cast(x.dtype))
+        # Tokens are sorted on their own device; so are they where experts are spread over devices.
+        run = partial(run_own_experts, self.config.implementation, self.experts.in_bias.shape)
+        samples, experts = (("batch",),) * 3, (("expert", None, "inner"), ("expert", "inner"))
+        routed = on_own_part(
+            run,
+            (x, chosen, weight, *self.experts.cast(x.dtype)),
+            (*samples, *experts, ("expert", "inner")),
+            ("batch",),
+        )
         y = y + self.scale[...].astype(x.dtype) * routed
         load = jax.nn.one_hot(chosen, self.config.experts).mean((1, 2))
         entropy = -(probability * jnp.log(probability + 1e-9)).sum(-1).mean(1)
@@ -92,15 +99,39 @@ class MoE(nnx.Module):
         return probability, chosen, weight
 
 
-def run_experts(implementation: str, samples: tuple, experts: tuple) -> Float[Array, "b n d"]:
-    """Σ_k weight · expert(x) of samples (x, chosen, weight), in the way asked for or fit."""
+def run_own_experts(implementation: str, whole: tuple[int, int], x, chosen, weight, *own):
+    """run_experts on a device that has all experts, some of them, or some neurons of each; `whole`
+    is what there is of both.
+
+    Devices with other experts send their tokens and get sums back.
+    """
+    (experts, width), (mine, neurons) = whole, own[1].shape
+    if mine < experts:
+        x, chosen, weight = (
+            jax.lax.all_gather(a, "expert", tiled=True) for a in (x, chosen, weight)
+        )
+        chosen = chosen - jax.lax.axis_index("expert") * mine
+        chosen = jnp.where((chosen >= 0) & (chosen < mine), chosen, mine)
+    y = run_experts(implementation, (x, chosen, weight), own, experts)
+    if mine < experts:
+        y = jax.lax.psum_scatter(y, "expert", tiled=True)
+    return jax.lax.psum(y, "tensor") if neurons < width else y
+
+
+def run_experts(
+    implementation: str, samples: tuple, experts: tuple, among: int | None = None
+) -> Float[Array, "b n d"]:
+    """Σ_k weight · expert(x) of samples (x, chosen, weight), in the way asked for or fit.
+
+    Where these are some `among` more experts, the id after the last marks a choice of another
+    device's expert: it adds exactly zero, to gradients too, and costs no matmul.
+    """
     x, chosen, weight = samples
     tokens, k = x.shape[0] * x.shape[1], chosen.shape[-1]
-    if implementation == "auto":
-        # A short sequence is cheaper with all experts masked than sorted (benchmarks/ffn.py).
-        sparse = tokens >= SORTED_TOKENS and k < experts[0].shape[0]
-        implementation = "tiled" if sparse else "reference"
-    function = {"reference": reference_experts, "tiled": tiled_experts}[implementation]
+    # A short sequence is cheaper with all experts masked than sorted (benchmarks/ffn.py).
+    few = tokens < SORTED_TOKENS or k >= (among or experts[0].shape[0])
+    way = "reference" if implementation == "auto" and few else choose(implementation)
+    function = reference_experts if way == "reference" else partial(sorted_experts, way)
     flat = x.reshape(tokens, -1), chosen.reshape(tokens, k), weight.reshape(tokens, k)
     return function(*flat, *experts).reshape(x.shape)
 
@@ -120,7 +151,8 @@ def reference_experts(
     return jnp.einsum("tef,efd->td", hidden * masked[..., None].astype(x.dtype), out_kernel)
 
 
-def tiled_experts(
+def sorted_experts(
+    way: str,
     x: Float[Array, "t d"],
     chosen: Int[Array, "t k"],
     weight: Float[Array, "t k"],
@@ -128,78 +160,58 @@ def tiled_experts(
     in_bias: Float[Array, "e f"],
     out_kernel: Float[Array, "e f d"],
 ) -> Float[Array, "t d"]:
-    """The same with only the chosen experts' work: tokens sorted into tiles of one expert each."""
-    experts, k = in_kernel.shape[0], chosen.shape[1]
-    tile = tile_rows(chosen.size, experts)
-    slot, sizes, token = place(chosen, experts, tile)
-    # Rows of empty places read token 0; their output is never read, so their gradient is zero.
-    rows = _gather(x, token, slot)
-    group = grouped_matmul.tile_groups(sizes, rows.shape[0] // tile, tile)
-    bias = jnp.repeat(in_bias[group], tile, axis=0)
-    hidden = grouped_matmul.tiled(rows, in_kernel, sizes, tile) + bias
-    out = grouped_matmul.tiled(jax.nn.gelu(hidden, approximate=True), out_kernel, sizes, tile)
-    out = _scatter(out, slot, token).reshape(-1, k, x.shape[-1])
+    """The same with only the chosen experts' work: choices sorted by expert, grouped matmuls."""
+    order, place, sizes = sort(chosen, in_kernel.shape[0])
+    rows = _gather(x, order // chosen.shape[1], place)
+    one_hot = jax.nn.one_hot(chosen.reshape(-1)[order], in_kernel.shape[0], dtype=x.dtype)
+    hidden = grouped_matmul(rows, in_kernel, sizes, way) + one_hot @ in_bias
+    out = grouped_matmul(jax.nn.gelu(hidden, approximate=True), out_kernel, sizes, way)
+    out = _permute(out, place, order).reshape(*chosen.shape, -1)
     return jnp.einsum("tkd,tk->td", out, weight.astype(x.dtype))
 
 
-def tile_rows(rows: int, experts: int) -> int:
-    """Rows per tile: large enough for a matmul to be efficient, small enough that padding stays a
-    small share."""
-    share = rows / experts
-    return next((tile for tile in (128, 64, 32) if share >= 3 * tile), 16)
-
-
-def place(
-    chosen: Int[Array, "t k"], experts: int, tile: int
-) -> tuple[Int[Array, " tk"], Int[Array, " e"], Int[Array, " r"]]:
-    """Where each choice goes in the tiled order: its row, the padded group sizes, and each row's
-    token."""
+def sort(
+    chosen: Int[Array, "t k"], experts: int
+) -> tuple[Int[Array, " r"], Int[Array, " r"], Int[Array, " e"]]:
+    """Choices by expert, those of no expert last: the choice of each row, the row of each choice,
+    and how many rows each expert has."""
     flat = chosen.reshape(-1)
-    one_hot = jax.nn.one_hot(flat, experts, dtype=jnp.int32)
-    rank = jnp.take_along_axis(jnp.cumsum(one_hot, axis=0), flat[:, None], axis=1)[:, 0] - 1
-    sizes = -(-one_hot.sum(0) // tile) * tile
-    slot = (jnp.cumsum(sizes) - sizes)[flat] + rank
-    rows = grouped_matmul.tiles(flat.shape[0], experts, tile) * tile
-    source = jnp.arange(flat.shape[0]) // chosen.shape[1]
-    token = jnp.zeros(rows, jnp.int32).at[slot].set(source, unique_indices=True)
-    return slot, sizes, token
+    order = jnp.argsort(flat, stable=True)
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
+    sizes = jax.nn.one_hot(flat, experts, dtype=jnp.int32).sum(0)
+    return order, place, sizes
 
 
 @jax.custom_vjp
-def _gather(x, token, slot):
-    """Rows of x in tiled order; the gradient gathers back by `slot` instead of scattering."""
+def _gather(x, token, place):
+    """The row of x of each choice; the gradient gathers back by `place` instead of scattering."""
     return x[token]
 
 
-def _gather_forward(x, token, slot):
-    return x[token], (slot, x.shape[0])
+def _gather_forward(x, token, place):
+    return x[token], (place, x.shape[0])
 
 
 def _gather_backward(residuals, dy):
-    slot, tokens = residuals
-    return dy[slot].reshape(tokens, -1, dy.shape[-1]).sum(1), None, None
+    place, tokens = residuals
+    return dy[place].reshape(tokens, -1, dy.shape[-1]).sum(1), None, None
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
 @jax.custom_vjp
-def _scatter(rows, slot, token):
-    """Rows of the tiled order back in the order of choices."""
-    return rows[slot]
+def _permute(rows, order, inverse):
+    """rows[order]; the gradient gathers by the inverse instead of scattering."""
+    return rows[order]
 
 
-def _scatter_forward(rows, slot, token):
-    return rows[slot], (slot, token, rows.shape[0])
+def _permute_forward(rows, order, inverse):
+    return rows[order], inverse
 
 
-def _scatter_backward(residuals, dy):
-    slot, token, rows = residuals
-    return (
-        jnp.zeros((rows, dy.shape[-1]), dy.dtype).at[slot].set(dy, unique_indices=True),
-        None,
-        None,
-    )
+def _permute_backward(inverse, dy):
+    return dy[inverse], None, None
 
 
-_scatter.defvjp(_scatter_forward, _scatter_backward)
+_permute.defvjp(_permute_forward, _permute_backward)

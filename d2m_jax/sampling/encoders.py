@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from d2m_jax import flow
-from d2m_jax.config import MeshConfig, ModelConfig, PixelsConfig, WordsConfig
+from d2m_jax.config import ModelConfig, PixelsConfig, WordsConfig
 from d2m_jax.models import autoencoder, clip, t5
 from d2m_jax.models.words import Words
 from d2m_jax.sampling.tokenizers import Tokenizers
-from d2m_jax.sharding import make_mesh, spread
+from d2m_jax.sharding import local_mesh, spread
 from d2m_jax.weights.encoders import load_encoders
 
 
@@ -22,8 +22,8 @@ class Encoders:
     """The text encoders and the image side of one model, with their parameters.
 
     Words and pixels have none. T5, CLIP and the autoencoder come from the folder that
-    `config.encoders` names, are shared out over `mesh` (None: all devices) and compute in `dtype`
-    (None: bfloat16, on a CPU float32). `tokenizer.ids(captions)` gives what `text` reads; it holds
+    `config.encoders` names, are shared out over `mesh` (None: this process's) and compute in
+    `dtype` (None: bfloat16, on a CPU float32). `tokenizer.ids(captions)` gives what `text` reads; it holds
     no parameters, so that a data pipeline can carry it. ConfigError where the folder is missing or
     does not fit the config.
     """
@@ -31,7 +31,7 @@ class Encoders:
     def __init__(self, config: ModelConfig, dtype=None, mesh: Mesh | None = None):
         usual = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         self.config, self.dtype = config, jnp.dtype(dtype or usual)
-        self.params = load_encoders(config, partial(spread, mesh or make_mesh(MeshConfig())))
+        self.params = load_encoders(config, partial(spread, mesh or local_mesh()))
         if isinstance(config.text, WordsConfig):
             self.tokenizer = Words(config.text)
         else:

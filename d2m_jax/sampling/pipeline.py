@@ -7,14 +7,23 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from d2m_jax import flow
-from d2m_jax.config import MeshConfig, ModelConfig, PromptsConfig, check
+from d2m_jax.config import ModelConfig, PromptsConfig, check
 from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.sampling.denoise import denoise
 from d2m_jax.sampling.encoders import Encoders
-from d2m_jax.sharding import batch_sharding, batch_shards, make_mesh, replicated
+from d2m_jax.sharding import (
+    batch_shards,
+    local_mesh,
+    own_rows,
+    parameter_sharding,
+    put_batch,
+    put_parameters,
+    whole,
+)
 from d2m_jax.weights import model_directory, torch_import
 from d2m_jax.weights.encoders import model_config, pipeline_folder
 
@@ -25,14 +34,20 @@ class Pipeline:
     """A transformer and its encoders; called with prompts it gives images.
 
     Activations are in `dtype` (None: bfloat16, on a CPU float32). Encoders that are loaded already
-    can be handed in.
+    can be handed in. `mesh` says where it runs (None: this process's devices, each with images of
+    its own).
     """
 
     def __init__(
-        self, config: ModelConfig, params: dict, dtype=None, encoders: Encoders | None = None
+        self,
+        config: ModelConfig,
+        params: dict,
+        dtype=None,
+        encoders: Encoders | None = None,
+        mesh: Mesh | None = None,
     ):
-        self.config, self.mesh = config, make_mesh(MeshConfig())
-        self.params = jax.device_put(params, replicated(self.mesh))
+        self.config, self.mesh = config, mesh or local_mesh()
+        self.params = put_parameters(self.mesh, params)
         self.encoders = encoders or Encoders(config, dtype, self.mesh)
 
     def __call__(
@@ -81,19 +96,21 @@ class Pipeline:
         check(latents.shape == shape, f"latents: found shape {latents.shape}, expected {shape}")
         times = flow.schedule(steps, rows * columns, config.shift)
         guidance = config.guidance if guidance is None else guidance
-        # The last batch is filled up, so that one compiled program serves all.
+        # The last batch is filled up, so that one compiled program serves all, and every batch so
+        # far that each device has samples.
         size = min(batch_size or max(1, BATCH_TOKENS // (rows * columns)), len(prompts))
+        shards = batch_shards(self.mesh)
+        size = -(-size // shards) * shards
         filled = np.arange(-(-len(prompts) // size) * size) % len(prompts)
         everything, images = (ids, np.asarray(latents)), []
         for part in filled.reshape(-1, size):
-            inputs = jax.tree.map(lambda a, part=part: a[part], everything)
-            if size % batch_shards(self.mesh) == 0:
-                inputs = jax.device_put(inputs, batch_sharding(self.mesh))
+            part = part[own_rows(self.mesh, size)]
+            inputs = put_batch(self.mesh, jax.tree.map(lambda a, part=part: a[part], everything))
             with jax.set_mesh(self.mesh):
                 texts = [encoders.text(ids) for ids in inputs[0]]
                 arguments = config, encoders.dtype, grid, top_k, self.params, inputs[1], texts
                 x = _denoise(*arguments, times, guidance, true_cfg)
-                images.append(np.asarray(encoders.images(x, height, width, tile)))
+                images.append(whole(encoders.images(x, height, width, tile)))
         return np.concatenate(images)[: len(prompts)]
 
     def _ids(self, captions: list[str], length: int | None):
@@ -132,16 +149,19 @@ def noise(seed: int, count: int, tokens: int, channels: int) -> Float[Array, "b 
     return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
 
 
-def load_pipeline(path: str | Path, dtype=None) -> Pipeline:
+def load_pipeline(path: str | Path, dtype=None, mesh: Mesh | None = None) -> Pipeline:
     """The pipeline of a model directory, an export for torch, or a diffusers FluxPipeline (its
     folder, or the name of its Hugging Face repository).
 
-    `dtype` as in Pipeline; parameters as stored. ConfigError for whatever else is there.
+    `dtype` and `mesh` as in Pipeline; parameters as stored. ConfigError for whatever else is there.
     """
+    mesh = mesh or local_mesh()
+    place = partial(parameter_sharding, mesh)
     if model_directory.is_model_directory(path):
-        return Pipeline(*model_directory.load(path, dtype=None), dtype)
-    folder = pipeline_folder(path)
-    source = torch_import.open_source(folder)
-    config = source.model or model_config(source.config, folder)
-    params = torch_import.load(source.parameters(), abstract(source.config))
-    return Pipeline(config, params, dtype)
+        config, params = model_directory.load(path, dtype=None, sharding=place)
+    else:
+        folder = pipeline_folder(path)
+        source = torch_import.open_source(folder)
+        config = source.model or model_config(source.config, folder)
+        params = torch_import.load(source.parameters(), abstract(source.config), place)
+    return Pipeline(config, params, dtype, mesh=mesh)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import accumulate, groupby
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -150,14 +151,14 @@ def _blocks(old: list[tuple[StackConfig, dict]], stack: StackConfig, start: int)
         begin += source.depth
 
     def join(*parts):
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
         return whole.reshape(stack.groups, stack.blocks, *whole.shape[1:])
 
     return jax.tree.map(join, *parts)
 
 
-def _flat(a) -> np.ndarray:
-    return np.asarray(a).reshape(-1, *a.shape[2:])
+def _flat(a):
+    return a.reshape(-1, *a.shape[2:])
 
 
 def _router(config: FluxConfig, stack: StackConfig, name: str, seed: int) -> dict:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from d2m_jax.config import FluxConfig
 from d2m_jax.models.flux import model_of
+from d2m_jax.sharding import whole
 
 # (batch, key) → the arguments of Flux.embed at random times, and the velocity that is true there
 Noisy = Callable[[dict, Array], tuple[tuple, Array]]
@@ -45,12 +46,12 @@ def calibrate(
     Taylor scores (PAPER.md, step 0) are Σ |∂L/∂w · w| over a neuron's in-row, in-bias and
     out-column, L the flow matching loss, averaged over the batches, which give equally many inputs.
     """
-    params, count = jax.device_put(params), -(-tokens // len(batches))
+    params, count = jax.tree.map(jnp.asarray, params), -(-tokens // len(batches))
     parts = []
     for i, batch in enumerate(batches):
         mine = jax.random.fold_in(key, i)
         found = _measure(params, batch, mine, config=config, noisy=noisy, count=count)
-        parts.append(jax.tree.map(np.asarray, found))
+        parts.append(jax.tree.map(whole, found))
     scores, inputs, cond = zip(*parts, strict=True)
     return Calibration(
         taylor=jax.tree.map(lambda *a: sum(a) / len(a), *scores),
@@ -105,7 +106,7 @@ def _draw(report: dict, key: Array, count: int) -> dict:
 
 def magnitude(params: dict) -> dict:
     """Σ |w| over a neuron's weights, [groups, blocks, width] per FFN."""
-    absolute = jax.tree.map(lambda w: np.abs(np.asarray(w, np.float32)), ffns(params))
+    absolute = jax.tree.map(lambda w: np.abs(whole(w).astype(np.float32)), ffns(params))
     return each(_per_neuron, absolute)
 
 

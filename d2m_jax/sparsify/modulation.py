@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from d2m_jax.config import FluxConfig
+from d2m_jax.sharding import whole
 
 MODULATIONS = {"double": ("img_mod", "txt_mod"), "single": ("modulation",)}
 COMPARED = 256  # calibration vectors that the error is measured on
@@ -38,8 +39,8 @@ def low_rank(
         for stack in params[kind].values():
             for name in names:
                 lin = stack["block"][name]["lin"]
-                kernel = np.asarray(lin["kernel"], np.float32)
-                bias = np.asarray(lin["bias"], np.float32)
+                kernel = whole(lin["kernel"]).astype(np.float32)
+                bias = whole(lin["bias"]).astype(np.float32)
                 error += np.square(lost.astype(np.float32) @ kernel).sum(dtype=np.float64)
                 old = compared.astype(np.float32) @ kernel + bias[..., None, :]
                 total += np.square(old).sum(dtype=np.float64)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from d2m_jax.config import FluxConfig, ModelConfig, SparsifyConfig, check
+from d2m_jax.sharding import whole
 from d2m_jax.sparsify import importance
 from d2m_jax.sparsify.experts import make_moe
 from d2m_jax.sparsify.groups import KINDS, align, aligned, shapes
@@ -58,7 +59,7 @@ def make_student(
                 continue
             block = dict(params[kind][i]["block"])
             for name in FFNS[kind]:
-                ffn, mine = jax.tree.map(np.asarray, block[name]), scores[kind][i][name]
+                ffn, mine = jax.tree.map(whole, block[name]), scores[kind][i][name]
                 if sparsify.method == "prune":
                     block[name] = prune(ffn, mine, student.ffn_width(stack))
                 else:

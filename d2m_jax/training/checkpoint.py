@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from d2m_jax.config import ConfigError, RunConfig, to_json
+from d2m_jax import hosts
+from d2m_jax.config import ConfigError, RunConfig, differences, to_json
 from d2m_jax.weights.named_arrays import fingerprint, names, restructure
 
 
@@ -28,12 +30,15 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one stage, `directory`/STEP; saving goes on in the background.
 
+    Of several processes all call everything here, on one file system: each writes and reads its
+    part of the arrays, in whatever mesh; what is done once, the first does.
+
     `identity` (JSON) is what a checkpoint must have been made with to be continued here.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any], keep: int = 2):
         self.directory, self.identity = Path(os.path.abspath(directory)), identity
-        self.directory.mkdir(parents=True, exist_ok=True)
+        hosts.by_first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
         best = checkpoint_managers.BestN(
             # The best is the last in this order.
             get_metric_fn=lambda metrics: -metrics["held_out"],
@@ -69,39 +74,53 @@ class Checkpoints:
         A damaged one is set aside as `damaged_STEP`, with one line on stderr. Raises ConfigError
         where a checkpoint belongs to another run.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                content = self._content(step)
-            except Exception as error:  # Orbax, tensorstore and JSON each have their own
-                self._set_aside(step, error)
-                continue
-            refuse_other(self.directory / str(step), content["identity"], self.identity)
-            try:
-                return Restored(step, self._state(step, like, content), content["progress"])
-            except Exception as error:
-                self._set_aside(step, error)
+        for step in hosts.by_first(lambda: sorted(self._manager.all_steps(), reverse=True)):
+            content, damage = hosts.by_first(lambda step=step: self._content(step))
+            if damage is None:
+                other = self.directory / str(step)
+                refuse_other(other, content["identity"], self.identity)
+                state, damage = self._state(step, like, content["fingerprint"])
+            if damage is None:
+                return Restored(step, state, content["progress"])
+            hosts.by_first(lambda step=step, damage=damage: self._set_aside(step, damage))
+            self._manager.reload()
         return None
 
-    def _content(self, step: int) -> dict[str, Any]:
-        content = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
-        content = dict(content["run"])
-        if content.pop("checksum", None) != _checksum(content):
-            raise ValueError("run/metadata is not what was saved")
-        return content
+    def _content(self, step: int) -> tuple[dict[str, Any] | None, str | None]:
+        """What is beside the arrays, or why it cannot be read."""
+        try:
+            content = json.loads((self.directory / str(step) / "run" / "metadata").read_text())
+            if content.pop("checksum", None) != _checksum(content):
+                raise ValueError("run/metadata is not what was saved")
+        except Exception as error:  # of files and JSON; damage can look like anything
+            return None, _line(error)
+        return content, None
 
-    def _state(self, step: int, like: Any, content: dict[str, Any]) -> Any:
+    def _state(self, step: int, like: Any, expected: str) -> tuple[Any, str | None]:
+        """The arrays, or why any process cannot read them."""
         target = {
             name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
             for name, a in names(like).items()
         }
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        named = self._manager.restore(step, args=arguments)["state"]
-        state = restructure(like, named)
-        if fingerprint(state) != content["fingerprint"]:
-            raise ValueError("state is not what was saved")
-        return state
+        state, damage = None, None
+        try:
+            # Not by the manager: it would wait for a process whose part is damaged.
+            named = ocp.StandardCheckpointHandler().restore(
+                self.directory / str(step) / "state", args=ocp.args.StandardRestore(target)
+            )
+            state = restructure(like, named)
+        except Exception as error:  # Orbax and tensorstore each have their own
+            damage = _line(error)
+        damage = next(filter(None, hosts.gather(damage)), None)
+        if damage is None:
+            try:
+                if fingerprint(state) != expected:
+                    damage = "state is not what was saved"
+            except FloatingPointError as error:
+                damage = str(error)
+        return state, damage
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def _set_aside(self, step: int, damage: str) -> None:
         damaged = self.directory / str(step)
         aside = self.directory / f"damaged_{step}"
         for number in range(2, 1000):
@@ -109,11 +128,9 @@ class Checkpoints:
                 break
             aside = self.directory / f"damaged_{step}_{number}"
         damaged.rename(aside)
-        self._manager.reload()
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        left = self._manager.latest_step()
+        left = max((s for s in self._manager.all_steps() if s != step), default=None)
         print(
-            f"checkpoint {damaged} is damaged ({reason}), moved to {aside.name}; going back to "
+            f"checkpoint {damaged} is damaged ({damage}), moved to {aside.name}; going back to "
             + ("the start of the stage" if left is None else f"step {left}"),
             file=sys.stderr,
             flush=True,
@@ -122,12 +139,17 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Step of the newest finished checkpoint."""
         self._manager.wait_until_finished()
-        return self._manager.latest_step()
+        return hosts.by_first(self._manager.latest_step)
 
     def close(self) -> None:
         """Wait until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's message, shortened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def _checksum(content: dict[str, Any]) -> int:
@@ -137,9 +159,31 @@ def _checksum(content: dict[str, Any]) -> int:
 def open_run(directory: Path | str, config: RunConfig) -> Path:
     """The run directory of this config, made where it is new.
 
-    Raises ConfigError where it holds a run of another config; mesh and keep_checkpoints may differ.
+    Raises ConfigError where it holds a run of another config (mesh and keep_checkpoints may
+    differ), and where not all processes see it.
     """
-    directory = Path(directory)
+    directory = Path(hosts.by_first(lambda: str(_open_run(Path(directory), config))))
+    blind = [
+        i for i, sees in enumerate(hosts.gather(_appears(directory / "config.json"))) if not sees
+    ]
+    if blind:
+        raise ConfigError(
+            f"{directory}: process {blind[0]} does not see what process 0 writes there; expected a"
+            " directory on a file system that all processes share"
+        )
+    return directory
+
+
+def _appears(file: Path) -> bool:
+    """Whether a file is there, or soon: network file systems may remember that it was not."""
+    for _ in range(30):
+        if file.exists():
+            return True
+        time.sleep(1)
+    return False
+
+
+def _open_run(directory: Path, config: RunConfig) -> Path:
     file = directory / "config.json"
     mine = json.loads(json.dumps(to_json(config)))
     if file.exists():
@@ -162,20 +206,13 @@ def open_run(directory: Path | str, config: RunConfig) -> Path:
 
 def refuse_other(where: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
     """Raise ConfigError that names the first fields in which a run on disk differs from mine."""
-    found = list(_differences(theirs, mine, ""))
+    found = [
+        f"{name} is {json.dumps(there)[:80]} there and {json.dumps(here)[:80]} here"
+        for name, there, here in differences(theirs, mine)
+    ]
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise ConfigError(
             f"{where}: belongs to another run: {'; '.join(found[:3])}{more};"
             " expected the same config or another run directory"
         )
-
-
-def _differences(theirs: Any, mine: Any, name: str):
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        for key in [*theirs, *(key for key in mine if key not in theirs)]:
-            absent = "(absent)"
-            inner = f"{name}.{key}" if name else key
-            yield from _differences(theirs.get(key, absent), mine.get(key, absent), inner)
-    elif theirs != mine:
-        yield f"{name} is {json.dumps(theirs)[:80]} there and {json.dumps(mine)[:80]} here"

@@ -11,23 +11,19 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from d2m_jax import hosts
 from d2m_jax.config import ConfigError, MeshConfig, StageConfig, to_json
-from d2m_jax.sharding import batch_sharding, batch_shards, make_mesh, replicated
+from d2m_jax.sharding import batch_shards, make_mesh, put_batch, put_parameters
 from d2m_jax.training.checkpoint import Checkpoints
 from d2m_jax.training.metrics import Metrics, Window, matmul_peak, say
-from d2m_jax.training.optimizer import make_optimizer, make_schedule, merge, split
+from d2m_jax.training.step import Loss, Step, trained
 from d2m_jax.weights.named_arrays import fingerprint, shapes
 
 Batch = dict[str, Any]  # arrays, or trees of them, with the batch in front
-
-# loss(params, constants, batch, key) → the batch's mean, and metrics: scalars or one per layer.
-Loss = Callable[[dict, Any, dict, Array], tuple[Float[Array, ""], dict[str, Array]]]
 
 
 @runtime_checkable
@@ -47,7 +43,7 @@ def train_stage(
     stage: StageConfig,
     *,
     loss: Loss,
-    params: dict,
+    params: dict | Callable[[], dict],
     batches: Batches,
     run_directory: Path | str,
     constants: Any = (),
@@ -63,8 +59,9 @@ def train_stage(
 
     Continues from the newest whole checkpoint in `run_directory`, exactly: the same seed ends with
     the same bits, however often the process was killed; a finished stage is read, not run. `params`
-    must be the same at every start. The loss sees `encode(batch)`, of arrays on the devices;
-    `constants` reach the loss as arguments of the compiled step;
+    must be the same at every start; a function that makes them saves the memory of those that
+    train. What is one array in `params` and `constants` stays one. The loss sees `encode(batch)`,
+    of arrays on the devices; `constants` reach the loss as arguments of the compiled step;
     `flops_per_example` counts a whole step's work for one example; `sample(params, step)` draws
     pictures. Raises ConfigError for a loss that is not finite, and keeps the last good checkpoint.
     On SIGTERM or SIGINT it saves and exits with 128 + the signal's number (143, 130): what
@@ -72,44 +69,53 @@ def train_stage(
     """
     run_directory = Path(run_directory)
     mesh = mesh or make_mesh(MeshConfig())
-    _check_batch(name, stage, batch_shards(mesh))
-    trainable, frozen = split(params, stage.train, stage.freeze)
-    optimizer = make_optimizer(stage.optimizer, stage.steps, trainable)
-    state, frozen, constants = _start(stage, optimizer, trainable, frozen, constants, mesh)
+    check_batch(name, stage, mesh)
+    params = params() if callable(params) else params
+    params, constants = put_parameters(mesh, (params, constants))
+    program = Step(stage, loss, params, constants, mesh)
+    state, frozen = program.start(params), program.frozen
+    del params
     identity = {
         "stage": to_json(stage),
         "seed": seed,
         "parameters": shapes(state),
         "frozen": fingerprint(frozen),
-        "constants": fingerprint([a for a in jax.tree.leaves(constants) if hasattr(a, "dtype")]),
+        "constants": fingerprint(constants),
     }
+
+    def whole() -> dict:
+        return program.whole(trained(state), frozen, constants)
+
     checkpoints = Checkpoints(run_directory / "checkpoints" / name, identity, keep)
     start, progress = 0, {}
     if restored := checkpoints.restore(state):
         start, state, progress = restored.step, restored.state, restored.progress
     if start >= stage.steps:
         checkpoints.close()
-        return merge(_trained(state), frozen)
+        return whole()
     if start:
         batches.set_state(progress["batches"])
     _announce(name, stage, start, state, frozen)
 
     def put(batch: Batch) -> Batch:
-        return encode(jax.device_put(batch, batch_sharding(mesh)))
+        return encode(put_batch(mesh, batch))
 
     step_key, held_out_key = (_named_key(seed, f"{name}/{use}") for use in ("step", "held_out"))
-    train_step = _make_step(stage, loss, optimizer, replicated(mesh))
-    evaluate = _make_evaluate(loss, [put(batch) for batch in held_out], held_out_key)
+    train_step = program.train()
+    evaluate = _make_evaluate(program, [put(batch) for batch in held_out], held_out_key)
     metrics = Metrics(run_directory, name, stage.steps, start)
     window = Window(progress.get("window"))
     clock = _Clock(progress.get("seconds", 0.0), stage, flops_per_example, mesh)
 
     not_finite = partial(_not_finite, name, stage, checkpoints)
+    stop = 0  # the number of a signal that any process got
 
     def read(step: int, values: dict) -> None:
         """Wait for a step that the device was given; its numbers go into the window."""
         values = jax.device_get(values)
         clock.tick()
+        nonlocal stop
+        stop = stop or int(values.pop("signal"))
         loss, norm = values["loss"], values["gradient_norm"]
         if not (np.isfinite(loss) and np.isfinite(norm)):
             raise not_finite(step, f"loss is {loss}, gradient norm {norm}")
@@ -125,31 +131,33 @@ def train_stage(
     try:
         with _caught_signals() as caught, jax.set_mesh(mesh):
             if start == 0 and held_out:
-                at_start = evaluate(_trained(state), frozen, constants)
+                at_start = evaluate(trained(state), frozen, constants)
                 metrics.write(0, {"loss": at_start["held_out"]} | at_start)
-            pending = None
+            pending, no_signal = None, hosts.flags(mesh, 0)
             for step in range(start + 1, stage.steps + 1):
-                state, values = train_step(state, frozen, constants, put(next(batches)), step_key)
+                batch = put(next(batches))
+                signals = hosts.flags(mesh, caught[0]) if caught else no_signal
+                state, values = train_step(state, frozen, constants, batch, step_key, signals)
                 if pending:
                     read(*pending)
                     if pending[0] % stage.log_every == 0:
                         log(pending[0])
                 pending = (step, values)
                 evaluate_now, sample_now, save_now = due = _due(stage, step)
-                if not (any(due) or caught):
+                if not (any(due) or stop):
                     continue
                 read(*pending)
                 pending = None
                 result = {}
                 if evaluate_now and held_out:
-                    result = evaluate(_trained(state), frozen, constants)
+                    result = evaluate(trained(state), frozen, constants)
                     if not np.isfinite(result["held_out"]):
                         raise not_finite(step, f"held-out loss is {result['held_out']}")
                 if evaluate_now or step % stage.log_every == 0:
                     log(step, result)
                 if sample_now and sample:
-                    sample(merge(_trained(state), frozen), step)
-                if save_now or caught:
+                    sample(whole(), step)
+                if save_now or stop:
                     progress = {
                         "batches": batches.get_state(),
                         "window": window.to_json(),
@@ -159,16 +167,16 @@ def train_stage(
                         checkpoints.save(step, state, progress, result.get("held_out"))
                     except FloatingPointError as error:
                         raise not_finite(step, str(error)) from None
-                if caught:
+                if stop:
                     checkpoints.close()
-                    stopped = f"stopped by {caught[0].name} at step {step}, saved"
+                    stopped = f"stopped by {signal.Signals(stop).name} at step {step}, saved"
                     say(f"{name}: {stopped}; start again to go on")
-                    raise SystemExit(128 + caught[0])
+                    raise SystemExit(128 + stop)
                 clock.skip()
     finally:
         checkpoints.close()
         metrics.close()
-    return merge(_trained(state), frozen)
+    return whole()
 
 
 def _due(stage: StageConfig, step: int) -> tuple[bool, bool, bool]:
@@ -186,111 +194,31 @@ def _due(stage: StageConfig, step: int) -> tuple[bool, bool, bool]:
     )
 
 
-def _check_batch(name: str, stage: StageConfig, shards: int) -> None:
+def check_batch(name: str, stage: StageConfig, mesh: Mesh) -> None:
+    """Raise ConfigError where the batch cannot be cut over the mesh and into micro-batches."""
+    shards = batch_shards(mesh)
     parts = stage.optimizer.accumulate * shards
     if stage.optimizer.accumulate < 1 or stage.batch_size % parts:
         raise ConfigError(
             f"stages.{name}.batch_size = {stage.batch_size}: expected a multiple of"
             f" optimizer.accumulate = {stage.optimizer.accumulate} times the mesh's"
-            f" data · fsdp = {shards}"
+            f" data · fsdp · expert = {shards}"
         )
-
-
-def _start(stage, optimizer, trainable, frozen, constants, mesh) -> tuple[dict, dict, Any]:
-    """The state before the first step, a copy because steps donate it; all else on the mesh."""
-    everywhere = replicated(mesh)
-    trainable, frozen, constants = jax.device_put((trainable, frozen, constants), everywhere)
-
-    def fresh(trainable):
-        state = {
-            "trainable": trainable,
-            "optimizer": optimizer.init(trainable),
-            "step": jnp.int32(0),
-        }
-        if stage.optimizer.ema:
-            state["ema"] = jax.tree.map(lambda a: a.astype(jnp.float32), trainable)
-        return jax.tree.map(jnp.copy, state)
-
-    return jax.jit(fresh, out_shardings=everywhere)(trainable), frozen, constants
-
-
-def _trained(state: dict) -> dict:
-    """The parameters that a stage is judged by and hands on."""
-    return state.get("ema", state["trainable"])
 
 
 def _named_key(seed: int, name: str) -> Array:
     return jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(name.encode())))
 
 
-def _make_step(stage: StageConfig, loss: Loss, optimizer: optax.GradientTransformation, sharding):
-    """step(state, frozen, constants, batch, key) → the next state and the step's metrics."""
-    schedule = make_schedule(stage.optimizer, stage.steps)
-    parts = stage.optimizer.accumulate
-
-    def step(state, frozen, constants, batch, key):
-        trainable = state["trainable"]
-        key = jax.random.fold_in(key, state["step"])
-
-        def objective(trainable, batch, key):
-            return loss(merge(trainable, frozen), constants, batch, key)
-
-        gradient = jax.value_and_grad(objective, has_aux=True)
-
-        def micro(total, part):
-            result, gradients = gradient(trainable, *part)
-            return jax.tree.map(jnp.add, total, gradients), result
-
-        if parts == 1:
-            (value, metrics), gradients = gradient(trainable, batch, key)
-        else:
-            # Rows i, i + parts, … form a micro-batch, so that every device keeps its own rows.
-            micro_batches = jax.tree.map(
-                lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch
-            )
-            zeros = jax.tree.map(jnp.zeros_like, trainable)
-            gradients, (values, metrics) = jax.lax.scan(
-                micro, zeros, (micro_batches, jax.random.split(key, parts))
-            )
-            gradients = jax.tree.map(lambda g: g / parts, gradients)
-            value, metrics = jax.tree.map(lambda a: a.mean(0), (values, metrics))
-
-        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], trainable)
-        new = {
-            "trainable": optax.apply_updates(trainable, updates),
-            "optimizer": optimizer_state,
-            "step": state["step"] + 1,
-        }
-        if "ema" in state:
-            # The average forgets its start faster at first, or a short stage would keep much of it.
-            n = new["step"].astype(jnp.float32)
-            decay = jnp.minimum(stage.optimizer.ema, (1 + n) / (10 + n))
-            new["ema"] = jax.tree.map(
-                lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e),
-                state["ema"],
-                new["trainable"],
-            )
-        metrics = metrics | {
-            "loss": value,
-            "gradient_norm": optax.global_norm(gradients),
-            "learning_rate": schedule(state["step"]),
-        }
-        return new, metrics
-
-    return jax.jit(step, donate_argnums=0, out_shardings=sharding)
-
-
-def _make_evaluate(loss: Loss, batches: list, key: Array) -> Callable[[dict, dict, Any], dict]:
+def _make_evaluate(step: Step, batches: list, key: Array) -> Callable[[dict, dict, Any], dict]:
     """Mean loss and metrics over the held-out batches, each with its own key, always the same."""
+    one = step.evaluate()
 
-    @jax.jit
-    def one(trained, frozen, constants, batch, i):
-        value, metrics = loss(merge(trained, frozen), constants, batch, jax.random.fold_in(key, i))
-        scalars = {f"held_out_{n}": v for n, v in metrics.items() if jnp.ndim(v) == 0}
-        return {"held_out": value} | scalars
-
-    def evaluate(trained, frozen, constants):
-        results = [one(trained, frozen, constants, b, np.uint32(i)) for i, b in enumerate(batches)]
+    def evaluate(trainable, frozen, constants):
+        results = [
+            one(trainable, frozen, constants, batch, key, np.uint32(i))
+            for i, batch in enumerate(batches)
+        ]
         window = Window()
         for result in jax.device_get(results):
             window.add(result)

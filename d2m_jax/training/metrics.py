@@ -1,9 +1,9 @@
 """What a run tells: metrics.jsonl, TensorBoard, a progress bar, warnings when routing collapses."""
 
-import functools
 import json
 import sys
 import time
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
+from d2m_jax import hosts
+
 # When to warn, by the last part of a metric's name; distill/losses.py, `health`, says what each is.
 COLLAPSE = {
     "entropy": (lambda value: value < 0.5, "entropy {:.2f} of 1"),
@@ -24,8 +26,10 @@ COLLAPSE = {
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal, on stderr; a live progress bar makes room for it."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for the person at the terminal, on stderr, from the first process of many; a live
+    progress bar makes room for it."""
+    if hosts.first():
+        print(text, file=sys.stderr, flush=True)
 
 
 class Window:
@@ -50,10 +54,14 @@ class Window:
 
 
 class Metrics:
-    """The metrics of one stage, from the step it starts or resumes at."""
+    """The metrics of one stage, from the step it starts or resumes at; of many processes the first
+    writes them."""
 
     def __init__(self, run_directory: Path, stage: str, steps: int, start: int):
         self.stage, self.steps = stage, steps
+        self._bar, self._writes = None, hosts.first()
+        if not self._writes:
+            return
         self._file = run_directory / "metrics.jsonl"
         _drop_after(self._file, stage, start)
         self._lines = self._file.open("a")
@@ -63,7 +71,6 @@ class Metrics:
         self._warned: set[str] = set()
         self._printed = 0.0
         console = Console(stderr=True)
-        self._bar = None
         if console.is_terminal:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}"),
@@ -84,6 +91,8 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One object of metrics.jsonl; `values` are floats, or lists of them with one per layer."""
+        if not self._writes:
+            return
         values = {name: _rounded(value) for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, "stage": self.stage} | values) + "\n")
         self._lines.flush()
@@ -127,6 +136,8 @@ class Metrics:
                     say(f"{self.stage}, step {step}: {what}")
 
     def close(self) -> None:
+        if not self._writes:
+            return
         if self._bar:
             self._bar.stop()
         self._lines.close()
@@ -157,14 +168,14 @@ def _drop_after(file: Path, stage: str, step: int) -> None:
     new.rename(file)
 
 
-@functools.cache
+@cache
 def matmul_peak(mesh: Mesh, dtype: str = "float32") -> float:
     """FLOP/s of all devices together in large matmuls, best of five; measured once per process."""
     # All at once, for the CPU devices of one process share its cores.
     size = 1024 if jax.default_backend() == "cpu" else 8192
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    x = jax.device_put(jnp.ones((mesh.size * size, size), dtype), rows)
-    w = jax.device_put(jnp.ones((size, size), dtype), NamedSharding(mesh, PartitionSpec()))
+    shapes = ((mesh.size * size, size), rows), ((size, size), NamedSharding(mesh, PartitionSpec()))
+    x, w = (jax.jit(partial(jnp.ones, shape, dtype), out_shardings=s)() for shape, s in shapes)
     multiply = jax.jit(jnp.matmul, out_shardings=rows)
     multiply(x, w).block_until_ready()
     best = float("inf")

@@ -1,7 +1,7 @@
 """AdamW with a schedule and rates by name; the split of parameters into trainable and frozen."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from fnmatch import fnmatchcase
 
 import jax
@@ -89,22 +89,28 @@ def split(params: dict, train: Sequence[str], freeze: Sequence[str] = ()) -> tup
             f" {list(train)} without freeze = {list(freeze)}"
         )
 
-    def select(tree, prefix, trainable):
+    return select(params, chosen)
+
+
+def select(params: dict, chosen: Container[str]) -> tuple[dict, dict]:
+    """The leaves of these names, and the others: two nested dicts that `merge` joins again."""
+
+    def those(tree, prefix, wanted):
         kept = {}
         for key, value in tree.items():
             name = f"{prefix}{key}"
             if isinstance(value, dict):
-                if inner := select(value, name + ".", trainable):
+                if inner := those(value, name + ".", wanted):
                     kept[key] = inner
-            elif (name in chosen) == trainable:
+            elif (name in chosen) == wanted:
                 kept[key] = value
         return kept
 
-    return select(params, "", True), select(params, "", False)
+    return those(params, "", True), those(params, "", False)
 
 
 def merge(trainable: dict, frozen: dict) -> dict:
-    """The whole tree of `split`'s two."""
+    """The whole tree of `split`'s or `select`'s two."""
     merged = dict(frozen)
     for key, value in trainable.items():
         both = key in merged and isinstance(value, dict)

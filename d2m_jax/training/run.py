@@ -7,8 +7,11 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from d2m_jax import hosts
 from d2m_jax.config import (
     ROOT,
     LossConfig,
@@ -18,6 +21,7 @@ from d2m_jax.config import (
     StageConfig,
     StudentConfig,
     WordsConfig,
+    check,
 )
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
@@ -25,14 +29,16 @@ from d2m_jax.models.flux import initialise
 from d2m_jax.sampling import grid
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.pipeline import Pipeline
-from d2m_jax.sharding import make_mesh
-from d2m_jax.sparsify.groups import align, grouped, regroup, shapes
+from d2m_jax.sharding import batch_shards, make_mesh, own_rows, parameter_sharding, put_batch
+from d2m_jax.sparsify.groups import align, aligned, grouped, regroup, shapes
 from d2m_jax.sparsify.importance import Noisy
 from d2m_jax.sparsify.student import make_student, student_config
 from d2m_jax.training.checkpoint import open_run
 from d2m_jax.training.loop import train_stage
 from d2m_jax.training.metrics import say
+from d2m_jax.training.step import Loss
 from d2m_jax.weights import model_directory
+from d2m_jax.weights.named_arrays import names, restructure
 
 SAMPLED_PROMPTS = 36  # in the grids that a training draws
 
@@ -49,6 +55,16 @@ class _Work:
     flops: Flops
     encoders: Encoders
     noisy: Noisy | None = None  # for calibration; one object, so that it is compiled once
+
+    def load(self, path: Path | str) -> tuple[ModelConfig, dict]:
+        """A model directory onto the mesh, as it is stored."""
+        return model_directory.load(path, None, partial(parameter_sharding, self.mesh))
+
+    def batches(self, model: ModelConfig, size: int, split: icons.Split = "train"):
+        """Batches, of which this process draws the rows that it needs."""
+        config, tokenizer = self.config, self.encoders.tokenizer
+        rows = own_rows(self.mesh, size)
+        return icons.batches(config.data, tokenizer, model.image, size, config.seed, split, rows)
 
 
 def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
@@ -69,11 +85,11 @@ def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
         encoders = Encoders(model, mesh=mesh)
         _train(_Work(config, mesh, flops, encoders), run_directory, (model, params), config.stages)
         return
-    teacher = model_directory.load(ROOT / config.teacher)
-    _check_students(config, teacher[0])
-    encoders = Encoders(teacher[0], mesh=mesh)
-    noisy = partial(noisy_inputs, teacher[0], LossConfig())
-    work = _Work(config, mesh, flops, encoders, noisy)
+    model = model_directory.load_config(ROOT / config.teacher)
+    _check_students(config, model)
+    noisy = partial(noisy_inputs, model, LossConfig())
+    work = _Work(config, mesh, flops, Encoders(model, mesh=mesh), noisy)
+    teacher = work.load(ROOT / config.teacher)
     for name, rival in config.rivals.items():
         say(f"rival {name}")
         start = partial(_cut, work, teacher, rival.sparsify)
@@ -94,15 +110,17 @@ def _check_students(config: RunConfig, teacher: ModelConfig) -> None:
 
 def _cut(work: _Work, teacher: tuple[ModelConfig, dict], sparsify: SparsifyConfig):
     """The student before any training."""
-    config, (model, params) = work.config, teacher
-    encoders = work.encoders
-    batches = map(
-        encoders.encode,
-        icons.batches(
-            config.data, encoders.tokenizer, model.image, sparsify.batch_size, config.seed
-        ),
+    (model, params), size, shards = teacher, sparsify.batch_size, batch_shards(work.mesh)
+    check(
+        size % shards == 0,
+        f"SparsifyConfig.batch_size = {size}: expected a multiple of the mesh's data · fsdp ·"
+        f" expert = {shards}",
     )
-    return make_student(model, params, sparsify, batches, work.noisy, config.seed, say)
+    with jax.set_mesh(work.mesh):
+        batches = (
+            work.encoders.encode(put_batch(work.mesh, batch)) for batch in work.batches(model, size)
+        )
+        return make_student(model, params, sparsify, batches, work.noisy, work.config.seed, say)
 
 
 def _train(
@@ -120,17 +138,12 @@ def _train(
     before = "start"
     for name, stage in stages.items():
         if not (models / name).exists():
-            model, params = model_directory.load(models / before)
-            if stage.groups is not None:
-                transformer, params = regroup(
-                    model.transformer, params, stage.groups, work.config.seed
-                )
-                model = replace(model, transformer=transformer)
-            params = _train_stage(work, directory, name, stage, model, params, teacher)
+            model, params = _train_stage(work, directory, name, stage, models / before, teacher)
             model_directory.save(models / name, model, params)
+            del params
         before = name
     if not (directory / "model").exists():
-        model_directory.save(directory / "model", *model_directory.load(models / before))
+        model_directory.save(directory / "model", *work.load(models / before))
 
 
 def _train_stage(
@@ -138,43 +151,78 @@ def _train_stage(
     directory: Path,
     name: str,
     stage: StageConfig,
-    model: ModelConfig,
-    params: dict,
+    before: Path,
     teacher: tuple[ModelConfig, dict] | None,
-) -> dict:
-    config, encoders = work.config, work.encoders
-    make_batches = partial(
-        icons.batches, config.data, encoders.tokenizer, model.image, stage.batch_size
-    )
-    count = partial(work.flops, image_tokens=math.prod(model.grid()), text_tokens=model.text.length)
-    flops = 3 * count(model.transformer)
-    if teacher is None:
-        loss, constants = flow_loss(model, stage), ()
-    else:
-        # Lockstep pairs the stacks of teacher and student one to one.
-        transformer, constants = align(
-            teacher[0].transformer, teacher[1], shapes(model.transformer)
-        )
-        loss = distill_loss(replace(teacher[0], transformer=transformer), model, stage)
-        flops += count(transformer)
-    return train_stage(
+) -> tuple[ModelConfig, dict]:
+    """The model of the directory `before`, trained."""
+    model = model_directory.load_config(before)
+    if stage.groups is not None:
+        model = replace(model, transformer=grouped(model.transformer, stage.groups))
+    loss, flops, _ = objective(model, stage, teacher and teacher[0], work.flops)
+    constants = {}
+    if teacher is not None:
+        constants = align(teacher[0].transformer, teacher[1], shapes(model.transformer))[1]
+
+    def start() -> dict:
+        old, params = work.load(before)
+        if stage.groups is not None:
+            params = regroup(old.transformer, params, stage.groups, work.config.seed)[1]
+        return share(params, constants)
+
+    held_out = work.batches(model, stage.batch_size, "validation")
+    params = train_stage(
         name,
         stage,
         loss=loss,
-        params=params,
+        params=start,
         constants=constants,
-        batches=make_batches(config.seed),
-        held_out=list(
-            islice(make_batches(config.seed, split="validation"), config.held_out_batches)
-        ),
-        encode=encoders.encode,
+        batches=work.batches(model, stage.batch_size),
+        held_out=list(islice(held_out, work.config.held_out_batches)),
+        encode=work.encoders.encode,
         run_directory=directory,
-        seed=config.seed,
+        seed=work.config.seed,
         flops_per_example=flops,
         sample=partial(_sample, work, model, directory / "samples", name),
-        keep=config.keep_checkpoints,
+        keep=work.config.keep_checkpoints,
         mesh=work.mesh,
     )
+    return model, params
+
+
+def objective(
+    model: ModelConfig, stage: StageConfig, teacher: ModelConfig | None, flops: Flops
+) -> tuple[Loss, int, int]:
+    """A stage's loss, and the FLOPs of one example: the step's, and what rematerialisation adds."""
+    count = partial(flops, image_tokens=math.prod(model.grid()), text_tokens=model.text.length)
+    student = model.transformer
+    if stage.top_k is not None:
+        student = replace(student, moe=replace(student.moe, top_k=stage.top_k))
+    forward = count(student)
+    again = forward if stage.remat else 0
+    if teacher is None:
+        return flow_loss(model, stage), 3 * forward, again
+    # Lockstep pairs the stacks of teacher and student one to one.
+    transformer = aligned(teacher.transformer, shapes(model.transformer))
+    loss = distill_loss(replace(teacher, transformer=transformer), model, stage)
+    return loss, 3 * forward + count(transformer), again
+
+
+def share(params: dict, teacher: dict) -> dict:
+    """The student's parameters, those that are the teacher's to the bit being its arrays."""
+    mine, theirs = names(params), names(teacher)
+    alike = [
+        name
+        for name, a in mine.items()
+        if name in theirs and (a.shape, a.dtype) == (theirs[name].shape, theirs[name].dtype)
+    ]
+    equal = _equal([mine[name] for name in alike], [theirs[name] for name in alike])
+    same = [name for name, yes in zip(alike, jax.device_get(equal), strict=True) if yes]
+    return restructure(params, mine | {name: theirs[name] for name in same})
+
+
+@jax.jit
+def _equal(some: list, others: list) -> list:
+    return [jnp.array_equal(a, b) for a, b in zip(some, others, strict=True)]
 
 
 def _sample(
@@ -183,7 +231,8 @@ def _sample(
     """The grid of fixed prompts and fixed noise at this step."""
     config = work.config
     prompts = icons.prompts(config.data, model.image, SAMPLED_PROMPTS)
-    pipe = Pipeline(model, params, encoders=work.encoders)
+    pipe = Pipeline(model, params, encoders=work.encoders, mesh=work.mesh)
     images = pipe([prompt.caption for prompt in prompts], seed=config.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    grid.grid(images).save(folder / f"{stage}_{step:06d}.png")
+    if hosts.first():
+        folder.mkdir(parents=True, exist_ok=True)
+        grid.grid(images).save(folder / f"{stage}_{step:06d}.png")

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
 from d2m_jax.weights.key_table import Parameter
-from d2m_jax.weights.named_arrays import Fingerprint
+from d2m_jax.weights.named_arrays import Fingerprint, fingerprint
 
 WHOLE = 2**28  # bytes up to which an array is one block
 IN_FLIGHT = 2**29  # bytes that wait to be written
@@ -24,8 +25,9 @@ def save(
 ) -> None:
     """Write params by name, arrays or Parameter, as an ordinary Orbax checkpoint.
 
-    It carries their fingerprint; `progress` is told the bytes of every block. Raises
-    FloatingPointError that names the first parameter which holds a NaN or an infinity.
+    It carries their fingerprint; `progress` is told the bytes of every block. One process is
+    enough. Raises FloatingPointError that names the first parameter which holds a NaN or an
+    infinity.
     """
     wrapped = {name: parameter(value) for name, value in params.items()}
     note: dict[str, str] = {}
@@ -38,7 +40,12 @@ def save(
         },
     )
     writer = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    with ocp.Checkpointer(writer) as checkpointer:
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix="alone",
+    )
+    with ocp.Checkpointer(writer, multiprocessing_options=alone) as checkpointer:
         try:
             # Orbax writes the metadata last, and by then the handler has filled it in.
             checkpointer.save(directory, args=arguments, custom_metadata=note)
@@ -132,12 +139,9 @@ class _Handler(ocp.type_handlers.NumpyHandler):
                 future.result()
 
 
-def fingerprint_of(params: Mapping[str, Any]) -> str:
-    """The fingerprint that `save` wrote, of arrays: taken block by block from their device."""
-    total = Fingerprint()
-    for name, array in sorted(params.items()):
-        param = parameter(array)
-        total.begin(name, param.dtype, param.shape)
-        for region in blocks(param):
-            total.add(param[region])
-    return total.hex()
+def save_together(directory: Path, params: Mapping[str, jax.Array]) -> None:
+    """The same for arrays that are cut over processes: all call it, each writes what it holds."""
+    note = {"fingerprint": fingerprint(params)}
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        arguments = ocp.args.StandardSave(dict(params))
+        checkpointer.save(directory, args=arguments, custom_metadata=note)

@@ -1,8 +1,9 @@
 """The model directory: config.json (a ModelConfig) and Orbax params/; runs end in one."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from d2m_jax import hosts
 from d2m_jax.config import ConfigError, ModelConfig, from_json, to_json
 from d2m_jax.models.flux import abstract
 from d2m_jax.weights import blocks
-from d2m_jax.weights.named_arrays import names, restructure
+from d2m_jax.weights.named_arrays import fingerprint, names, restructure
 from d2m_jax.weights.output import new_directory
 
 ENCODERS = "encoders"  # the folder in which a model directory may hold its own
@@ -33,7 +35,8 @@ def save(
     `params` is a tree, or already by dotted names, of arrays or of key_table.Parameter, which are
     read block by block; `progress` is told the bytes of each; `beside(folder)` writes what else
     belongs there. It appears whole or not at all, and only then replaces a model directory that was
-    there. Raises ConfigError where `path` is something else, or the disk is full.
+    there. All processes call it, on one file system; the first writes what is not cut over them.
+    Raises ConfigError where `path` is something else, or the disk is full.
     """
     path, named = Path(os.path.abspath(path)), names(params)
     if dtype is not None:
@@ -41,11 +44,22 @@ def save(
             name: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
             for name, a in named.items()
         }
-    with new_directory(path, _is_ours, "model directory") as new:
-        (new / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
-        if beside is not None:
-            beside(new)
-        blocks.save(new / "params", named, progress)
+    with contextlib.ExitStack() as stack:
+
+        def begin():
+            new = stack.enter_context(new_directory(path, _is_ours, "model directory"))
+            (new / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
+            if beside is not None:
+                beside(new)
+            if not cut:
+                blocks.save(new / "params", named, progress)
+            return str(new)
+
+        cut = any(not getattr(a, "is_fully_addressable", True) for a in named.values())
+        new = Path(hosts.by_first(begin))
+        if cut:
+            blocks.save_together(new / "params", named)
+        hosts.by_first(stack.close)
 
 
 def _is_ours(path: Path) -> bool:
@@ -104,32 +118,43 @@ def load(
     if not directory.is_dir():
         raise ConfigError(f"{path}: expected params/ beside config.json, found none")
     expected = abstract(config.transformer)
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            metadata = checkpointer.metadata(directory)
-            stored, note = metadata.item_metadata, metadata.custom_metadata or {}
-            if stored is None:
-                raise ValueError("its list of arrays is gone")
-            kinds = {name: (tuple(m.shape), m.dtype) for name, m in dict(stored).items()}
-        except Exception as error:  # Orbax, tensorstore and JSON each have their own
-            raise ConfigError(f"{directory}: damaged, cannot be read ({_line(error)})") from None
-        _check_fit(path, {name: shape for name, (shape, _) in kinds.items()}, names(expected))
-        place = placement(sharding)
-        wanted = {
-            name: jax.ShapeDtypeStruct(*kind, sharding=place(name, kind[0]))
-            for name, kind in kinds.items()
-        }
-        try:
-            named = checkpointer.restore(directory, wanted)
-            whole = blocks.fingerprint_of(named) == note.get("fingerprint")
-        except Exception as error:
-            raise ConfigError(f"{directory}: damaged, cannot be read ({_line(error)})") from None
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.Checkpointer(handler) as checkpointer, _told_by_all(directory):
+        metadata = checkpointer.metadata(directory)
+        stored, note = metadata.item_metadata, metadata.custom_metadata or {}
+        if stored is None:
+            raise ValueError("its list of arrays is gone")
+        kinds = {name: (tuple(m.shape), m.dtype) for name, m in dict(stored).items()}
+    _check_fit(path, {name: shape for name, (shape, _) in kinds.items()}, names(expected))
+    place = placement(sharding)
+    wanted = {
+        name: jax.ShapeDtypeStruct(*kind, sharding=place(name, kind[0]))
+        for name, kind in kinds.items()
+    }
+    with _told_by_all(directory):
+        # Not by the checkpointer: it would wait for a process whose part is damaged.
+        named = handler.restore(directory, args=ocp.args.StandardRestore(wanted))
+    with _told_by_all(directory):
+        whole = fingerprint(named) == note.get("fingerprint")
     if not whole:
         raise ConfigError(f"{directory}: damaged, the arrays are not those that were saved")
     if dtype is not None:
         for name, a in named.items():
             named[name] = a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
     return config, restructure(expected, named)
+
+
+@contextlib.contextmanager
+def _told_by_all(directory: Path) -> Iterator[None]:
+    """Make a ConfigError, on all processes, of whatever one of them finds while reading."""
+    said = None
+    try:
+        yield
+    except Exception as error:  # Orbax, tensorstore and JSON each have their own
+        said = _line(error)
+    said = next(filter(None, hosts.gather(said)), None)
+    if said is not None:
+        raise ConfigError(f"{directory}: damaged, cannot be read ({said})")
 
 
 def _check_fit(path, stored: dict[str, tuple], expected: dict) -> None:

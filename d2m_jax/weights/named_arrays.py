@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Shaped, UInt32
 
 
 def names(tree: Any) -> dict[str, Any]:
@@ -31,46 +32,124 @@ def sizes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 class Fingerprint:
-    """Eight hex digits over names, shapes, types and bytes of arrays, which come part by part."""
+    """Eight hex digits over names, shapes, types and bits of arrays, which come part by part."""
 
     def __init__(self):
-        self._total, self._name = 0, ""
+        self._total, self._array = 0, None
 
     def begin(self, name: str, dtype: Any, shape: Sequence[int]) -> None:
         """The next array, in the order of names."""
-        self._name = name
+        self._end()
         self._total = zlib.crc32(f"{name} {dtype}{list(shape)}".encode(), self._total)
+        self._array, self._sum, self._position = name, 0, 0
 
     def add(self, part: np.ndarray) -> None:
-        """The array's next bytes. FloatingPointError for a NaN or an infinity among them."""
-        part = np.ascontiguousarray(part)
-        if not _finite(part):
-            raise FloatingPointError(f"{self._name} is not finite")
-        self._total = zlib.crc32(part.reshape(-1).view(np.uint8), self._total)
+        """The array's next elements. FloatingPointError for a NaN or an infinity among them."""
+        words = np.ascontiguousarray(part).reshape(-1).view(_word(part.dtype))
+        for start in range(0, words.size, CHUNK):
+            chunk = words[start : start + CHUNK]
+            if jnp.issubdtype(part.dtype, jnp.floating) and not _finite(chunk, part.dtype):
+                raise FloatingPointError(f"{self._array} is not finite")
+            self._sum += _sum(chunk, self._position)
+            self._position += chunk.size
+
+    def add_sum(self, total: int) -> None:
+        """What `add` would sum up for the array, computed elsewhere."""
+        self._sum += total
+
+    def _end(self) -> None:
+        if self._array is not None:
+            self._total = zlib.crc32((self._sum % 2**32).to_bytes(4, "little"), self._total)
+            self._array = None
 
     def hex(self) -> str:
         """The digits for what came until now."""
+        self._end()
         return f"{self._total:08x}"
 
 
-def _finite(array: np.ndarray) -> bool:
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return True
-    flat = array.reshape(-1)
-    # Part by part: fresh memory for what is computed on the way costs more than the work.
-    parts = (flat[i : i + 2**18] for i in range(0, flat.size, 2**18))
-    if array.dtype == jnp.bfloat16:  # NumPy would take its numbers one by one
-        return all(((part.view(np.uint16) & 0x7F80) != 0x7F80).all() for part in parts)
-    return all(np.isfinite(part).all() for part in parts)
-
-
 def fingerprint(tree: Any) -> str:
-    """The fingerprint of all arrays of a tree, computed on the host.
+    """The fingerprint of all arrays of a tree: the same on every mesh and number of processes.
 
-    Raises FloatingPointError that names the first array which holds a NaN or an infinity.
+    What lies in this process's main memory is summed there, all else where it lies. Raises
+    FloatingPointError that names the first array which holds a NaN or an infinity.
     """
+    named = sorted(names(tree).items())
+    sums = {name: _device_sum(array) for name, array in named if _elsewhere(array)}
+    sums = jax.device_get(sums)
     total = Fingerprint()
-    for name, array in sorted(names(tree).items()):
+    for name, array in named:
         total.begin(name, array.dtype, array.shape)
-        total.add(np.asarray(array))
+        if name not in sums:
+            total.add(np.asarray(array))
+            continue
+        value, finite = sums[name]
+        if not finite:
+            raise FloatingPointError(f"{name} is not finite")
+        total.add_sum(int(value))
     return total.hex()
+
+
+def _elsewhere(array: Any) -> bool:
+    """Whether an array is on accelerators, or in the memory of other processes too."""
+    if not isinstance(array, jax.Array):
+        return False
+    host = all(device.platform == "cpu" for device in array.sharding.device_set)
+    return not (host and array.is_fully_addressable)
+
+
+def _word(dtype: Any) -> np.dtype:
+    """The unsigned numbers as which an element's bits are read; of eight bytes there are two."""
+    return np.dtype({1: np.uint8, 2: np.uint16}.get(np.dtype(dtype).itemsize, np.uint32))
+
+
+def _finite(words: np.ndarray, dtype: Any) -> bool:
+    if dtype == jnp.bfloat16:  # NumPy would take its numbers one by one
+        return bool(((words & 0x7F80) != 0x7F80).all())
+    return bool(np.isfinite(words.view(dtype)).all())
+
+
+# The sum, modulo 2^32, of mix(bits) times an odd number that the element's place decides. Sums can
+# be split over blocks and devices. One changed element always shows, for mix is a bijection and
+# what is odd has an inverse; several, or elements in each other's places, but for one in 2^32.
+
+
+def _mix(x):
+    """A bijection of 32-bit numbers: every bit of x turns half of the result's (`lowbias32`)."""
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+CHUNK = 2**16  # elements: they stay in the cache
+PLACES = _mix(np.arange(CHUNK, dtype=np.uint32)) | 1  # the first factor; the second is the chunk's
+
+
+def _sum(words: np.ndarray, position: int) -> int:
+    """Of at most CHUNK words, of which the first is the array's element `position`."""
+    total, head = 0, CHUNK - position % CHUNK
+    for part in (words[:head], words[head:]):
+        if part.size:
+            chunk, place = divmod(position, CHUNK)
+            mixed = _mix(part.astype(np.uint32)) * PLACES[place : place + part.size]
+            of_chunk = int(_mix(~np.array([chunk], np.uint32))[0]) | 1
+            total += int(mixed.sum(dtype=np.uint32)) * of_chunk
+            position += part.size
+    return total
+
+
+@jax.jit
+def _device_sum(array: Shaped[Array, "..."]) -> tuple[UInt32[Array, ""], Bool[Array, ""]]:
+    """The sum of a whole array, which may be cut over devices, and whether it is finite."""
+    if array.dtype == bool:
+        array = array.astype(jnp.uint8)
+    words = jax.lax.bitcast_convert_type(array, _word(array.dtype)).astype(jnp.uint32)
+    position, stride = jnp.zeros(array.shape, jnp.uint32), 1
+    for axis in reversed(range(array.ndim)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        position += index * np.uint32(stride % 2**32)
+        stride *= array.shape[axis]
+    place, chunk = position % CHUNK, position // CHUNK
+    mixed = _mix(words) * (_mix(place) | 1) * (_mix(~chunk) | 1)
+    finite = jnp.issubdtype(array.dtype, jnp.floating)
+    return mixed.sum(dtype=jnp.uint32), jnp.isfinite(array).all() if finite else jnp.bool_(True)

@@ -1,4 +1,7 @@
-"""The tiled grouped matmul against the reference and against a loop."""
+"""The ways of the grouped matmul against the plain reference and a loop, forward and gradient."""
+
+import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,107 +10,166 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2m_jax.kernels import grouped_matmul
+from d2m_jax.config import ConfigError
+from d2m_jax.kernels import grouped_matmul as gmm
+from d2m_jax.kernels import target
 
-GROUPS, TILE, ROWS, D, F = 4, 4, 40, 6, 5  # of ROWS rows
-TILES = grouped_matmul.tiles(ROWS - GROUPS * TILE, GROUPS, TILE)
+GROUPS, ROWS, D, F = 4, 300, 6, 5
 SIZES = {
-    "even": (8, 8, 8, 8),
-    "skewed": (28, 4, 4, 4),
-    "empty groups": (0, 24, 0, 12),
-    "empty ends": (0, 16, 16, 0),
-    "one has everything": (0, 0, 40, 0),
-    "the last has everything": (0, 0, 0, 40),
+    "even": (75, 75, 75, 75),
+    "skewed": (200, 1, 90, 9),
+    "empty groups": (0, 150, 0, 130),
+    "one has everything": (0, 0, 300, 0),
+    "most rows have no group": (10, 0, 3, 20),
     "nothing": (0, 0, 0, 0),
 }
 
 
-def loop(x, w, sizes):
-    """Row by row, in NumPy; rows past the last group are left out."""
-    group = np.repeat(np.arange(GROUPS), sizes)
-    return np.stack([x[i] @ w[g] for i, g in enumerate(group)] or [np.zeros(F)])
+@pytest.fixture(scope="module", autouse=True)
+def interpreted():
+    """TPU kernels run on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gmm, "INTERPRET", True)
+        # Any tokamax kernel is called in the same way; XLA's runs here.
+        rows, weights = partial(gmm._tokamax, "xla"), partial(gmm._tokamax_weights, "xla")
+        patch.setitem(gmm.WAYS, "tokamax", gmm.Way("cpu", rows, weights))
+        yield
 
 
-def draw():
+def draw(rows=ROWS, dim=D, width=F):
     rng = np.random.default_rng(0)
-    shapes = (ROWS, D), (GROUPS, D, F), (ROWS, F)
+    shapes = (rows, dim), (GROUPS, dim, width), (rows, width)
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-@pytest.fixture(scope="module", params=["gathered", "in place"])
-def functions(request):
-    """Forward, and gradients with respect to x and w, of tiled and of reference."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "in place":
-            patch.setattr(grouped_matmul, "GATHER_BYTES", 0)
+def forward_and_gradients(function):
+    """(x, w, dy, sizes) → y, dx, dw as one compiled program."""
 
-        def compile(gmm):
-            def forward_and_gradient(x, w, dy, sizes):
-                # rows past the last group are never read, so they have no gradient
-                dy = dy * (jnp.arange(ROWS) < sizes.sum())[:, None]
-                y, back = jax.vjp(lambda x, w: gmm(x, w, sizes), x, w)
-                return y, *back(dy)
+    @jax.jit
+    def compute(x, w, dy, sizes):
+        y, back = jax.vjp(lambda x, w: function(x, w, sizes), x, w)
+        return y, *back(dy)
 
-            lowered = jax.jit(forward_and_gradient).lower(*draw(), jnp.zeros(GROUPS, jnp.int32))
-            return lowered.compile()
+    return compute
 
-        def tiled(x, w, sizes):
-            return grouped_matmul.tiled(x, w, sizes, TILE)
 
-        yield compile(tiled), compile(grouped_matmul.reference)
+@pytest.fixture(scope="module", params=["tiled", "megablox", "tokamax"])
+def way(request):
+    if request.param == "tokamax":
+        pytest.importorskip("tokamax", exc_type=Exception)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def functions(way):
+    fast = partial(gmm.grouped_matmul, way=way)
+    return forward_and_gradients(lambda *a: fast(*a)), forward_and_gradients(gmm.reference)
+
+
+def loop(x, w, sizes):
+    """Row by row, in NumPy; rows of no group are zero."""
+    group = np.repeat(np.arange(GROUPS), sizes)
+    y = np.zeros((len(x), w.shape[-1]))
+    for row, g in enumerate(group):
+        y[row] = x[row] @ w[g]
+    return y
 
 
 def compare(functions, sizes):
     x, w, dy = draw()
+    fast, plain = (f(x, w, dy, jnp.asarray(sizes, jnp.int32)) for f in functions)
+    for name, a, b in zip(("y", "dx", "dw"), fast, plain, strict=True):
+        # float32 sums of up to 300 products in another order
+        np.testing.assert_allclose(a, b, atol=5e-5, err_msg=name)
+    np.testing.assert_allclose(fast[0], loop(np.asarray(x), np.asarray(w), sizes), atol=1e-5)
     used = sum(sizes)
-    tiled, reference = (f(x, w, dy, jnp.asarray(sizes, jnp.int32)) for f in functions)
-    for fast, plain in zip(tiled[1:], reference[1:], strict=True):
-        np.testing.assert_allclose(fast, plain, atol=1e-5)
-    np.testing.assert_allclose(tiled[0][:used], reference[0][:used], atol=1e-5)
-    if used:
-        np.testing.assert_allclose(
-            tiled[0][:used], loop(np.asarray(x), np.asarray(w), sizes), atol=1e-5
-        )
+    for a in fast[:2]:  # to the bit: what has no group adds nothing
+        np.testing.assert_array_equal(a[used:], 0)
+    for g, size in enumerate(sizes):
+        assert size or not np.any(fast[2][g]), f"group {g} is empty and has a gradient"
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_tiled_is_the_reference_and_the_loop(functions, sizes):
+def test_every_way_is_the_reference_and_the_loop(functions, sizes):
     compare(functions, sizes)
 
 
-def test_any_split(functions):
-    @settings(max_examples=40, deadline=None, derandomize=True)
-    @given(st.lists(st.integers(0, ROWS // TILE), min_size=GROUPS, max_size=GROUPS))
-    def check(tiles):
-        total = np.cumsum([0, *tiles]).clip(max=ROWS // TILE)
-        compare(functions, tuple(int(n) for n in np.diff(total) * TILE))
+def test_any_split(functions, way):
+    @settings(max_examples=25 if way == "tiled" else 5, deadline=None, derandomize=True)
+    @given(st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS))
+    def check(ends):
+        sizes = np.diff(np.sort([0, *ends]))
+        compare(functions, tuple(int(size) for size in sizes))
 
     check()
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(1, 9))
-@settings(max_examples=100, deadline=None, derandomize=True)
-def test_tiles_hold_any_split(sizes, tile):
-    padded = sum(-(-size // tile) for size in sizes)
-    assert padded <= grouped_matmul.tiles(sum(sizes), len(sizes), tile)
+@pytest.mark.parametrize("rows", [1, 31, 129])
+def test_tiles_of_any_number_of_rows(rows):
+    x, w, dy = draw(rows)
+    sizes = jnp.asarray([rows // 3, 0, rows - rows // 3, 0], jnp.int32)
+    fast = forward_and_gradients(partial(gmm.grouped_matmul, way="tiled"))(x, w, dy, sizes)
+    plain = forward_and_gradients(gmm.reference)(x, w, dy, sizes)
+    for a, b in zip(fast, plain, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)  # as in compare
 
 
-def test_tile_groups_counts_and_ends_in_the_last_group():
-    groups = grouped_matmul.tile_groups(jnp.asarray([8, 0, 4, 0]), 5, 4)
-    np.testing.assert_array_equal(groups, [0, 0, 2, 3, 3])
-
-
-@pytest.mark.parametrize("limit", [grouped_matmul.GATHER_BYTES, 0])
-def test_gradient_of_half_precision_weights_is_summed_in_float32(limit, monkeypatch):
+def test_gradient_of_half_precision_weights_is_summed_in_float32():
     """Many tiles of one group: bfloat16 sums would stop at 256."""
-    monkeypatch.setattr(grouped_matmul, "GATHER_BYTES", limit)
-    x, w = jnp.ones((600, 1), jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16)
+    x, w = jnp.ones((6000, 1), jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16)
 
     @jax.jit
     @jax.grad
     def gradient(w):
-        sizes = jnp.asarray([600], jnp.int32)
-        return grouped_matmul.tiled(x, w, sizes, 1).astype(jnp.float32).sum()
+        y = gmm.grouped_matmul(x, w, jnp.asarray([6000], jnp.int32), "tiled")
+        return y.astype(jnp.float32).sum()
 
     assert gradient(w).dtype == jnp.bfloat16
-    np.testing.assert_allclose(gradient(w).astype(jnp.float32), 600, rtol=4e-3)
+    np.testing.assert_allclose(gradient(w).astype(jnp.float32), 6000, rtol=4e-3)
+
+
+def test_under_vmap_it_is_a_loop():
+    """As in a Mixture of Blocks, whose samples run side by side."""
+    x, w, dy = (jnp.stack([a, a + 1]) for a in draw())
+    sizes = jnp.asarray([SIZES["skewed"], SIZES["empty groups"]], jnp.int32)
+    compute = forward_and_gradients(partial(gmm.grouped_matmul, way="tiled"))
+    together = jax.vmap(compute)(x, w, dy, sizes)
+    for i in range(2):
+        for a, b in zip(together, compute(x[i], w[i], dy[i], sizes[i]), strict=True):
+            np.testing.assert_allclose(a[i], b, atol=5e-5)
+
+
+def test_auto_is_the_best_that_is_there(monkeypatch, caplog):
+    assert gmm.choose("auto") == "tiled"
+    monkeypatch.setattr(gmm, "target", lambda: "tpu")
+    assert gmm.choose("auto") == "megablox"
+    monkeypatch.setattr(gmm, "target", lambda: "gpu")
+    target.log_once.cache_clear()
+    assert [gmm.choose("auto") for _ in range(3)] == ["reference"] * 3
+    (line,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert "triton needs a GPU" in line and "every expert runs on every token" in line
+    assert "\n" not in line
+
+
+def test_without_tokamax_the_line_says_so(monkeypatch):
+    monkeypatch.setattr(gmm, "gpu_lacks", lambda: "")
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    gmm._tokamax_lacks.cache_clear()
+    lack = gmm.lacks("triton", "gpu")
+    gmm._tokamax_lacks.cache_clear()
+    assert lack.startswith("needs tokamax with its kernel triton (ModuleNotFoundError")
+
+
+@pytest.mark.parametrize("name", ["megablox", "triton", "mosaic_gpu", "mosaic_tpu"])
+def test_a_forced_way_that_cannot_work_says_what_can(name):
+    device = "gpu" if name in ("triton", "mosaic_gpu") else "tpu"
+    with pytest.raises(ConfigError) as error:
+        gmm.choose(name)
+    assert str(error.value) == (
+        f"MoEConfig.implementation = {name}: is for {device}, found cpu; here work auto,"
+        " reference, tiled, tokamax"  # which this file added
+    )
+
+
+def test_forced_ways_that_work():
+    assert [gmm.choose(name) for name in ("reference", "tiled")] == ["reference", "tiled"]

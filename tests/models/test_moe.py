@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
+from d2m_jax.kernels import grouped_matmul
 from d2m_jax.models import moe
 from tests.models import toy
 
@@ -206,7 +207,7 @@ def test_router_input_unmodulated_reads_the_token_and_the_time():
 
 def test_auto_takes_the_sparse_path_for_many_tokens(monkeypatch):
     taken = []
-    for name in ("reference_experts", "tiled_experts"):
+    for name in ("reference_experts", "sorted_experts"):
         function = getattr(moe, name)
 
         def spy(*arguments, name=name, function=function):
@@ -218,17 +219,51 @@ def test_auto_takes_the_sparse_path_for_many_tokens(monkeypatch):
     for tokens, k in ((100, 2), (600, 2), (600, N)):
         x, vec = jnp.ones((1, tokens, DIM)), jnp.ones((1, DIM))
         jax.eval_shape(lambda x, v, k=k: call(params, x, x, v, k), x, vec)
-    assert taken == ["reference_experts", "tiled_experts", "reference_experts"]
+    assert taken == ["reference_experts", "sorted_experts", "reference_experts"]
 
 
-@pytest.mark.parametrize("chosen", [[0] * 9, [5] * 9, [5, 0, 5, 3, 0, 5, 1, 0, 5]])
-def test_place_gives_every_choice_a_row_of_its_expert(chosen):
-    tile = 4
-    slot, sizes, token = moe.place(jnp.asarray(chosen)[:, None], N, tile)
-    counts = np.bincount(chosen, minlength=N)
-    np.testing.assert_array_equal(sizes, -(-counts // tile) * tile)
-    assert len(set(slot.tolist())) == len(chosen)
-    starts = np.cumsum(sizes) - sizes
-    for i, expert in enumerate(chosen):
-        assert starts[expert] <= slot[i] < starts[expert] + counts[expert]
-        assert token[slot[i]] == i
+@pytest.mark.parametrize("chosen", [[0] * 9, [5] * 9, [5, 0, 5, 3, 0, 5, 1, 0, 5], [6, 0, 6, 2]])
+def test_sort_gives_every_choice_a_row_of_its_expert(chosen):
+    order, place, sizes = moe.sort(jnp.asarray(chosen)[:, None], N)
+    np.testing.assert_array_equal(np.asarray(chosen)[order], np.sort(chosen))
+    np.testing.assert_array_equal(np.asarray(order)[place], np.arange(len(chosen)))
+    np.testing.assert_array_equal(sizes, np.bincount(chosen, minlength=N + 1)[:N])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tiled", "megablox"])
+def test_devices_with_some_of_the_experts_add_up(implementation, monkeypatch):
+    """A choice of another device's expert adds exactly zero, to gradients too."""
+    monkeypatch.setattr(grouped_matmul, "INTERPRET", True)  # megablox on a CPU
+    monkeypatch.setattr(moe, "choose", lambda implementation: implementation)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 40, DIM)), jnp.float32)
+    chosen = jnp.asarray(rng.integers(0, N, (2, 40, 2)), jnp.int32)
+    weight = jnp.asarray(rng.uniform(0.5, 1.5, (2, 40, 2)), jnp.float32)
+    shapes = (N, DIM, 8), (N, 8), (N, 8, DIM)
+    experts = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    @jax.jit
+    def compute(x, chosen, weight, experts, dy):
+        def run(x, weight, experts):
+            return moe.run_experts(implementation, (x, chosen, weight), experts, among=N)
+
+        y, back = jax.vjp(run, x, weight, experts)
+        return y, *back(dy)
+
+    dy = jnp.sin(x)
+    whole = compute(x, chosen, weight, experts, dy)
+    half = N // 2
+    parts = []
+    for first in (0, half):
+        mine = jnp.where((chosen >= first) & (chosen < first + half), chosen - first, half)
+        own = tuple(a[first : first + half] for a in experts)
+        parts.append(compute(x, mine, weight, own, dy))
+        # to the bit, per choice: the weight of another's expert has no gradient
+        np.testing.assert_array_equal(parts[-1][2][np.asarray(mine) == half], 0)
+        nothing = compute(x, jnp.full_like(mine, half), weight, own, dy)
+        jax.tree.map(lambda a: np.testing.assert_array_equal(a, 0), nothing)
+    for i, name in enumerate(("y", "dx", "dweight")):
+        # float32 sums in another order
+        np.testing.assert_allclose(parts[0][i] + parts[1][i], whole[i], atol=2e-5, err_msg=name)
+    for a, b, c in zip(parts[0][3], parts[1][3], whole[3], strict=True):
+        np.testing.assert_allclose(jnp.concatenate([a, b]), c, atol=1e-4)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from d2m_jax import hosts
 from d2m_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, StageConfig
 from d2m_jax.training.checkpoint import Checkpoints, open_run
 from tests.training import toy
@@ -154,6 +155,12 @@ def test_run_directory_of_another_config(tmp_path):
     with pytest.raises(ConfigError, match="stages.dense.steps is 100 there and 200 here") as error:
         open_run(directory, run_config(steps=200))
     assert "\n" not in str(error.value) and (directory / "config.json").read_text() == before
+
+
+def test_a_run_directory_that_not_all_processes_see(tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts, "gather", lambda value: [value, False])
+    with pytest.raises(ConfigError, match="run: process 1 does not see what process 0 writes"):
+        open_run(tmp_path / "run", run_config())
 
 
 def test_damaged_run_config(tmp_path):

@@ -95,7 +95,7 @@ def test_blocks(tmp_path, monkeypatch):
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(np.asarray(found[name]), array)
-    assert note["fingerprint"] == fingerprint(arrays) == blocks.fingerprint_of(found)
+    assert note["fingerprint"] == fingerprint(arrays) == fingerprint(found)
 
 
 def test_bad_input_is_one_line(bfl, tmp_path, capfd):

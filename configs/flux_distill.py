@@ -1,0 +1,62 @@
+"""FLUX.1 [dev] to FLUX.1-MoE-S in the paper's three stages, at full size, to be planned:
+
+    python train.py configs/flux_distill.py --plan --topology v5p:4x4x4
+
+Its pictures are those of the embedded task, the only ones that this repository can read yet.
+"""
+
+from d2m_jax.config import (
+    GroupsConfig,
+    LossConfig,
+    MeshConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    SparsifyConfig,
+    StageConfig,
+)
+
+SHARED = ("*.shared.*",)
+ROUTED = ("*.experts.*", "*.gate.*", "*mlp.scale")
+# Of both kinds the first stack stays outside groups.
+GROUPED = ("double.1.*", "single.1.*")
+
+
+def stage(steps: int, train: tuple[str, ...], **fields) -> StageConfig:
+    """A stage at the paper's batch size: as many examples at a time as there are devices."""
+    return StageConfig(
+        steps=steps,
+        batch_size=64,
+        train=train,
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=500),
+        loss=LossConfig(timesteps="logit_normal"),
+        dtype="bfloat16",
+        evaluate_every=1000,
+        checkpoint_every=500,
+        **fields,
+    )
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        name="flux_distill",
+        teacher="models/flux_dev",
+        sparsify=SparsifyConfig(moe=MoEConfig(), routed_scale=0.0, modulation_rank=64),
+        stages={
+            "shared": stage(10_000, SHARED, top_k=0),
+            "moe": stage(20_000, ROUTED),
+            "mob": stage(
+                20_000,
+                GROUPED,
+                groups=GroupsConfig(
+                    keep_double=5,
+                    double_blocks=2,
+                    double_active=1,
+                    keep_single=8,
+                    single_blocks=2,
+                    single_active=1,
+                ),
+            ),
+        },
+        mesh=MeshConfig(data=1, fsdp=-1),
+    )

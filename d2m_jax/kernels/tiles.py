@@ -1,0 +1,75 @@
+"""Grouped matmul for a CPU, in plain JAX: one group after the other, tile by tile of its rows.
+
+How many tiles there are is computed from the group sizes at run time, so that neither padding nor
+rows of no group cost work. Such loops have no automatic gradient: `gradient` is that of the
+weights, and `multiply` with transposed weights that of the rows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
+from jaxtyping import Array, Float, Int
+
+TILES = 128, 32  # rows of a tile; the small ones hold what the large ones leave of a group
+
+
+def multiply(
+    x: Float[Array, "r d"], w: Float[Array, "g d f"], sizes: Int[Array, " g"]
+) -> Float[Array, "r f"]:
+    """The rows of group i times w[i]; rows past the last group give zeros."""
+
+    def group(y, one):
+        w, start, end = one
+
+        def tile(y, at, mine):
+            new = dynamic_slice_in_dim(x, at, len(mine)) @ w
+            old = dynamic_slice_in_dim(y, at, len(mine))
+            return dynamic_update_slice_in_dim(y, jnp.where(mine, new, old), at, 0)
+
+        return _over_tiles(tile, y, start, end, len(x)), None
+
+    ends = jnp.cumsum(sizes)
+    y = jnp.zeros((len(x), w.shape[2]), x.dtype)
+    return jax.lax.scan(group, y, (w, ends - sizes, ends))[0]
+
+
+def gradient(
+    x: Float[Array, "r d"], dy: Float[Array, "r f"], sizes: Int[Array, " g"]
+) -> Float[Array, "g d f"]:
+    """xᵀ dy over the rows of each group, summed in float32."""
+
+    def group(_, one):
+        start, end = one
+
+        def tile(dw, at, mine):
+            x_rows, dy_rows = (dynamic_slice_in_dim(a, at, len(mine)) for a in (x, dy))
+            x_rows = jnp.where(mine, x_rows, 0)
+            return dw + jnp.matmul(x_rows.T, dy_rows, preferred_element_type=jnp.float32)
+
+        dw = jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32)
+        return None, _over_tiles(tile, dw, start, end, len(x))
+
+    ends = jnp.cumsum(sizes)
+    return jax.lax.scan(group, None, (ends - sizes, ends))[1]
+
+
+def _over_tiles(body: Callable[..., Any], carry: Any, start: Array, end: Array, rows: int) -> Any:
+    """carry = body(carry, at, mine) over rows start to end: a tile's first row, and a column that
+    says which of its rows are new to it and inside."""
+    tiles = [tile for tile in TILES if tile <= rows] or [rows]
+    for tile in tiles:
+        spare = tile - 1 if tile == tiles[-1] else 0
+        count = (end - start + spare) // tile
+
+        def one(i, carry, first=start, tile=tile):
+            first = first + i * tile
+            at = jnp.minimum(first, rows - tile)
+            index = at + jnp.arange(tile)[:, None]
+            return body(carry, at, (first <= index) & (index < end))
+
+        carry = jax.lax.fori_loop(0, count, one, carry)
+        start = start + count * tile
+    return carry

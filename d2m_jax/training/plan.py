@@ -1,0 +1,273 @@
+"""What a training step needs and how long it takes on accelerators that need not be there.
+
+The step is compiled for them. Memory and collectives are the compiled program's own; time is a
+roofline: what arithmetic, memory and links take at least, under assumptions that are printed.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from d2m_jax.training.collectives import Collective, collectives
+from d2m_jax.training.hardware import GIB, Topology, link
+
+# By default XLA's CPU compiler moves casts of whole stacks of parameters out of a scan.
+CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the compiled program does not say."""
+
+    efficiency: float = 0.6  # share of the peak FLOP/s that the program's matmuls reach
+    links: float = 0.8  # share of a link's bandwidth that collectives reach
+    latency: Mapping[str, float] = field(  # seconds that a collective takes however small it is
+        default_factory=lambda: {"ICI": 1e-5, "NVLink": 2e-5, "network": 5e-5}
+    )
+    overlap: float = 0.5  # share of the communication hidden, where no compiler scheduled it
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The collectives of one kind over one kind of link, as one device sees them."""
+
+    kind: str
+    link: str
+    size: int  # devices in a group
+    count: int  # per step
+    moved: float  # bytes that the device sends per step
+    seconds: float
+    hidden: float  # of the seconds, those while other work goes on
+    certain: bool  # False: at least, for a loop's length is unknown
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes are of one device, FLOPs of one step on all."""
+
+    topology: str
+    chips: int
+    compiler: str
+    memory: float  # that a program may use
+    needed: float
+    parts: dict[str, float]
+    flops: float
+    traffic: tuple[Traffic, ...]
+    seconds: dict[str, float]  # empty where the program does not fit the compiler
+    assumptions: Assumptions
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program finds the memory that it needs."""
+        return self.needed <= self.memory
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and `fits`; `needed` is null where it is not known."""
+        needed = self.needed if math.isfinite(self.needed) else None
+        return dataclasses.asdict(self) | {"needed": needed, "fits": self.fits}
+
+
+def plan(
+    lowered: jax.stages.Lowered,
+    topology: Topology,
+    mesh: Mesh,
+    parts: Mapping[str, Any],
+    flops: float,
+    recomputed: float = 0.0,
+    assumptions: Assumptions = Assumptions(),
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan of a step lowered for `mesh`, which is over `hardware.devices(topology)`.
+
+    `parts` names the arguments: name → tree of arrays or ShapeDtypeStructs with shardings, none
+    twice. `flops` are those of one step on all chips, `recomputed` what rematerialisation adds.
+    """
+    accelerator = topology.accelerator
+    platform = mesh.devices.flat[0].platform
+    compiler = {"tpu": "XLA for TPU", "cpu": "XLA for CPU"}.get(platform, "XLA for GPU")
+    options = dict(compiler_options or (CPU_OPTIONS if platform == "cpu" else {}))
+    sizes = {name: device_bytes(tree) for name, tree in parts.items()}
+    notes = []
+    common = {
+        "topology": str(topology),
+        "chips": topology.chips,
+        "compiler": compiler,
+        "memory": accelerator.memory,
+        "flops": flops,
+        "assumptions": assumptions,
+    }
+    try:
+        compiled = lowered.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = needed_bytes(str(error))
+        if math.isfinite(needed):
+            sizes["temporaries"] = max(0.0, needed - sum(sizes.values()))
+        notes.append("the compiler gave up: out of memory; temporaries are what it asked for")
+        return Plan(**common, needed=needed, parts=sizes, traffic=(), seconds={}, notes=(*notes,))
+    stats = compiled.memory_analysis()
+    arguments, program = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
+    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    needed = arguments + fresh + stats.temp_size_in_bytes
+    if platform == "tpu":  # whose temporaries lie in donated arguments too; the compiler counts so
+        needed = stats.peak_memory_in_bytes
+    sizes["padding and others"] = max(0.0, arguments - sum(sizes.values()))
+    sizes["temporaries"] = max(0.0, needed - sum(sizes.values()))
+    sizes["program"] = program
+
+    found = collectives(compiled.as_text())
+    if platform == "cpu":
+        notes.append(
+            "compiled for CPU devices, for XLA's compiler for GPUs is not installed (pip install"
+            " 'd2m_jax[gpu]'): temporaries and traffic are upper bounds"
+        )
+    if not all(one.certain for one in found):
+        notes.append("collectives stand in loops of unknown length, counted once: at least")
+    traffic = _traffic(found, topology, mesh, assumptions, scheduled=platform != "cpu")
+    reads = arguments + stats.output_size_in_bytes + 2 * sizes["temporaries"]
+    return Plan(
+        **common,
+        needed=needed + program,
+        parts={name: size for name, size in sizes.items() if size},
+        traffic=traffic,
+        seconds=_seconds(topology, flops, recomputed, reads, traffic, assumptions),
+        notes=(*notes,),
+    )
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes that one device holds of a tree of arrays, or of ShapeDtypeStructs with shardings."""
+    return float(
+        sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * _itemsize(leaf.dtype)
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
+
+
+def _itemsize(dtype: Any) -> int:
+    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+
+
+def needed_bytes(message: str) -> float:
+    """Bytes that a program needs by XLA's message of being out of memory; infinite if unsaid."""
+    said = re.search(r"\(([\d.]+)([KMG])\) exceeds available", message) or re.search(
+        r"Used ([\d.]+)([KMG]) of ", message
+    )
+    return float(said[1]) * UNITS[said[2]] if said else math.inf
+
+
+def _traffic(
+    found: tuple[Collective, ...],
+    topology: Topology,
+    mesh: Mesh,
+    assumptions: Assumptions,
+    scheduled: bool,
+) -> tuple[Traffic, ...]:
+    devices = mesh.devices.flat
+    rows: dict[tuple[str, str, int], Traffic] = {}
+    for one in found:
+        if one.groups:
+            ends = [link(topology, [devices[i] for i in group]) for group in one.groups[:64]]
+            name, rate = min(ends, key=lambda end: end[1])
+        else:
+            name, rate = "network", topology.accelerator.network
+        if one.size == 1:
+            continue
+        seconds = one.count * (one.moved / (rate * assumptions.links) + assumptions.latency[name])
+        share = float(one.asynchronous) if scheduled else assumptions.overlap
+        key = (one.kind, name, one.size)
+        before = rows.get(key, Traffic(*key, 0, 0.0, 0.0, 0.0, True))
+        rows[key] = Traffic(
+            *key,
+            count=before.count + one.count,
+            moved=before.moved + one.count * one.moved,
+            seconds=before.seconds + seconds,
+            hidden=before.hidden + share * seconds,
+            certain=before.certain and one.certain,
+        )
+    return tuple(sorted(rows.values(), key=lambda row: -row.seconds))
+
+
+def _seconds(
+    topology: Topology,
+    flops: float,
+    recomputed: float,
+    reads: float,
+    traffic: tuple[Traffic, ...],
+    assumptions: Assumptions,
+) -> dict[str, float]:
+    accelerator = topology.accelerator
+    peak = topology.chips * accelerator.flops
+    compute = (flops + recomputed) / (peak * assumptions.efficiency)
+    memory = reads / accelerator.memory_bandwidth
+    communication = sum(row.seconds for row in traffic)
+    hidden = sum(row.hidden for row in traffic)
+    work = max(compute, memory)
+    step = max(work, hidden) + communication - hidden
+    return {
+        "compute": compute,
+        "memory": memory,
+        "communication": communication,
+        "hidden communication": hidden,
+        "step": step,
+        "step, all hidden": max(work, communication),
+        "step, none hidden": work + communication,
+        "model FLOP utilisation": flops / (step * peak),
+    }
+
+
+def table(plan: Plan) -> str:
+    """The plan for people."""
+    verdict = "fits" if plan.fits else "does not fit"
+    lines = [
+        f"{plan.topology}: {plan.chips:,} chip{'s' if plan.chips > 1 else ''}, {plan.compiler}",
+        f"{verdict}: needs {_gib(plan.needed)} of {_gib(plan.memory)} GiB per device"
+        f" ({_gib(plan.memory - plan.needed)} left)",
+        "",
+        "memory per device            GiB",
+        *(f"  {name:22} {_gib(size):>8}" for name, size in plan.parts.items()),
+    ]
+    if plan.traffic:
+        lines += ["", "collectives             link     devices   count        GB       ms  hidden"]
+        lines += [
+            f"  {row.kind:21} {row.link:8} {row.size:7,} {row.count:7,}"
+            f" {row.moved / 1e9:9.3f} {1e3 * row.seconds:8.1f} {row.hidden / row.seconds:7.0%}"
+            + ("" if row.certain else "  at least")
+            for row in plan.traffic
+        ]
+    if plan.seconds:
+        s, a = plan.seconds, plan.assumptions
+        latency = " or ".join(
+            f"{1e6 * a.latency[name]:.0f} µs ({name})"
+            for name in {row.link: 0 for row in plan.traffic}
+        )
+        lines += [
+            "",
+            f"FLOPs per step {plan.flops:.4g}, model FLOP utilisation"
+            f" {s['model FLOP utilisation']:.1%}",
+            f"step {s['step']:.4g} s ({s['step, all hidden']:.4g} if compute hid all communication,"
+            f" {s['step, none hidden']:.4g} if none)",
+            f"  compute {s['compute']:.4g} s at {a.efficiency:.0%} of the peak, memory at least"
+            f" {s['memory']:.4g} s (every argument, result and temporary once)",
+        ]
+        if plan.traffic:
+            lines.append(
+                f"  communication {s['communication']:.4g} s at {a.links:.0%} of the links and"
+                f" {latency} per collective, {s['hidden communication']:.4g} s of it beside other"
+                " work"
+            )
+    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)]) + "\n"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"

@@ -1,0 +1,135 @@
+"""One run, whatever mesh and however many processes: the same losses, also when they change midway.
+
+Losses agree to float32's rounding, in sums of another order: 1e-4 of their value, over 12 steps in
+which a choice of experts that is nearly even may fall the other way.
+"""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from d2m_jax import hosts
+from d2m_jax.config import MeshConfig, ModelConfig, PixelsConfig, RunConfig, WordsConfig
+from d2m_jax.data import icons
+from d2m_jax.training.run import run
+from d2m_jax.weights import model_directory
+from tests.test_hosts import assert_all_ended_well, together
+from tests.training import test_run as tiny
+
+STEPS = 12
+
+
+def scratch(mesh: MeshConfig) -> RunConfig:
+    """A dense model from scratch."""
+    model = ModelConfig(
+        replace(tiny.TRANSFORMER, hidden_size=48, num_heads=4, axes_dim=(4, 4, 4)),
+        WordsConfig(dim=32),
+        PixelsConfig(24, 24, 6),
+        sample_steps=2,
+    )
+    stage = replace(
+        tiny.STAGE, kind="flow", steps=STEPS, evaluate_every=6, checkpoint_every=3, sample_every=0
+    )
+    return RunConfig(
+        name="scratch",
+        model=model,
+        data=tiny.DATA,
+        stages={"flow": stage},
+        held_out_batches=1,
+        mesh=mesh,
+    )
+
+
+def train(directory: str, sizes: tuple[int, ...], stop: int = 0, process: int = 0) -> None:
+    """The run from scratch; before batch `stop` this process gets a SIGTERM."""
+    batches = icons.batches
+
+    def stopped(*arguments):
+        source = batches(*arguments)
+
+        class Stopped:
+            position = 0
+            get_state, set_state = source.get_state, source.set_state
+
+            def __iter__(self):
+                return self
+
+            def __next__(self):
+                self.position += 1
+                if self.position == stop:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return next(source)
+
+        return Stopped()
+
+    with hosts.joined():
+        icons.batches = stopped if stop and jax.process_index() == process else batches
+        run(scratch(MeshConfig(*sizes)), directory, tiny.flops)
+
+
+def distil(directory: str, teacher: str, sizes: tuple[int, ...]) -> None:
+    """A student from `teacher`, through all stages."""
+    with hosts.joined():
+        run(tiny.student(teacher, rivals={}, mesh=MeshConfig(*sizes)), directory, tiny.flops)
+
+
+def losses(directory: Path) -> dict[tuple, list[float]]:
+    """What a run told, by stage and step."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    kinds = ("loss", "gradient_norm", "held_out")
+    return {(line["stage"], line["step"]): [line.get(kind, 0) for kind in kinds] for line in lines}
+
+
+def assert_same(directory: Path, expected: Path, tolerance: float = 1e-4) -> None:
+    found, wanted = losses(directory), losses(expected)
+    assert found.keys() == wanted.keys()
+    for at, values in wanted.items():
+        np.testing.assert_allclose(found[at], values, rtol=tolerance, err_msg=str(at))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Uninterrupted, on one device."""
+    directory = tmp_path_factory.mktemp("alone")
+    run(scratch(MeshConfig()), directory, tiny.flops)
+    return directory
+
+
+def test_mesh_changes_midway(alone, tmp_path):
+    """8 devices, then 4, then 1."""
+    for devices, sizes, stop in ((8, (1, 8, 1, 1), 3), (4, (2, 1, 1, 2), 4), (1, (1, 1, 1, 1), 0)):
+        ended = together(train, str(tmp_path), sizes, stop, processes=1, devices=devices)
+        assert ended[0].code == (143 if stop else 0), ended[0].err
+    assert_same(tmp_path, alone)
+
+
+def test_processes_change_midway(alone, tmp_path):
+    """Two processes, of which one is asked to stop, then four, then one."""
+    for processes, devices, stop in ((2, 2, 3), (4, 1, 4), (1, 1, 0)):
+        sizes = (1, processes * devices, 1, 1)
+        # The last process alone gets the signal, and all stop at one step.
+        last = processes - 1
+        ended = together(
+            train, str(tmp_path), sizes, stop, last, processes=processes, devices=devices
+        )
+        codes = {each.code for each in ended}
+        assert codes == {143 if stop else 0}, "\n".join(each.err for each in ended)
+    assert_same(tmp_path, alone)
+
+
+def test_two_processes_distil_as_one(alone, tmp_path):
+    """Calibration, cut, three stages and samples, experts and parameters spread over both."""
+    teacher = str(alone / "model")
+    run(tiny.student(teacher, rivals={}), tmp_path / "one", tiny.flops)
+    two = tmp_path / "two"
+    assert_all_ended_well(together(distil, str(two), teacher, (1, 2, 2, 1), processes=2, devices=2))
+    assert_same(two, tmp_path / "one", 1e-3)
+    assert (two / "samples" / "mob_000002.png").is_file()
+    config, _ = model_directory.load(two / "model")
+    assert config.transformer.single[1].mixes
