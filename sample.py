@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import tyro
 
 from d2m_jax import command_line
-from d2m_jax.config import check
+from d2m_jax.config import MeshConfig, check
 from d2m_jax.sampling import grid, pipeline
+from d2m_jax.sharding import make_mesh
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Arguments:
     batch_size: int | None = None  # images at a time; None: as many as make about 2048 tokens
     tile: int | None = None  # decode in tiles of so many latents a side, for large images
     dtype: Literal["bfloat16", "float32"] | None = None  # None: bfloat16, on a CPU float32
+    # Devices: each with images of its own, or `--mesh.tensor 4` to make one image on four.
+    mesh: MeshConfig = MeshConfig()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
         Arguments, arguments, usage="sample.py", description="Write images for prompts."
     )
     prompts = read_prompts(parsed)
-    pipe = pipeline.load_pipeline(parsed.model, parsed.dtype)
+    pipe = pipeline.load_pipeline(parsed.model, parsed.dtype, make_mesh(parsed.mesh))
     negative = parsed.negative_prompt
     images = pipe(
         prompts,

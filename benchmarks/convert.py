@@ -20,7 +20,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from timing import machine
+from timing import finish, parser, table
 
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.flux import abstract
@@ -80,40 +80,38 @@ def measure(file: Path, target: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
+    options = parser(__doc__, rounds=1)
+    options.add_argument(
         "--depth", type=int, nargs=2, default=[19, 38], metavar=("DOUBLE", "SINGLE")
     )
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary one by default")
-    parser.add_argument("--note", default="", help="what else the machine did")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--measure", type=Path, nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options.add_argument("--folder", type=Path, help="where to write; a temporary one by default")
+    options.add_argument("--measure", type=Path, nargs=2, help=argparse.SUPPRESS)
+    options = options.parse_args()
     if options.measure:  # a process of its own, so that the memory is the conversion's alone
         print(json.dumps(measure(*options.measure)))
         return
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        file, target = Path(folder) / "flux.safetensors", Path(folder) / "model"
-        size = zeros(file, *options.depth)
-        command = [sys.executable, __file__, "--measure", str(file), str(target)]
-        row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        shutil.rmtree(target)
-        copied = copy(file, Path(folder) / "copy")
-    row |= {
-        "bytes": size,
-        "depth": options.depth,
-        "GB per second": size / row["seconds"] / 1e9,
-        "copy, GB per second": size / copied / 1e9,
-        "peak GB": row["peak"] / 1e9,
-    }
-    print(f"{'depth':>8} {'GB':>6} {'seconds':>8} {'GB/s':>6} {'copy, GB/s':>11} {'peak, GB':>9}")
-    print(
-        f"{'{} + {}'.format(*options.depth):>8} {size / 1e9:6.1f} {row['seconds']:8.1f}"
-        f" {row['GB per second']:6.2f} {row['copy, GB per second']:11.2f} {row['peak GB']:9.2f}"
-    )
-    if options.output:
-        report = machine() | {"note": options.note, "rows": [row]}
-        options.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+    def rows():
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            file, target = Path(folder) / "flux.safetensors", Path(folder) / "model"
+            size = zeros(file, *options.depth)
+            command = [sys.executable, __file__, "--measure", str(file), str(target)]
+            for _ in range(options.rounds):
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+                row = json.loads(done.stdout)
+                shutil.rmtree(target)
+                copied = copy(file, Path(folder) / "copy")
+                yield {
+                    "depth": "{} + {}".format(*options.depth),
+                    "GB": size / 1e9,
+                    "seconds": row["seconds"],
+                    "GB/s": size / row["seconds"] / 1e9,
+                    "copy, GB/s": size / copied / 1e9,
+                    "peak, GB": row["peak"] / 1e9,
+                }
+
+    columns = {"depth": "<8", "GB": "6.1f", "seconds": "8.1f", "GB/s": "6.2f"}
+    finish(options, table(columns | {"copy, GB/s": "10.2f", "peak, GB": "8.2f"}, rows()))
 
 
 if __name__ == "__main__":

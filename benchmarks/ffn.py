@@ -1,30 +1,53 @@
-"""The MoE layer against dense FFNs, forward and forward + backward.
+"""The MoE layer against dense FFNs, forward and forward + backward, and its parts.
 
     python benchmarks/ffn.py --output ffn.json
 
 Two dense rivals: of the same total width (what the sparse layer must beat) and of the same
-activated width (what perfect sparsity would cost). All ways take turns within each round, so that
-what else the machine does falls on all of them; medians, and the middle half of the rounds.
+activated width (what perfect sparsity would cost). Every way of kernels/grouped_matmul.py that runs
+on this device takes part; --load says how tokens fall on experts. All take turns within each round,
+so that what else the machine does falls on all of them; medians, and the middle half of the rounds.
 
 A program runs several layers in one scan, rematerialised in the backward pass, as the transformer
 does. A single layer would measure the operating system instead: every call touches fresh pages.
+Parts are differences between programs that stop earlier and earlier.
 """
 
-import argparse
-import json
-from pathlib import Path
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from timing import machine, measure
+from models import LOADS, routing
+from timing import Times, finish, limits, measure, on_cpu, parser, table, usual_dtype
 
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
+from d2m_jax.kernels import grouped_matmul
+from d2m_jax.kernels.target import target
+from d2m_jax.models import moe
 from d2m_jax.models.layers import FFN
-from d2m_jax.models.moe import MoE
 
 ACTIVATED = 1.5  # r_a = r_s + k · r_n of PAPER.md, in widths D
 LAYERS = 8
+PARTS = ("shared expert", "routing", "sorting", "grouped matmuls", "combining")
+
+
+def ways() -> list[str]:
+    """The implementations worth measuring here."""
+    device = target()
+    fit = [
+        name
+        for name, way in grouped_matmul.WAYS.items()
+        if way.device == device and not grouped_matmul.lacks(name, device)
+    ]
+    return [*fit, "reference"]
+
+
+def sparse(dim: int, way: str):
+    """(program, parameters) of one MoE layer."""
+    config = FluxConfig(
+        hidden_size=dim, num_heads=1, axes_dim=(dim,), moe=MoEConfig(implementation=way)
+    )
+    return nnx.split(moe.MoE(config, StackConfig(1, ffn="moe"), rngs=nnx.Rngs(0)))
 
 
 def layer(kind: str, dim: int):
@@ -33,15 +56,44 @@ def layer(kind: str, dim: int):
         width = 4 * dim if kind == "dense total" else int(ACTIVATED * dim)
         graph, params = nnx.split(FFN(dim, width, rngs=nnx.Rngs(0)))
         return params, lambda params, x: nnx.merge(graph, params)(x)
-    config = FluxConfig(
-        hidden_size=dim,
-        num_heads=1,
-        axes_dim=(dim,),
-        moe=MoEConfig(implementation=kind.removeprefix("moe ")),
-    )
-    graph, params = nnx.split(MoE(config, StackConfig(1, ffn="moe"), rngs=nnx.Rngs(0)))
-    vec = jnp.zeros((1, dim))
-    return params, lambda params, x: nnx.merge(graph, params)(x, x, vec)[0]
+    graph, params = sparse(dim, kind.removeprefix("moe "))
+    return params, lambda params, x: nnx.merge(graph, params)(x, x, jnp.zeros((1, dim)))[0]
+
+
+def part(index: int, way: str, graph, params, x):
+    """The MoE layer up to a part of PARTS; what came last is computed, and nothing after it."""
+    module = nnx.merge(graph, params)
+    y = module.shared(x)
+    if index == 0:
+        return y
+    probability, chosen, weight = module.route(module.logits(x, x, jnp.zeros((1, x.shape[-1]))), 2)
+    last = probability, chosen, weight
+    if index == 2:
+        flat = chosen.reshape(-1, chosen.shape[-1])
+        order, place, sizes = moe.sort(flat, module.config.experts)
+        last = x.reshape(-1, x.shape[-1])[order // flat.shape[1]], place, sizes
+    if index == 3:
+        last = _rows(way, module, x, chosen)
+    last = jax.lax.optimization_barrier(last)
+    return y + 1e-9 * sum(a.reshape(-1)[0].astype(y.dtype) for a in last)
+
+
+def _rows(way, module, x, chosen):
+    """Sorting and the grouped matmuls, without putting their rows back."""
+    flat, experts = chosen.reshape(-1, chosen.shape[-1]), module.experts.cast(x.dtype)
+    order, _, sizes = moe.sort(flat, module.config.experts)
+    rows = x.reshape(-1, x.shape[-1])[order // flat.shape[1]]
+    hidden = jax.nn.gelu(grouped_matmul.grouped_matmul(rows, experts[0], sizes, way))
+    return (grouped_matmul.grouped_matmul(hidden, experts[2], sizes, way),)
+
+
+def stacked(function, params, x):
+    body = jax.checkpoint(lambda x, _: (x + function(params, x), None))
+    return jax.lax.scan(body, x, length=LAYERS)[0]
+
+
+def loss(function, params, x):
+    return jnp.square(stacked(function, params, x).astype(jnp.float32)).mean()
 
 
 def flops(kind: str, dim: int, tokens: int) -> int:
@@ -50,70 +102,71 @@ def flops(kind: str, dim: int, tokens: int) -> int:
     return 4 * tokens * dim * width
 
 
-def compare(dim: int, tokens: int, rounds: int) -> list[dict]:
-    """One row per way and direction; times and work are of one layer."""
-    x = jax.random.normal(jax.random.key(0), (1, tokens, dim))
-    calls, work = {}, {}
-    for kind in ("dense total", "dense activated", "moe tiled", "moe reference"):
+def compare(dim: int, tokens: int, rounds: int, peak: float):
+    """One row per way and direction, then one per part; times and work are of one layer."""
+    x = jax.random.normal(jax.random.key(0), (1, tokens, dim), usual_dtype())
+    calls = {}
+    for kind in ("dense total", "dense activated", *(f"moe {way}" for way in ways())):
         params, function = layer(kind, dim)
-
-        def stack(params, x, function=function):
-            body = jax.checkpoint(lambda x, _: (x + function(params, x), None))
-            return jax.lax.scan(body, x, length=LAYERS)[0]
-
-        def loss(params, x, stack=stack):
-            return jnp.square(stack(params, x)).mean()
-
-        forward, both = jax.jit(stack), jax.jit(jax.grad(loss, argnums=(0, 1)))
+        params = jax.tree.map(lambda a: a.astype(x.dtype), params)
+        forward = jax.jit(partial(stacked, function))
+        both = jax.jit(jax.grad(partial(loss, function), argnums=(0, 1)))
         calls[kind, "forward"] = lambda f=forward, p=params: f(p, x)
         calls[kind, "forward + backward"] = lambda f=both, p=params: f(p, x)
-        work[kind, "forward"] = flops(kind, dim, tokens)
-        work[kind, "forward + backward"] = 4 * flops(kind, dim, tokens)  # forward runs twice
-    times = {key: [t / LAYERS for t in ts] for key, ts in measure(calls, rounds).items()}
-    return [
-        {
-            "dim": dim,
+    graph, params = sparse(dim, ways()[0])
+    params = jax.tree.map(lambda a: a.astype(x.dtype), params)
+    for i, name in enumerate(PARTS[:-1]):
+        cut = jax.jit(partial(stacked, partial(part, i, ways()[0], graph)))
+        calls[name, "part"] = lambda f=cut: f(params, x)
+    times = {
+        key: Times(*(t / LAYERS for t in taken)) for key, taken in measure(calls, rounds).items()
+    }
+    for (way, direction), (median, low, high, cores) in times.items():
+        if direction == "part":
+            continue
+        # The backward pass costs twice the forward one, which runs twice.
+        work = flops(way, dim, tokens) * (1 if direction == "forward" else 4)
+        yield {
+            "D": dim,
             "tokens": tokens,
             "way": way,
             "direction": direction,
-            "milliseconds": 1e3 * median,
-            "spread": [1e3 * low, 1e3 * high],
-            "of dense total": median / times["dense total", direction][0],
-            "gflops": work[way, direction] / 1e9,
-            "gflops per second": work[way, direction] / 1e9 / median,
+            "ms": 1e3 * median,
+            "low": 1e3 * low,
+            "high": 1e3 * high,
+            "of dense": median / times["dense total", direction].median,
+            "GFLOP": work / 1e9,
+            "of peak": work / median / peak,
+            "cores of dense": cores / times["dense total", direction].cores,
         }
-        for (way, direction), (median, low, high) in times.items()
-    ]
+    ends = [times[name, "part"].median for name in PARTS[:-1]]
+    ends.append(times[f"moe {ways()[0]}", "forward"].median)
+    for name, start, end in zip(PARTS, [0.0, *ends], ends, strict=False):
+        row = {"D": dim, "tokens": tokens, "way": name, "direction": f"part of {ways()[0]}"}
+        yield row | {"ms": 1e3 * (end - start), "of dense": (end - start) / ends[-1]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dims", type=int, nargs="+", default=[96, 256, 512])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[704, 2048])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--note", default="", help="what else the machine did")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    print(
-        f"{'D':>4} {'tokens':>6}  {'way':16} {'direction':19} {'ms':>8} {'middle half':>17}", end=""
-    )
-    print(f" {'of dense':>9} {'GFLOP':>7} {'GFLOP/s':>8}")
-    rows = []
-    for dim in options.dims:
-        for tokens in options.tokens:
-            for row in compare(dim, tokens, options.rounds):
-                low, high = row["spread"]
-                print(
-                    f"{dim:4} {tokens:6}  {row['way']:16} {row['direction']:19}"
-                    f" {row['milliseconds']:8.2f} {low:8.2f}–{high:8.2f}"
-                    f" {row['of dense total']:9.2f} {row['gflops']:7.3f}"
-                    f" {row['gflops per second']:8.1f}",
-                    flush=True,
-                )
-                rows.append(row)
-    if options.output:
-        report = machine() | {"note": options.note, "rows": rows}
-        options.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    options = parser(__doc__)
+    dims, tokens = ([256, 512, 1024], [1280]) if on_cpu() else ([3072], [4608, 1536])
+    options.add_argument("--dims", type=int, nargs="+", default=dims)
+    options.add_argument("--tokens", type=int, nargs="+", default=tokens)
+    options.add_argument("--load", choices=LOADS, default="random")
+    options = options.parse_args()
+    peak = limits()
+    print(f"{peak['matmul, FLOP/s'] / 1e9:.0f} GFLOP/s, {peak['copy, bytes/s'] / 1e9:.1f} GB/s;")
+    print("`of dense`: of the dense FFN of equal total width, for parts: of the layer")
+
+    def rows():
+        for dim in options.dims:
+            for tokens in options.tokens:
+                with routing(options.load, tokens):
+                    yield from compare(dim, tokens, options.rounds, peak["matmul, FLOP/s"])
+
+    columns = {"D": "4d", "tokens": "6d", "way": "<16", "direction": "<18", "ms": "9.3f"}
+    columns |= {"low": "9.3f", "high": "9.3f", "of dense": "8.2f", "GFLOP": "8.2f"}
+    columns |= {"of peak": "8.2f"} | ({"cores of dense": "14.2f"} if on_cpu() else {})
+    finish(options, table(columns, rows()), limits=peak)
 
 
 if __name__ == "__main__":

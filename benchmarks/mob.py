@@ -3,18 +3,14 @@
     python benchmarks/mob.py --output mob.json
 
 κ of m blocks for batches whose samples choose different blocks, against all m blocks; alternating
-in one run, medians and the middle half of the rounds.
+in one run, medians and the middle half of the rounds. `ratio` would be κ / m if nothing but blocks
+cost anything; `cores` is the same for what all cores of a CPU spent.
 """
-
-import argparse
-import json
-from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from timing import machine, measure
+from timing import finish, limits, measure, on_cpu, parser, table, usual_dtype
 
 from d2m_jax import flow
 from d2m_jax.config import FluxConfig, StackConfig
@@ -22,39 +18,39 @@ from d2m_jax.models.blocks import Context, SingleStreamBlock
 from d2m_jax.models.flux import Stack
 from d2m_jax.models.layers import rope
 
-TEXT, GRID = 16, (12, 12)
 
-
-def group(config: FluxConfig, stack: StackConfig, batch: int):
+def group(config: FluxConfig, stack: StackConfig, batch: int, side: int, text: int):
     """(parameters, function of parameters and x) of one group of single blocks."""
     graph, params = nnx.split(Stack(SingleStreamBlock, config, stack, rngs=nnx.Rngs(0)))
-    ids = jnp.concatenate([flow.text_ids(TEXT), flow.image_ids(*GRID)], axis=1)
+    params = jax.tree.map(lambda a: a.astype(usual_dtype()), params)
+    ids = jnp.concatenate([flow.text_ids(text), flow.image_ids(side, side)], axis=1)
     vec = jax.random.normal(jax.random.key(1), (batch, config.hidden_size))
 
     def function(params, x):
         context = Context(
             vec=vec,
-            cond=jax.nn.silu(vec),
+            cond=jax.nn.silu(vec).astype(x.dtype),
             pe=rope(ids, config.axes_dim, config.theta),
-            text_tokens=TEXT,
+            text_tokens=text,
         )
         return nnx.merge(graph, params)((x,), context, remat=True)[0][0]
 
     return params, function
 
 
-def compare(dim: int, batch: int, blocks: int, active: int, rounds: int) -> list[dict]:
+def compare(dim: int, batch: int, blocks: int, active: int, side: int, text: int, rounds: int):
     """One row per direction."""
-    config = replace(
-        FluxConfig(), hidden_size=dim, num_heads=dim // 32, axes_dim=(8, 12, 12), double=()
-    )
-    x = jax.random.normal(jax.random.key(0), (batch, TEXT + GRID[0] * GRID[1], dim))
+    width = 128 if dim >= 512 else 32
+    axes = (16, 56, 56) if width == 128 else (8, 12, 12)
+    config = FluxConfig(hidden_size=dim, num_heads=dim // width, axes_dim=axes, double=())
+    shape = batch, text + side * side, dim
+    x = jax.random.normal(jax.random.key(0), shape, usual_dtype())
     calls = {}
     for run in (active, blocks):
-        params, function = group(config, StackConfig(1, blocks, run), batch)
+        params, function = group(config, StackConfig(1, blocks, run), batch, side, text)
 
         def loss(params, x, function=function):
-            return jnp.square(function(params, x)).mean()
+            return jnp.square(function(params, x).astype(jnp.float32)).mean()
 
         for direction, f in {
             "forward": jax.jit(function),
@@ -62,48 +58,45 @@ def compare(dim: int, batch: int, blocks: int, active: int, rounds: int) -> list
         }.items():
             calls[run, direction] = lambda f=f, p=params: f(p, x)
     times = measure(calls, rounds)
-    return [
-        {
-            "dim": dim,
+    for direction in ("forward", "forward + backward"):
+        mine, whole = times[active, direction], times[blocks, direction]
+        yield {
+            "D": dim,
+            "tokens": text + side * side,
             "batch": batch,
-            "blocks": blocks,
-            "active": active,
+            "ran": f"{active}/{blocks}",
             "direction": direction,
-            "milliseconds": 1e3 * times[active, direction][0],
-            "milliseconds of all": 1e3 * times[blocks, direction][0],
-            "ratio": times[active, direction][0] / times[blocks, direction][0],
-            "spread": [1e3 * t for t in times[active, direction][1:]],
+            "ms": 1e3 * mine.median,
+            "low": 1e3 * mine.low,
+            "high": 1e3 * mine.high,
+            "all, ms": 1e3 * whole.median,
+            "ratio": mine.median / whole.median,
+            "cores": mine.cores / whole.cores,
+            "κ / m": active / blocks,
         }
-        for direction in ("forward", "forward + backward")
-    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dims", type=int, nargs="+", default=[256])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--active", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--note", default="", help="what else the machine did")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    print("   D batch  ran  direction                 ms   all (ms)  ratio  κ/m")
-    rows = []
-    for dim in options.dims:
-        for batch in options.batches:
-            for active in options.active:
-                for row in compare(dim, batch, options.blocks, active, options.rounds):
-                    print(
-                        f"{dim:4} {batch:5} {active}/{options.blocks}  {row['direction']:19}"
-                        f" {row['milliseconds']:8.2f} {row['milliseconds of all']:10.2f}"
-                        f" {row['ratio']:6.2f} {active / options.blocks:4.2f}",
-                        flush=True,
-                    )
-                    rows.append(row)
-    if options.output:
-        report = machine() | {"note": options.note, "rows": rows}
-        options.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    options = parser(__doc__)
+    options.add_argument("--dims", type=int, nargs="+", default=[256, 512] if on_cpu() else [3072])
+    options.add_argument("--side", type=int, default=12 if on_cpu() else 64, help="of the image")
+    options.add_argument("--text-tokens", type=int, default=16 if on_cpu() else 512)
+    options.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    options.add_argument("--blocks", type=int, default=4)
+    options.add_argument("--active", type=int, nargs="+", default=[1, 2])
+    options = options.parse_args()
+
+    def rows():
+        for dim in options.dims:
+            for batch in options.batches:
+                for active in options.active:
+                    sizes = options.side, options.text_tokens, options.rounds
+                    yield from compare(dim, batch, options.blocks, active, *sizes)
+
+    columns = {"D": "4d", "tokens": "6d", "batch": "5d", "ran": "<4", "direction": "<18"}
+    columns |= {"ms": "9.2f", "low": "9.2f", "high": "9.2f", "all, ms": "9.2f", "ratio": "6.2f"}
+    columns |= ({"cores": "6.2f"} if on_cpu() else {}) | {"κ / m": "5.2f"}
+    finish(options, table(columns, rows()), limits=limits())
 
 
 if __name__ == "__main__":

@@ -40,22 +40,30 @@ SHAPES = {
 
 def compiled(topology: hardware.Topology, fsdp: int, program: Callable[[Mesh], Lowered]) -> dict:
     """The point of a topology, compiled for it."""
-    devices = hardware.devices(topology)
-    mesh = make_mesh(MeshConfig(data=topology.chips // fsdp, fsdp=fsdp), devices)
+    devices, data = hardware.devices(topology), topology.chips // fsdp
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp), devices)
     step = program(mesh)
     found = plan(step.program, topology, mesh, step.parts, step.flops, step.recomputed)
-    return {"compiled": True, "data": topology.chips // fsdp} | found.to_json()
+    own = {"compiled": True, "data": data, "slices": topology.slices}
+    return own | found.to_json()
 
 
 def carried(before: dict, topology: hardware.Topology, fsdp: int) -> dict:
     """The point of a larger topology, from the largest compiled one."""
-    data, chips, seconds = topology.chips // fsdp, topology.chips, before["seconds"]
-    wider = (data - 1) / data / max((before["data"] - 1) / before["data"], 1e-9)
+    chips, seconds, slices = topology.chips, before["seconds"], before["slices"]
+
+    def grows(row: dict) -> bool:
+        """Whether a collective spans the data axis: between slices, or summing over all copies."""
+        if slices > 1:
+            return row["link"] == "network"
+        spans = row["size"] in (before["data"], before["chips"])
+        return spans and (row["size"] != fsdp or row["kind"] == "all-reduce")
+
     traffic = []
     for row in before["traffic"]:
-        # Groups as large as the data axis, or larger than the FSDP group, span the data axis.
-        if row["size"] in (before["data"], before["chips"]) and row["size"] != fsdp:
-            size = data if row["size"] == before["data"] else chips
+        if grows(row):
+            size = row["size"] * chips // before["chips"]
+            wider = (size - 1) / size / ((row["size"] - 1) / row["size"])
             grown = {key: row[key] * wider for key in ("moved", "seconds", "hidden")}
             row = row | grown | {"size": size}
         traffic.append(row)
@@ -67,7 +75,8 @@ def carried(before: dict, topology: hardware.Topology, fsdp: int) -> dict:
         "topology": str(topology),
         "chips": chips,
         "compiled": False,
-        "data": data,
+        "data": chips // fsdp,
+        "slices": topology.slices,
         "flops": flops,
         "traffic": traffic,
         "seconds": seconds
@@ -95,8 +104,10 @@ def curve(
         point = known.get(str(topology))
         if point is None and topology.chips <= compile_up_to:
             point = compiled(topology, fsdp, program)
-        if point is None and last is not None and last["data"] > 1:
-            point = carried(last, topology, fsdp)
+        if point is None and last is not None:
+            # Only from one that has the same kinds of collectives.
+            if last["data"] > 1 and (last["slices"] > 1) == (topology.slices > 1):
+                point = carried(last, topology, fsdp)
         if point is None or not point["seconds"]:
             continue
         last = point if point["compiled"] else last

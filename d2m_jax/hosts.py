@@ -26,10 +26,12 @@ from jaxtyping import Array, Int32
 
 from d2m_jax.config import ConfigError, check, differences
 
-PATIENCE = 3600  # seconds for which a process waits for another that lives; a dead one ends it
+PATIENCE = 6 * 3600  # seconds for which a process waits for one that lives; a dead one ends it
 LEAVING = 10  # seconds for which a process that failed waits whether the others failed like it
+GRACE = 3  # seconds for which others stay, so that process 0 can count them
 NOTICED = 20  # seconds after which the others end whom it did not wait for
 _calls = itertools.count()  # the same on all processes, for all make the same calls in one order
+_acting = False  # whether the first process does something alone, in by_first
 
 
 @contextlib.contextmanager
@@ -50,7 +52,7 @@ def joined(
         barrier("end")
         jax.distributed.shutdown()
     except BaseException as error:
-        if count() == 1:
+        if distributed.global_state.client is None:
             raise
         _leave(error)
 
@@ -84,9 +86,10 @@ def start(
         )
     # A SIGTERM is Python's to catch: the loop tells the other processes (see `flags`).
     jax.config.update("jax_enable_preemption_service", False)
-    late = threading.Timer(timeout, _give_up, (timeout,))
-    late.daemon = True
-    late.start()
+    # On CPUs programs that wait for one another only by their collectives must run in one order.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    came = threading.Event()
+    threading.Thread(target=_watch, args=(came, timeout), daemon=True).start()
     try:
         jax.distributed.initialize(
             coordinator,
@@ -106,7 +109,7 @@ def start(
         where = f" at {coordinator}" if coordinator else ""
         raise ConfigError(f"cannot join the other processes{where}: {line}") from None
     finally:
-        late.cancel()
+        came.set()
 
 
 def _number(name: str) -> int | None:
@@ -135,17 +138,22 @@ def _alone() -> bool:
     return pod and not {"JOB_COMPLETION_INDEX", "TPU_WORKER_ID"} & known.keys()
 
 
-def _give_up(timeout: float) -> None:
-    """Say who is missing, and exit: the thread that waits cannot be told to stop."""
+def _watch(came: threading.Event, timeout: float) -> None:
+    """Where not all come in time, say who is missing, and exit: the thread that waits cannot be
+    told to stop."""
+    if came.wait(timeout):
+        return
     state = distributed.global_state
     address = state.coordinator_address
     if address is None:
         said = f"waited {timeout:g} s to learn who the other processes are"
     elif state.service is not None:
-        came = _connections(int(address.rsplit(":", 1)[1]))
-        counted = "not all" if came is None else f"{came} of {state.num_processes}"
+        there = _connections(int(address.rsplit(":", 1)[1]))
+        counted = "not all" if there is None else f"{there} of {state.num_processes}"
         said = f"{counted} processes came to {address} within {timeout:g} s"
     else:
+        if came.wait(GRACE):
+            return
         host, port = address.rsplit(":", 1)
         try:
             socket.create_connection((host.strip("[]"), int(port)), 5).close()
@@ -170,8 +178,8 @@ def _connections(port: int) -> int | None:
 
 
 def count() -> int:
-    """How many processes work on this run."""
-    return distributed.global_state.num_processes
+    """How many processes work on this run; 1 inside by_first."""
+    return 1 if _acting else distributed.global_state.num_processes
 
 
 def first() -> bool:
@@ -199,8 +207,10 @@ def gather(value: Any) -> list[Any]:
 def by_first(action: Callable[[], Any]) -> Any:
     """The JSON value of action(), which the first process alone does while the others wait.
 
-    A ConfigError of its is raised on all processes. All must call it.
+    A ConfigError of its is raised on all processes. All must call it. Inside, the first process is
+    by itself: it waits for nobody, and must leave the devices of others alone.
     """
+    global _acting
     if count() == 1:
         return action()
     client, key = distributed.global_state.client, f"d2m_jax/{next(_calls)}"
@@ -209,11 +219,14 @@ def by_first(action: Callable[[], Any]) -> Any:
         if "error" in answer:
             raise ConfigError(answer["error"])
         return answer["value"]
+    _acting = True
     try:
         value = action()
     except ConfigError as error:
         client.key_value_set(key, json.dumps({"error": str(error)}))
         raise
+    finally:
+        _acting = False
     client.key_value_set(key, json.dumps({"value": value}))
     return value
 

@@ -115,7 +115,8 @@ def batches(
     """Endless batches {"image": uint8 [b, h, w, 3], "text": what the tokenizer makes of captions}.
 
     `train` and `validation` are different draws of the training pairs, `held_out` draws the others.
-    Of every batch only `rows` are drawn: what a process of many needs. The iterator's get_state and set_state resume exactly.
+    Of every batch only `rows` are drawn: what a process of many needs. The iterator's get_state and
+    set_state resume exactly.
     """
     source = Batches(config, tokenizer, image, batch_size, seed, split, rows)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)

@@ -22,10 +22,10 @@ class Encoders:
     """The text encoders and the image side of one model, with their parameters.
 
     Words and pixels have none. T5, CLIP and the autoencoder come from the folder that
-    `config.encoders` names, are shared out over `mesh` (None: this process's) and compute in
-    `dtype` (None: bfloat16, on a CPU float32). `tokenizer.ids(captions)` gives what `text` reads; it holds
-    no parameters, so that a data pipeline can carry it. ConfigError where the folder is missing or
-    does not fit the config.
+    `config.encoders` names, are shared out over `mesh` (None: this process's devices) and compute
+    in `dtype` (None: bfloat16, on a CPU float32). `tokenizer.ids(captions)` gives what `text`
+    reads; it holds no parameters, so that a data pipeline can carry it. ConfigError where the
+    folder is missing or does not fit the config.
     """
 
     def __init__(self, config: ModelConfig, dtype=None, mesh: Mesh | None = None):

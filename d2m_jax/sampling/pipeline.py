@@ -17,6 +17,7 @@ from d2m_jax.sampling.denoise import denoise
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sharding import (
     batch_shards,
+    check_mesh,
     local_mesh,
     own_rows,
     parameter_sharding,
@@ -47,6 +48,7 @@ class Pipeline:
         mesh: Mesh | None = None,
     ):
         self.config, self.mesh = config, mesh or local_mesh()
+        check_mesh(self.mesh, config.transformer)
         self.params = put_parameters(self.mesh, params)
         self.encoders = encoders or Encoders(config, dtype, self.mesh)
 

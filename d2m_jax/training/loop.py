@@ -215,13 +215,9 @@ def _make_evaluate(step: Step, batches: list, key: Array) -> Callable[[dict, dic
     one = step.evaluate()
 
     def evaluate(trainable, frozen, constants):
-        results = [
-            one(trainable, frozen, constants, batch, key, np.uint32(i))
-            for i, batch in enumerate(batches)
-        ]
         window = Window()
-        for result in jax.device_get(results):
-            window.add(result)
+        for i, batch in enumerate(batches):
+            window.add(jax.device_get(one(trainable, frozen, constants, batch, key, np.uint32(i))))
         return window.means()
 
     return evaluate

@@ -29,7 +29,14 @@ from d2m_jax.models.flux import initialise
 from d2m_jax.sampling import grid
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.pipeline import Pipeline
-from d2m_jax.sharding import batch_shards, make_mesh, own_rows, parameter_sharding, put_batch
+from d2m_jax.sharding import (
+    batch_shards,
+    check_mesh,
+    make_mesh,
+    own_rows,
+    parameter_sharding,
+    put_batch,
+)
 from d2m_jax.sparsify.groups import align, aligned, grouped, regroup, shapes
 from d2m_jax.sparsify.importance import Noisy
 from d2m_jax.sparsify.student import make_student, student_config
@@ -81,12 +88,13 @@ def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
         if isinstance(model.text, WordsConfig):
             vocabulary = icons.vocabulary(config.data, model.image)
             model = replace(model, text=replace(model.text, vocabulary=vocabulary))
+        check_mesh(mesh, model.transformer)
         params = initialise(model.transformer, config.seed)
         encoders = Encoders(model, mesh=mesh)
         _train(_Work(config, mesh, flops, encoders), run_directory, (model, params), config.stages)
         return
     model = model_directory.load_config(ROOT / config.teacher)
-    _check_students(config, model)
+    _check_students(config, model, mesh)
     noisy = partial(noisy_inputs, model, LossConfig())
     work = _Work(config, mesh, flops, Encoders(model, mesh=mesh), noisy)
     teacher = work.load(ROOT / config.teacher)
@@ -98,11 +106,14 @@ def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
     _train(work, run_directory, start, config.stages, teacher)
 
 
-def _check_students(config: RunConfig, teacher: ModelConfig) -> None:
-    """Raise ConfigError for a student that cannot be cut or grouped, before anything trains."""
+def _check_students(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> None:
+    """Raise ConfigError for a student that cannot be cut, grouped or spread over the mesh, before
+    anything trains."""
+    check_mesh(mesh, teacher.transformer)
     main = StudentConfig(config.sparsify, config.stages)
     for student in (main, *config.rivals.values()):
         transformer = student_config(teacher.transformer, student.sparsify)
+        check_mesh(mesh, transformer)
         for stage in student.stages.values():
             if stage.groups is not None:
                 transformer = grouped(transformer, stage.groups)
@@ -132,18 +143,23 @@ def _train(
 ) -> None:
     """All stages of one model. `start` is (config, params), or a function that makes them."""
     models = directory / "models"
-    if not (models / "start").exists():
+    if not _exists(models / "start"):
         model, params = start() if callable(start) else start
         model_directory.save(models / "start", model, params)
     before = "start"
     for name, stage in stages.items():
-        if not (models / name).exists():
+        if not _exists(models / name):
             model, params = _train_stage(work, directory, name, stage, models / before, teacher)
             model_directory.save(models / name, model, params)
             del params
         before = name
-    if not (directory / "model").exists():
+    if not _exists(directory / "model"):
         model_directory.save(directory / "model", *work.load(models / before))
+
+
+def _exists(path: Path) -> bool:
+    """Told by the first process: it may write the path before others look."""
+    return hosts.by_first(path.exists)
 
 
 def _train_stage(

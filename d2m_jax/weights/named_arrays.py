@@ -75,8 +75,8 @@ def fingerprint(tree: Any) -> str:
     FloatingPointError that names the first array which holds a NaN or an infinity.
     """
     named = sorted(names(tree).items())
-    sums = {name: _device_sum(array) for name, array in named if _elsewhere(array)}
-    sums = jax.device_get(sums)
+    # One after the other: programs that wait for another process must run in one order on CPUs.
+    sums = {name: jax.device_get(_device_sum(array)) for name, array in named if _elsewhere(array)}
     total = Fingerprint()
     for name, array in named:
         total.begin(name, array.dtype, array.shape)

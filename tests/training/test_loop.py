@@ -211,15 +211,23 @@ def test_the_step_compiles_once(tmp_path):
     assert sorted(traced) == [(8, 4), (16, 4)]
 
 
-def test_sigkill_at_any_moment(tmp_path):
-    """Three kills, by the clock, anywhere in the run; it ends with the bits of a run without."""
-    steps = 200
-    directory = tmp_path / "killed"
+@pytest.mark.parametrize(
+    ("steps", "waits"),
+    [
+        (200, (0.05, 0.3, 0.6)),
+        pytest.param(
+            4000, np.random.default_rng(0).uniform(0, 1.5, 20), marks=pytest.mark.slow, id="20"
+        ),
+    ],
+)
+def test_sigkill_at_any_moment(steps, waits, tmp_path):
+    """Kills by the clock, anywhere in the run; it ends with the bits of a run without."""
+    directory, stage = tmp_path / "killed", toy.stage(steps, checkpoint_every=5)
     command = [sys.executable, "-m", "tests.training.toy", str(directory), str(steps)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     metrics = directory / "metrics.jsonl"
     reached = []
-    for wait in (0.05, 0.3, 0.6):
+    for wait in waits:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
@@ -231,9 +239,9 @@ def test_sigkill_at_any_moment(tmp_path):
         time.sleep(wait)
         process.kill()
         reached.append(b"finished" in process.communicate()[0])
-    assert sum(reached) < 2, "kills came too late: make the run longer"
-    killed = toy.run(directory, toy.stage(steps, checkpoint_every=5))
-    whole = toy.run(tmp_path / "whole", toy.stage(steps, checkpoint_every=5))
+    assert sum(reached) < len(waits) - 1, "kills came too late: make the run longer"
+    killed = toy.run(directory, stage)
+    whole = toy.run(tmp_path / "whole", stage)
     assert same(killed, whole)
     assert lines(directory) == lines(tmp_path / "whole")
 

@@ -33,6 +33,7 @@ def point(chips=256, data=4):
         "topology": "v5p:4x8x8",
         "chips": chips,
         "data": data,
+        "slices": 1,
         "compiled": True,
         "flops": 1e15 * chips,
         "needed": 1e9,
@@ -51,6 +52,15 @@ def test_carried_on(scale):
     assert total["size"] == 64 and total["seconds"] == pytest.approx(0.3 * (63 / 64) / (3 / 4))
     assert far["seconds"]["step"] == pytest.approx(0.5 + total["seconds"])
     assert far["flops"] == 1e15 * 4096
+
+
+def test_between_pods_only_the_network_is_carried_on(scale):
+    two = point(chips=512, data=8) | {"topology": "v6e:16x16:2", "slices": 2}
+    two["traffic"][1] |= {"link": "network", "size": 2}
+    far = scale.carried(two, parse("v6e:16x16:16"), fsdp=64)
+    gather, total = far["traffic"]
+    assert gather == two["traffic"][0] and total["size"] == 16
+    assert total["moved"] == pytest.approx(3e8 * (15 / 16) / (1 / 2))
 
 
 def test_curve_takes_what_is_known_and_carries_it_on(scale, tmp_path):

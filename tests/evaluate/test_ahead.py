@@ -1,0 +1,70 @@
+"""Programs compiled in threads: found by those who run them, given up where the report ends."""
+
+import logging
+import time
+from dataclasses import replace
+
+import pytest
+
+from d2m_jax.evaluate import ahead, held_out, latency, routing, rows
+from d2m_jax.sampling.encoders import Encoders
+
+
+@pytest.fixture
+def run_and_inputs(make_run):
+    """The run with its main student alone, and a noisy batch."""
+    run = rows.read(make_run())
+    run = replace(run, students=run.students[-1:])
+    (inputs,) = held_out.noisy_batches(run.config, Encoders(run.teacher.config), "seen")
+    return run, inputs
+
+
+def test_what_is_compiled_ahead_is_not_compiled_again(run_and_inputs, monkeypatch, caplog):
+    run, inputs = run_and_inputs
+    monkeypatch.setattr(latency, "ROUNDS", 1)
+    caplog.set_level(logging.DEBUG, "jax._src.dispatch")
+    with ahead.compiled_ahead(run, inputs):
+        pass
+    # teacher, MoE and MoB in batches and alone; the routing of the latter two
+    assert compiled(caplog) == {"_forward": 6, "_route": 2}
+    caplog.clear()
+    models = {row.config: row.params for row in run.rows}
+    for row in run.rows:
+        held_out.velocities(row.config, row.params, [inputs])
+    for batch in (1, held_out.BATCH):
+        latency.milliseconds(models, inputs, batch)
+    for row in run.routed:
+        routing.measure(row.config, row.params, [inputs])
+    assert compiled(caplog) == {"_forward": 0, "_route": 0}
+
+
+def compiled(caplog) -> dict[str, int]:
+    """How often the programs of a report were compiled since the log was cleared."""
+    said = [record.getMessage() for record in caplog.records]
+    done = [line for line in said if line.startswith("Finished XLA compilation of")]
+    return {name: sum(f"jit({name})" in line for line in done) for name in ("_forward", "_route")}
+
+
+class Killed(BaseException):
+    """Stands for a signal that no one can catch."""
+
+
+def test_an_error_cancels_what_has_not_begun(run_and_inputs, monkeypatch):
+    begun = []
+
+    def slow(*model):
+        begun.append(model)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(ahead, "compile_forward", slow)
+    with pytest.raises(Killed), ahead.compiled_ahead(*run_and_inputs):
+        raise Killed
+    assert len(begun) <= ahead.THREADS
+
+    def fails(*model):
+        raise ValueError("no such program")
+
+    monkeypatch.setattr(ahead, "compile_forward", fails)
+    with pytest.raises(ValueError, match="no such program"):
+        with ahead.compiled_ahead(*run_and_inputs):
+            pass
