@@ -27,7 +27,7 @@ Axes = tuple[str | None, ...]  # logical axes, of RULES
 # Logical axis → the mesh axes that cut it.
 RULES = {
     "batch": ("data", "fsdp", "expert"),
-    # Rows of matrices, where they are stored. (Columns in small pieces a TPU could not gather.)
+    # Rows of matrices, where they are stored.
     "rows": ("fsdp", "expert"),
     "expert_rows": ("fsdp",),
     # Rows that stay cut over `tensor` while they are used. Queries, keys and values lie side by
