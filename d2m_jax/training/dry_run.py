@@ -63,8 +63,8 @@ def dry_run(
         print(f"{config.name}, stage {one.stage}, {_settings(config.stages[one.stage], mesh)}")
         print(table(found), flush=True)
         plans[one.stage] = found.to_json()
-    if output is not None:
-        output.write_text(json.dumps(plans, indent=1) + "\n")
+        if output is not None:
+            output.write_text(json.dumps(plans, indent=1) + "\n")
 
 
 def _settings(stage: StageConfig, mesh: Mesh) -> str:

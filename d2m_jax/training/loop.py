@@ -115,7 +115,7 @@ def train_stage(
         values = jax.device_get(values)
         clock.tick()
         nonlocal stop
-        stop = stop or int(values.pop("signal"))
+        stop = int(values.pop("signal")) or stop
         loss, norm = values["loss"], values["gradient_norm"]
         if not (np.isfinite(loss) and np.isfinite(norm)):
             raise not_finite(step, f"loss is {loss}, gradient norm {norm}")
