@@ -6,12 +6,14 @@ On a GPU: full size, bfloat16, 1024² and 512² pixels, torch eager and compiled
 attention. On a CPU: --dim 512, a quarter of the depth, float32, torch eager. Weights are random,
 routing is not: MoE-L runs with balanced, random and skewed loads, the others with random ones.
 
-Every model takes turns with our dense one and torch's; medians, and the middle half of the rounds.
+Torch's and our dense model take turns, then every sparse one and our dense one; medians, and the
+middle half of the rounds.
 `of dense` is time over our dense one's within the same rounds, `FLOPs` the same for work, `of
 torch` time over the quicker torch's, `of peak` work per second over that of a large matmul. On a
 CPU `cores` is what all cores spent, which other work on the machine hardly moves.
 """
 
+import math
 import os
 from functools import partial
 
@@ -20,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 from models import LOADS, NAMES, config_of, inputs, random_params, routing
-from timing import finish, limits, measure, on_cpu, parser, table, usual_dtype
+from timing import Times, finish, limits, measure, on_cpu, parser, table, usual_dtype
 
 from d2m_jax.config import FluxConfig
 from d2m_jax.evaluate.accounting import account
@@ -29,20 +31,20 @@ from d2m_jax.models.flux import model_of
 DENSE = NAMES[0]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def forward(config: FluxConfig, dtype, params, arguments):
-    return model_of(config, params, dtype)(*arguments)
-
-
 def ours(config: FluxConfig, dtype, arguments: tuple):
     """A call of our model, compiled while the routing in force holds."""
     params = random_params(config, dtype)
-    program = forward.lower(config, dtype, params, arguments).compile()
+
+    @jax.jit  # anew for every call: a program that was traced before knows another routing
+    def forward(params, arguments):
+        return model_of(config, params, dtype)(*arguments)
+
+    program = forward.lower(params, arguments).compile()
     return lambda: program(params, arguments)
 
 
-def theirs(config: FluxConfig, arguments: tuple, compiled: bool):
-    """A call of diffusers' FluxTransformer2DModel of the same shape on the same device."""
+def theirs(config: FluxConfig, arguments: tuple):
+    """Calls by name of diffusers' FluxTransformer2DModel of the same shape on the same device."""
     import torch
     from diffusers import FluxTransformer2DModel
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -69,16 +71,19 @@ def theirs(config: FluxConfig, arguments: tuple, compiled: bool):
     for name, value in zip(names, arguments, strict=True):
         tensor = torch.from_numpy(jax.device_get(value.astype("float32")).copy()).to(device)
         values[name] = tensor[0] if "ids" in name else tensor.to(dtype)
-    run = torch.compile(model, mode="max-autotune-no-cudagraphs") if compiled else model
     best = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
-    def call():
+    def call(run):
         with torch.no_grad(), sdpa_kernel(best, set_priority=True):
             run(**values, return_dict=False)
         if cuda:
             torch.cuda.synchronize()
 
-    return call
+    calls = {"torch eager": partial(call, model)}
+    if cuda:
+        compiled = torch.compile(model, mode="max-autotune-no-cudagraphs")
+        calls["torch compiled"] = partial(call, compiled)
+    return calls
 
 
 def compare(options, image_tokens: int, peak: float):
@@ -87,52 +92,46 @@ def compare(options, image_tokens: int, peak: float):
     dense = config_of(DENSE, options.dim, options.divide)
     arguments = inputs(dense, image_tokens, text, dtype)
     work = partial(account, image_tokens=image_tokens, text_tokens=text)
-    rivals = {"torch eager": False, "torch compiled": True} if options.torch else {}
-    if on_cpu():
-        rivals.pop("torch compiled", None)
+    rivals = theirs(dense, arguments) if options.torch else {}
     base = {("ours", DENSE): ours(dense, dtype, arguments)}
-    for name, compiled in rivals.items():
-        base[name, DENSE] = theirs(dense, arguments, compiled)
-    runs = [(DENSE, "")] + [
-        (name, load)
-        for name in NAMES[1:]
-        for load in (LOADS if name == "flux_moe_l" else ("random",))
-    ]
-    for name, load in runs:
-        config = config_of(name, options.dim, options.divide)
-        calls = dict(base)
-        if load:
-            with routing(load, max(image_tokens + text, image_tokens)):
-                calls["ours", name] = ours(config, dtype, arguments)
-        times = measure(calls, options.rounds)
-        reference = times["ours", DENSE]
-        torch = min((times[rival, DENSE].median for rival in rivals), default=None)
-        for who, what in calls if name == DENSE else [("ours", name)]:
-            taken, flops = times[who, what], work(config).total.flops
-            yield (
-                {
-                    "tokens": image_tokens + text,
-                    "model": what,
-                    "by": who,
-                    "load": load,
-                    "ms": 1e3 * taken.median,
-                    "low": 1e3 * taken.low,
-                    "high": 1e3 * taken.high,
-                    "of dense": taken.median / reference.median,
-                    "FLOPs": flops / work(dense).total.flops,
-                    "TFLOP": flops / 1e12,
-                    "of peak": flops / taken.median / peak,
-                }
-                | (
-                    {"cores, ms": 1e3 * taken.cores, "c. of dense": taken.cores / reference.cores}
-                    if on_cpu()
-                    else {}
-                )
-                | ({"of torch": taken.median / torch} if torch else {})
-            )
-        # What a program captured goes with its call, before the next one's weights come.
-        calls.clear()
-        jax.clear_caches()
+    calls = base | {(name, DENSE): call for name, call in rivals.items()}
+    times = measure(calls, options.rounds)
+    # Ours over the quicker of torch's, from the rounds in which they took turns.
+    torch = min(
+        (taken.median for (by, _), taken in times.items() if by != "ours"), default=math.nan
+    )
+    dense_of_torch = times["ours", DENSE].median / torch
+
+    def row(who: str, name: str, load: str, taken: Times, reference: Times) -> dict:
+        flops = work(config_of(name, options.dim, options.divide)).total.flops
+        return {
+            "tokens": image_tokens + text,
+            "model": name,
+            "by": who,
+            "load": load,
+            "ms": 1e3 * taken.median,
+            "low": 1e3 * taken.low,
+            "high": 1e3 * taken.high,
+            "of dense": taken.median / reference.median,
+            "FLOPs": flops / work(dense).total.flops,
+            "TFLOP": flops / 1e12,
+            "of peak": flops / taken.median / peak,
+            "of torch": taken.median / reference.median * dense_of_torch,
+            "cores, ms": 1e3 * taken.cores,
+            "c. of dense": taken.cores / reference.cores,
+        }
+
+    for who, name in calls:
+        yield row(who, name, "", times[who, name], times["ours", DENSE])
+    calls.clear()
+    rivals.clear()  # their weights make room for ours
+    for name in NAMES[1:]:
+        for load in LOADS if name == "flux_moe_l" else ("random",):
+            with routing(load, image_tokens + text):
+                sparse = ours(config_of(name, options.dim, options.divide), dtype, arguments)
+            times = measure(base | {("ours", name): sparse}, options.rounds)
+            yield row("ours", name, load, times["ours", name], times["ours", DENSE])
+            del sparse, times  # before the next one's weights come
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from d2m_jax.config import ConfigError
 from d2m_jax.kernels import tiles
 from d2m_jax.kernels.target import failure, gpu_lacks, log_once, target
+from d2m_jax.kernels.tuning import tuned
 
 INTERPRET = False  # run TPU kernels on a CPU, slowly: for tests
 
@@ -123,7 +124,8 @@ def _tokamax_weights(kernel: str, x, dy, sizes):
 
 def _tokamax_dot(kernel: str, a, b, sizes, dimensions):
     dot = importlib.import_module("tokamax").ragged_dot_general
-    return dot(a, b, sizes, ragged_dot_dimension_numbers=dimensions, implementation=kernel)
+    with tuned():
+        return dot(a, b, sizes, ragged_dot_dimension_numbers=dimensions, implementation=kernel)
 
 
 @dataclass(frozen=True)
@@ -134,26 +136,22 @@ class Way:
     device: str  # "cpu" runs everywhere
     rows: Callable
     weights: Callable
-    tokamax: str | None = None  # which of its kernels must be there
+    tokamax: tuple[str, ...] = ()  # which of its kernels must be there
+
+
+def _of_tokamax(device: str, rows: str, weights: str) -> Way:
+    kernels = partial(_tokamax, rows), partial(_tokamax_weights, weights)
+    return Way(device, *kernels, tokamax=(rows, weights))
 
 
 WAYS = {
     "tiled": Way("cpu", _tiled, tiles.gradient),
     "megablox": Way("tpu", _megablox, _megablox_weights),
-    "triton": Way(
-        "gpu", partial(_tokamax, "triton"), partial(_tokamax_weights, "triton"), "triton"
-    ),
+    "triton": _of_tokamax("gpu", "triton", "triton"),
     # Mosaic's own gradient of the weights reaches a quarter of Triton's rate (tokamax's timings on
     # an H100).
-    "mosaic_gpu": Way(
-        "gpu", partial(_tokamax, "mosaic_gpu"), partial(_tokamax_weights, "triton"), "mosaic_gpu"
-    ),
-    "mosaic_tpu": Way(
-        "tpu",
-        partial(_tokamax, "mosaic_tpu"),
-        partial(_tokamax_weights, "mosaic_tpu"),
-        "mosaic_tpu",
-    ),
+    "mosaic_gpu": _of_tokamax("gpu", "mosaic_gpu", "triton"),
+    "mosaic_tpu": _of_tokamax("tpu", "mosaic_tpu", "mosaic_tpu"),
 }
 BEST = {"cpu": "tiled", "tpu": "megablox", "gpu": "triton"}
 
@@ -191,7 +189,7 @@ def lacks(name: str, device: str) -> str:
         return f"is for {way.device}, found {device}"
     if way.device == "gpu" and (lack := gpu_lacks()):
         return lack
-    return _tokamax_lacks(way.tokamax) if way.tokamax else ""
+    return next(filter(None, map(_tokamax_lacks, way.tokamax)), "")
 
 
 @functools.cache

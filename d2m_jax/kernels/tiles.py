@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 from jaxtyping import Array, Float, Int
 
-TILES = 128, 32  # rows of a tile; the small ones hold what the large ones leave of a group
+TILES = 128, 16  # rows of a tile; the small ones hold what the large ones leave of a group
 
 
 def multiply(

@@ -12,7 +12,7 @@ from d2m_jax.kernels.grouped_matmul import choose, grouped_matmul
 from d2m_jax.models.layers import FFN, Linear
 from d2m_jax.sharding import on_own_part
 
-SORTED_TOKENS = 512  # from which sorting tokens by expert pays on a CPU
+SORTED_TOKENS = 256  # from which sorting tokens by expert pays on a CPU
 
 
 class Experts(nnx.Module):

@@ -2,13 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import jax.numpy as jnp
 import pytest
 from PIL import Image
 
 from d2m_jax import flow, weights
-from d2m_jax.evaluate import held_out, latency, report, rows
+from d2m_jax.evaluate import findings, held_out, latency, report, rows
 from d2m_jax.evaluate.accounting import account
 from d2m_jax.evaluate.measure import Bench
 from d2m_jax.models.flux import model_of
@@ -129,6 +130,14 @@ def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch):
     assert len(measured) == 2
     assert scores_of(directory)[:-1] == uninterrupted[:-1]
     assert scores_of(directory)[-1] != uninterrupted[-1]
+
+
+def test_a_run_that_tries_no_other_numbers_of_experts_has_no_sweep(make_run, tmp_path):
+    run = rows.read(make_run())
+    assert [row.label for row in run.routed] == ["fitted, after moe", "fitted, after mob"]
+    run = replace(run, config=replace(run.config, sweep_top_k=()))
+    assert findings._sweep(run, Bench(run, tmp_path, {}), 12) is None
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_held_out_error_is_the_mean_squared_difference_of_velocities(make_run, tmp_path):

@@ -1,6 +1,7 @@
 """The ways of the grouped matmul against the plain reference and a loop, forward and gradient."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from d2m_jax.config import ConfigError
 from d2m_jax.kernels import grouped_matmul as gmm
-from d2m_jax.kernels import target
+from d2m_jax.kernels import target, tuning
 
 GROUPS, ROWS, D, F = 4, 300, 6, 5
 SIZES = {
@@ -31,8 +32,8 @@ def interpreted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gmm, "INTERPRET", True)
         # Any tokamax kernel is called in the same way; XLA's runs here.
-        rows, weights = partial(gmm._tokamax, "xla"), partial(gmm._tokamax_weights, "xla")
-        patch.setitem(gmm.WAYS, "tokamax", gmm.Way("cpu", rows, weights))
+        way = replace(gmm._of_tokamax("cpu", "xla", "xla"), tokamax=())
+        patch.setitem(gmm.WAYS, "tokamax", way)
         yield
 
 
@@ -173,3 +174,26 @@ def test_a_forced_way_that_cannot_work_says_what_can(name):
 
 def test_forced_ways_that_work():
     assert [gmm.choose(name) for name in ("reference", "tiled")] == ["reference", "tiled"]
+
+
+def test_tile_sizes_are_tuned_once_and_kept(monkeypatch, tmp_path):
+    tokamax = pytest.importorskip("tokamax", exc_type=Exception)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuning._read.cache_clear()
+    counted = []
+    autotune = tokamax.autotune
+
+    def count(lowered):
+        counted.append(autotune(lowered, progress_bar=False))
+        return counted[-1]
+
+    monkeypatch.setattr(tokamax, "autotune", count)
+    x, w, _ = draw(128, 128, 128)
+    program = jax.jit(partial(gmm.grouped_matmul, way="tokamax"))
+    sizes = jnp.asarray([128, 0, 0, 0], jnp.int32)
+    file = tuning.tune(program.lower(x, w, sizes))
+    assert file.parent == tmp_path / "d2m_jax" and "cpu" in file.name
+    jax.clear_caches()
+    assert tuning.tune(program.lower(x, w, sizes)) == file
+    assert [len(result.data) for result in counted] == [1, 0]
+    tuning._read.cache_clear()
