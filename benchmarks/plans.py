@@ -4,8 +4,8 @@
 
 Runs `train.py configs/flux_distill.py --plan` for every target, each in a process of its own, and
 writes what it prints to TARGET.txt, its JSON beside it, and a table of all to plans.md. Needs the
-extras `tpu` (libtpu) and `gpu` (XLA's compiler for CUDA, which needs no GPU). An hour or more on two
-cores.
+extras `tpu` (libtpu) and `gpu` (XLA's compiler for CUDA, which needs no GPU). An hour or more on
+two cores.
 """
 
 import argparse
