@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import rich
 import tyro
@@ -60,7 +60,10 @@ class Icons:
     prompts: int = 600  # of combinations seen in training, and as many held out of it
     seed: int = 0  # of the noise
     steps: int | None = None  # default: the model's own
-    top_k: int | None = None  # normal experts per token; default: the model's own
+    # Normal experts per token, several for shares of the steps; default: the model's own.
+    top_k: tuple[int, ...] | None = None
+    reuse: int = 1  # compute the normal experts in every so many-th step only
+    quantize: Literal["int8", "fp8"] | None = None  # the large matrices of blocks
     json: bool = False  # print JSON instead of tables
 
 
@@ -74,8 +77,9 @@ def icons(arguments: Sequence[str]) -> None:
     )
     check(len(parsed.models) > 0, "MODEL: expected at least one model directory, found none")
     check(parsed.prompts > 0, f"--prompts {parsed.prompts}: expected at least 1")
+    options = {"steps": parsed.steps, "top_k": parsed.top_k, "reuse": parsed.reuse}
     scores = {
-        str(path): benchmark.evaluate(path, parsed.prompts, parsed.seed, parsed.steps, parsed.top_k)
+        str(path): benchmark.evaluate(path, parsed.prompts, parsed.seed, parsed.quantize, **options)
         for path in parsed.models
     }
     if parsed.json:

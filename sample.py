@@ -29,12 +29,14 @@ class Arguments:
     top_k: tuple[int, ...] | None = (
         None  # normal experts per token; several: for shares of the steps
     )
+    reuse: int = 1  # compute the normal experts in every so many-th step only
     negative_prompt: str | None = None  # what images should not show; counts where true_cfg > 1
     true_cfg: float = 1.0  # strength of classifier-free guidance, at twice the time
     max_sequence_length: int | None = None  # tokens of T5
     batch_size: int | None = None  # images at a time; None: as many as make about 2048 tokens
     tile: int | None = None  # decode in tiles of so many latents a side, for large images
     dtype: Literal["bfloat16", "float32"] | None = None  # None: bfloat16, on a CPU float32
+    quantize: Literal["int8", "fp8"] | None = None  # the large matrices of blocks, in half of bf16
     # Devices: each with images of its own, or `--mesh.tensor 4` to make one image on four.
     mesh: MeshConfig = MeshConfig()
 
@@ -44,7 +46,8 @@ def main(arguments: Sequence[str]) -> None:
         Arguments, arguments, usage="sample.py", description="Write images for prompts."
     )
     prompts = read_prompts(parsed)
-    pipe = pipeline.load_pipeline(parsed.model, parsed.dtype, make_mesh(parsed.mesh))
+    mesh = make_mesh(parsed.mesh)
+    pipe = pipeline.load_pipeline(parsed.model, parsed.dtype, mesh, parsed.quantize)
     negative = parsed.negative_prompt
     images = pipe(
         prompts,
@@ -54,6 +57,7 @@ def main(arguments: Sequence[str]) -> None:
         guidance=parsed.guidance,
         seed=parsed.seed,
         top_k=parsed.top_k,
+        reuse=parsed.reuse,
         max_sequence_length=parsed.max_sequence_length,
         negative_prompts=None if negative is None else [negative] * len(prompts),
         true_cfg=parsed.true_cfg,

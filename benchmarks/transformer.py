@@ -27,6 +27,7 @@ from timing import Times, finish, limits, measure, on_cpu, parser, table, usual_
 from d2m_jax.config import FluxConfig
 from d2m_jax.evaluate.accounting import account
 from d2m_jax.models.flux import model_of
+from d2m_jax.models.parameters import unstacked
 
 DENSE = NAMES[0]
 
@@ -34,6 +35,8 @@ DENSE = NAMES[0]
 def ours(config: FluxConfig, dtype, arguments: tuple):
     """A call of our model, compiled while the routing in force holds."""
     params = random_params(config, dtype)
+    if not on_cpu():  # as load_pipeline does on a GPU
+        params = unstacked(params, release=True)
 
     @jax.jit  # anew for every call: a program that was traced before knows another routing
     def forward(params, arguments):

@@ -157,8 +157,10 @@ def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def _name(path) -> str:
-    # A state of Flax ends every name with that of the variable's field.
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    # A state of Flax ends every name with that of the variable's field, and a quantised kernel
+    # (kernels/quantized.py) has a field of its own shape; its scales are whole on every device.
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return name.removesuffix(".qvalue").removesuffix(".value")
 
 
 def gathered(params: Any, dtype: Any) -> Any:
@@ -172,7 +174,9 @@ def gathered(params: Any, dtype: Any) -> Any:
         axes = axes_of(_name(path))
         used = tuple(USED.get(axis, axis) for axis in axes)
         stored, used = (partition(mesh, kind, leaf.shape) for kind in (axes, used))
-        return leaf if stored == used else _gather(leaf, stored, used, dtype)
+        # What is quantised is sent as it is.
+        sent = leaf.dtype if leaf.dtype.itemsize == 1 else dtype
+        return leaf if stored == used else _gather(leaf, stored, used, sent)
 
     return jax.tree_util.tree_map_with_path(gather, params)
 
@@ -242,15 +246,25 @@ def on_own_part(function: Callable, arguments: tuple, axes: tuple[Axes, ...], ou
     def spec(axes: Axes) -> PartitionSpec:
         return PartitionSpec(*[cut(axis) or None for axis in axes])
 
+    def own(axes: Axes, path, leaf: Array) -> Axes:
+        # The scales of a quantised kernel serve all its rows: every device has them whole.
+        sizes = zip(axes, leaf.shape, strict=False)
+        scales = jax.tree_util.keystr(path) == ".scale"
+        return tuple(None if scales and size == 1 else axis for axis, size in sizes)
+
+    specs = []
     for argument, kind in zip(arguments, axes, strict=True):
-        for leaf in jax.tree.leaves(argument):
-            for size, axis in zip(leaf.shape, kind, strict=False):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(argument):
+            for size, axis in zip(leaf.shape, own(kind, path, leaf), strict=False):
                 if size % math.prod(mesh.shape[name] for name in cut(axis)):
                     return function(*arguments)
+
+        def place(path, leaf, kind=kind):
+            return spec(own(kind, path, leaf))
+
+        specs.append(jax.tree_util.tree_map_with_path(place, argument))
     # Kernels do not say over which axes their results vary, hence no check.
-    mapped = jax.shard_map(
-        function, in_specs=tuple(map(spec, axes)), out_specs=spec(out), check_vma=False
-    )
+    mapped = jax.shard_map(function, in_specs=tuple(specs), out_specs=spec(out), check_vma=False)
     return mapped(*arguments)
 
 

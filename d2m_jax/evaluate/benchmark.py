@@ -16,35 +16,27 @@ Scores = dict[str, Score]  # of "seen" combinations of glyph and colour, and of 
 
 
 def evaluate(
-    path: Path | str,
-    prompts: int,
-    seed: int = 0,
-    steps: int | None = None,
-    top_k: int | None = None,
+    path: Path | str, prompts: int, seed: int = 0, quantize: str | None = None, **options: Any
 ) -> Scores:
-    """Score a model directory on so many prompts of either kind; a seed fixes the noise."""
-    pipe = load_pipeline(path)
+    """Score a model directory on so many prompts of either kind; a seed fixes the noise, `options`
+    are those of Pipeline."""
+    pipe = load_pipeline(path, quantize=quantize)
     try:
         task = task_of(pipe.config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return scores_of(pipe, task, prompts, seed, steps, top_k)
+    return scores_of(pipe, task, prompts, seed, **options)
 
 
 def scores_of(
-    pipe: Pipeline,
-    task: IconsConfig,
-    prompts: int,
-    seed: int = 0,
-    steps: int | None = None,
-    top_k: int | None = None,
+    pipe: Pipeline, task: IconsConfig, prompts: int, seed: int = 0, **options: Any
 ) -> Scores:
     """The same for a pipeline at hand."""
     lexicon = icons.lexicon_for(task, pipe.config.image)
     scores = {}
     for kind in ("seen", "held_out"):
         scenes = icons.prompts(task, pipe.config.image, prompts, held_out=kind == "held_out")
-        images = pipe([scene.caption for scene in scenes], steps=steps, seed=seed, top_k=top_k)
+        images = pipe([scene.caption for scene in scenes], seed=seed, **options)
         scores[kind] = score(images, scenes, lexicon)
     return scores
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import ConfigError
 from d2m_jax.kernels import tiles
+from d2m_jax.kernels.quantized import QArray, per_token, plain
 from d2m_jax.kernels.target import failure, gpu_lacks, log_once, target
 from d2m_jax.kernels.tuning import tuned
 
@@ -37,14 +38,26 @@ def reference(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
-    x: Float[Array, "r d"], w: Float[Array, "g d f"], sizes: Int[Array, " g"], way: str
+    x: Float[Array, "r d"], w: Float[Array | QArray, "g d f"], sizes: Int[Array, " g"], way: str
 ) -> Float[Array, "r f"]:
     """The rows of group i times w[i], in a way of WAYS (see `choose`).
 
     The first sizes[0] rows are those of group 0, and so on. Rows past the last group cost no work
-    and give exactly zero; so does their gradient.
+    and give exactly zero; so does their gradient. With a quantised w there is none, and rows are
+    quantised too where the way takes that.
     """
-    return _only_rows(_alone(WAYS[way].rows, transpose=False)(x, w, sizes), sizes)
+    a, b = _operands(x, w, way)
+    return _only_rows(_alone(WAYS[way].rows, transpose=False)(a, b, sizes), sizes).astype(x.dtype)
+
+
+def _operands(x, w, way: str):
+    if not isinstance(w, QArray):
+        return x, w
+    if WAYS[way].quantized:
+        return per_token(x, w), w
+    cost = "their kernels are made wide again before each product: saves memory, not time"
+    log_once(__name__, f"quantised experts: {way} takes none; {cost}", logging.WARNING)
+    return x, plain(w, x.dtype)
 
 
 def _forward_rule(x, w, sizes, way):
@@ -137,20 +150,22 @@ class Way:
     rows: Callable
     weights: Callable
     tokamax: tuple[str, ...] = ()  # which of its kernels must be there
+    quantized: bool = False  # whether `rows` multiplies QArrays, without transpose
 
 
-def _of_tokamax(device: str, rows: str, weights: str) -> Way:
+def _of_tokamax(device: str, rows: str, weights: str, quantized: bool = True) -> Way:
     kernels = partial(_tokamax, rows), partial(_tokamax_weights, weights)
-    return Way(device, *kernels, tokamax=(rows, weights))
+    return Way(device, *kernels, tokamax=(rows, weights), quantized=quantized)
 
 
 WAYS = {
-    "tiled": Way("cpu", _tiled, tiles.gradient),
+    "tiled": Way("cpu", _tiled, tiles.gradient, quantized=True),
     "megablox": Way("tpu", _megablox, _megablox_weights),
     "triton": _of_tokamax("gpu", "triton", "triton"),
     # Mosaic's own gradient of the weights reaches a quarter of Triton's rate (tokamax's timings on
     # an H100).
-    "mosaic_gpu": _of_tokamax("gpu", "mosaic_gpu", "triton"),
+    # On an H100 its rows must be bfloat16.
+    "mosaic_gpu": _of_tokamax("gpu", "mosaic_gpu", "triton", quantized=False),
     "mosaic_tpu": _of_tokamax("tpu", "mosaic_tpu", "mosaic_tpu"),
 }
 BEST = {"cpu": "tiled", "tpu": "megablox", "gpu": "triton"}

@@ -13,26 +13,30 @@ import jax.numpy as jnp
 from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 from jaxtyping import Array, Float, Int
 
+from d2m_jax.kernels.quantized import QArray, product
+
 TILES = 128, 16  # rows of a tile; the small ones hold what the large ones leave of a group
 
 
 def multiply(
-    x: Float[Array, "r d"], w: Float[Array, "g d f"], sizes: Int[Array, " g"]
+    x: Float[Array | QArray, "r d"], w: Float[Array | QArray, "g d f"], sizes: Int[Array, " g"]
 ) -> Float[Array, "r f"]:
-    """The rows of group i times w[i]; rows past the last group give zeros."""
+    """The rows of group i times w[i]; rows past the last group give zeros. Both arrays or both
+    QArrays."""
 
     def group(y, one):
         w, start, end = one
 
         def tile(y, at, mine):
-            new = dynamic_slice_in_dim(x, at, len(mine)) @ w
+            some = jax.tree.map(lambda a: dynamic_slice_in_dim(a, at, len(mine)), x)
+            new = product(some, w)
             old = dynamic_slice_in_dim(y, at, len(mine))
             return dynamic_update_slice_in_dim(y, jnp.where(mine, new, old), at, 0)
 
-        return _over_tiles(tile, y, start, end, len(x)), None
+        return _over_tiles(tile, y, start, end, len(y)), None
 
     ends = jnp.cumsum(sizes)
-    y = jnp.zeros((len(x), w.shape[2]), x.dtype)
+    y = jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
     return jax.lax.scan(group, y, (w, ends - sizes, ends))[0]
 
 

@@ -4,7 +4,7 @@ A block maps a tuple of streams to the same tuple: (img, txt) in a double block,
 a single one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,6 +40,10 @@ class Context:
     text_tokens: int
     top_k: int | None = None  # normal experts per token; None: the config's
     collect: int = 0  # FFN inputs to hand out per sample, for calibration
+    keep_routed: bool = False  # whether to hand out what the normal experts added
+    # What a block need not compute: its modulations by name, and by the name of an FFN what its
+    # normal experts added in an earlier step.
+    known: dict[str, Array] = field(default_factory=dict)
 
 
 def ffn(config: FluxConfig, stack: StackConfig, *, out_bias: bool = True, rngs) -> FFN | MoE:
@@ -50,12 +54,14 @@ def ffn(config: FluxConfig, stack: StackConfig, *, out_bias: bool = True, rngs) 
 
 
 def call_ffn(
-    module: FFN | MoE, x: Array, unmodulated: Array, context: Context
+    block: nnx.Module, name: str, x: Array, unmodulated: Array, context: Context
 ) -> tuple[Array, dict[str, Any]]:
-    """The FFN's output and what there is to know about it: routing, and evenly spaced inputs when
-    asked for."""
+    """The output of a block's FFN and what there is to know about it: routing, what the normal
+    experts added and evenly spaced inputs when asked for."""
+    module = getattr(block, name)
     if isinstance(module, MoE):
-        y, aux = module(x, unmodulated, context.vec, context.top_k)
+        routed = context.known.get(name)
+        y, aux = module(x, unmodulated, context.vec, context.top_k, routed, context.keep_routed)
     else:
         y, aux = module(x), {}
     if context.collect:
@@ -82,10 +88,10 @@ class DoubleStreamBlock(nnx.Module):
     def __call__(self, streams: Streams, context: Context) -> tuple[Streams, dict[str, Any]]:
         img, txt = streams
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(
-            context.cond
+            context.cond, context.known.get("img_mod")
         )
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(
-            context.cond
+            context.cond, context.known.get("txt_mod")
         )
 
         img_qkv = self.img_attn.project(modulate(layer_norm(img), img_shift1, img_scale1))
@@ -96,12 +102,14 @@ class DoubleStreamBlock(nnx.Module):
 
         img = img + img_gate1.astype(img.dtype) * self.img_attn.proj(img_attn)
         norm = layer_norm(img)
-        y, img_aux = call_ffn(self.img_mlp, modulate(norm, img_shift2, img_scale2), norm, context)
+        x = modulate(norm, img_shift2, img_scale2)
+        y, img_aux = call_ffn(self, "img_mlp", x, norm, context)
         img = img + img_gate2.astype(img.dtype) * y
 
         txt = txt + txt_gate1.astype(txt.dtype) * self.txt_attn.proj(txt_attn)
         norm = layer_norm(txt)
-        y, txt_aux = call_ffn(self.txt_mlp, modulate(norm, txt_shift2, txt_scale2), norm, context)
+        x = modulate(norm, txt_shift2, txt_scale2)
+        y, txt_aux = call_ffn(self, "txt_mlp", x, norm, context)
         txt = txt + txt_gate2.astype(txt.dtype) * y
         return (img, txt), {"img_mlp": img_aux, "txt_mlp": txt_aux}
 
@@ -121,10 +129,10 @@ class SingleStreamBlock(nnx.Module):
 
     def __call__(self, streams: Streams, context: Context) -> tuple[Streams, dict[str, Any]]:
         (x,) = streams
-        shift, scale, gate = self.modulation(context.cond)
+        shift, scale, gate = self.modulation(context.cond, context.known.get("modulation"))
         norm = layer_norm(x)
         x_mod = modulate(norm, shift, scale)
         q, k, v = heads(self.qkv, x_mod, self.num_heads)
         attn = attend(self.norm.query_norm(q), self.norm.key_norm(k), v, context.pe)
-        y, aux = call_ffn(self.mlp, x_mod, norm, context)
+        y, aux = call_ffn(self, "mlp", x_mod, norm, context)
         return (x + gate.astype(x.dtype) * (self.attn_out(attn) + y),), {"mlp": aux}

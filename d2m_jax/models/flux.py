@@ -1,5 +1,6 @@
 """FLUX.1 (BFL src/flux/model.py) as stacks of equal blocks; dense, MoE and MoB are configs."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -47,10 +48,17 @@ class Stack(nnx.Module):
         router = nnx.split(self.router) if self.config.mixes else (None, ())
         return (block[0], router[0]), (block[1], router[1])
 
-    def run_group(self, graphs, params, streams: Streams, context: Context) -> tuple[Streams, dict]:
-        """One group, given its slice of the parameters; auxiliary arrays come back as [blocks, b,
-        …]."""
-        block, router = params
+    def run_group(
+        self,
+        graphs,
+        params,
+        streams: Streams,
+        context: Context,
+        known: dict[str, Array] | None = None,
+    ) -> tuple[Streams, dict]:
+        """One group, given its slice of the parameters and of what is known; auxiliary arrays come
+        back as [blocks, b, …]."""
+        (block, router), known = params, known or {}
 
         def run_block(block, streams, context):
             block = gathered(block, streams[0].dtype)
@@ -58,28 +66,43 @@ class Stack(nnx.Module):
             return nnx.merge(graphs[0], block)(streams, context)
 
         if not self.config.mixes:
-            return jax.lax.scan(lambda s, p: run_block(p, s, context), streams, block)
+
+            def step(streams, mine):
+                return run_block(mine[0], streams, replace(context, known=mine[1]))
+
+            return parameters.scan(step, streams, (block, known))
         # Samples choose on their own devices, which must then have all blocks of the group.
+        if parameters.is_unstacked(block):
+            block = tuple(parameters.part(block, i) for i in range(self.config.blocks))
         block = gathered(block, streams[0].dtype)
-        logits = nnx.merge(graphs[1], router)(streams, context)
+        # What normal experts added is known of the blocks that ran then: they run again.
+        used = known.get("used")
+        known = {name: a for name, a in known.items() if name != "used"}
+        logits = nnx.merge(graphs[1], router)(streams, context) if used is None else used
         probability, chosen, weight = choose(logits, self.config.active)
-        streams, aux = run_chosen(run_block, block, streams, context, chosen, weight)
+        streams, aux = run_chosen(run_block, block, streams, context, chosen, weight, known)
         used = jax.nn.one_hot(chosen, self.config.blocks).sum(1)
         return streams, aux | {"blocks": {"probability": probability, "used": used}}
 
     def __call__(
-        self, streams: Streams, context: Context, *, remat: bool = False
+        self,
+        streams: Streams,
+        context: Context,
+        known: dict[str, Array] | None = None,
+        *,
+        remat: bool = False,
     ) -> tuple[Streams, dict]:
-        """All groups; auxiliary arrays come back as [groups, blocks, b, …] ("blocks" as [groups, b,
-        m])."""
+        """All groups; auxiliary arrays come back, and known ones are given, as [groups, blocks, b,
+        …] ("blocks" as [groups, b, m])."""
         graphs, params = self.split()
 
-        def body(streams, params):
-            return self.run_group(graphs, params, streams, context)
+        def body(streams, group):
+            params, known = group
+            return self.run_group(graphs, params, streams, context, known)
 
         if remat:
             body = jax.checkpoint(body, prevent_cse=False)
-        return jax.lax.scan(body, streams, params)
+        return parameters.scan(body, streams, (params, known or {}))
 
 
 def over_axes(create, axes: tuple[int, ...], rngs) -> nnx.Module:
@@ -138,12 +161,15 @@ class Flux(nnx.Module):
         """Velocity in float32. timesteps in [0, 1]; ids with one row serve the whole batch; `top_k`
         normal experts per token, 0 to n (None: the config's)."""
         streams, context = self.embed(img, img_ids, txt, txt_ids, timesteps, y, guidance, top_k)
-        return self.run(streams, context)[0]
+        return self.run(streams, context, self.modulations(context.cond))[0]
 
-    def embed(
-        self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, top_k=None, collect: int = 0
-    ) -> tuple[Streams, Context]:
-        """The streams (img, txt) at the entry of the first block, and what all blocks read."""
+    def condition(
+        self,
+        timesteps: Float[Array, " b"],
+        y: Float[Array, "b v"],
+        guidance: Float[Array, " b"] | None = None,
+    ) -> tuple[Float[Array, "b d"], Float[Array, "b r"]]:
+        """The global vector, and what modulations read of it."""
         vec = self.time_in(timestep_embedding(timesteps))
         if self.config.guidance_embed:
             if guidance is None:
@@ -153,36 +179,71 @@ class Flux(nnx.Module):
         cond = jax.nn.silu(vec)
         if self.config.modulation_rank is not None:
             cond = self.modulation_basis(cond)
+        return vec, cond.astype(self.dtype)
+
+    def embed(
+        self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, top_k=None, **asked
+    ) -> tuple[Streams, Context]:
+        """The streams (img, txt) at the entry of the first block, and what all blocks read;
+        `asked` are the fields of Context that say what blocks hand out."""
+        vec, cond = self.condition(timesteps, y, guidance)
         ids = jnp.concatenate([txt_ids, img_ids], axis=1)
         context = Context(
             vec=vec,
-            cond=cond.astype(self.dtype),
+            cond=cond,
             pe=rope(ids, self.config.axes_dim, self.config.theta),
             text_tokens=txt.shape[1],
             top_k=top_k,
-            collect=collect,
+            **asked,
         )
         return (self.img_in(img.astype(self.dtype)), self.txt_in(txt.astype(self.dtype))), context
 
     def run(
-        self, streams: Streams, context: Context, *, remat: bool = False
+        self, streams: Streams, context: Context, *known: dict[str, list], remat: bool = False
     ) -> tuple[Float[Array, "b n c"], dict[str, list]]:
         """Blocks and last layer: the velocity, and per stack what its blocks reported (see
-        Stack)."""
+        Stack). `known` are results of `modulations` and `routed_of`, one per stack."""
         report = {"double": [], "single": []}
-        for stack in self.double:
-            streams, aux = stack(streams, context, remat=remat)
-            report["double"].append(aux)
-        streams = join(streams)
-        for stack in self.single:
-            streams, aux = stack(streams, context, remat=remat)
-            report["single"].append(aux)
+        for kind in report:
+            if kind == "single":
+                streams = join(streams)
+            for i, stack in enumerate(getattr(self, kind)):
+                mine = {name: a for part in known for name, a in part[kind][i].items()}
+                streams, aux = stack(streams, context, mine, remat=remat)
+                report[kind].append(aux)
         return self.final(streams, context), report
+
+    def modulations(
+        self, cond: Float[Array, "*s b r"]
+    ) -> dict[str, list[dict[str, Float[Array, "*s g m b o"]]]]:
+        """The modulations of all blocks, for `run`: weights are read once, for however many
+        steps."""
+
+        def of(lin):
+            kernel, bias = (p[...].astype(cond.dtype) for p in (lin.kernel, lin.bias))
+            return jnp.einsum("...br,gmro->...gmbo", cond, kernel) + bias[:, :, None]
+
+        names = {"double": ("img_mod", "txt_mod"), "single": ("modulation",)}
+        return {
+            kind: [{n: of(getattr(s.block, n).lin) for n in mine} for s in getattr(self, kind)]
+            for kind, mine in names.items()
+        }
 
     def final(self, streams: Streams, context: Context) -> Float[Array, "b n c"]:
         """Velocity of the image tokens, float32."""
         x = streams[0][:, context.text_tokens :]
         return self.final_layer(x, context.vec.astype(self.dtype)).astype(jnp.float32)
+
+
+def routed_of(report: dict[str, list]) -> dict[str, list[dict[str, Array]]]:
+    """Of a report under Context.keep_routed, what a later step can take as known: what the normal
+    experts added, and in a Mixture of Blocks which blocks ran."""
+
+    def of(aux):
+        kept = {name: ffn["routed"] for name, ffn in aux.items() if "routed" in ffn}
+        return kept | {"used": aux["blocks"]["used"]} if kept and "blocks" in aux else kept
+
+    return {kind: [of(aux) for aux in stacks] for kind, stacks in report.items()}
 
 
 def join(streams: Streams) -> Streams:

@@ -7,12 +7,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from d2m_jax.kernels.attention import attention
+from d2m_jax.kernels.quantized import cast, dot
 from d2m_jax.sharding import constrain, on_own_part
 
 
 class Linear(nnx.Module):
     """x W + b in the dtype of x; parameters are float32 at birth and stay in whatever dtype they
-    were loaded."""
+    were loaded, or quantised (kernels/quantized.py)."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = True, zero: bool = False, rngs):
         init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
@@ -20,7 +21,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
-        x = x @ self.kernel[...].astype(x.dtype)
+        x = dot(x, self.kernel[...])
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 
 
@@ -88,8 +89,11 @@ class Modulation(nnx.Module):
         self.lin = Linear(inputs, chunks * dim, zero=True, rngs=rngs)
         self.chunks = chunks
 
-    def __call__(self, cond: Float[Array, "b r"]) -> list[Float[Array, "b 1 d"]]:
-        modulation = constrain(self.lin(cond), "batch", None)
+    def __call__(
+        self, cond: Float[Array, "b r"], known: Float[Array, "b o"] | None = None
+    ) -> list[Float[Array, "b 1 d"]]:
+        """`known` is lin(cond) where it was computed beforehand (Flux.modulations)."""
+        modulation = constrain(self.lin(cond) if known is None else known, "batch", None)
         return jnp.split(modulation[:, None], self.chunks, axis=-1)
 
 
@@ -134,10 +138,10 @@ def heads(
     linear: Linear, x: Float[Array, "b n d"], count: int
 ) -> tuple[Float[Array, "b n h c"], Float[Array, "b n h c"], Float[Array, "b n h c"]]:
     """Queries, keys and values of every head, from a linear that gives them side by side."""
-    kernel = linear.kernel[...].astype(x.dtype).reshape(x.shape[-1], 3, -1)
-    kernel = constrain(kernel, None, None, "inner")
     bias = linear.bias[...].astype(x.dtype).reshape(3, -1)
-    qkv = constrain(jnp.tensordot(x, kernel, 1) + bias, "batch", None, None, "inner")
+    kernel = cast(linear.kernel[...], x.dtype).reshape(x.shape[-1], *bias.shape)
+    kernel = jax.tree.map(lambda part: constrain(part, None, None, "inner"), kernel)
+    qkv = constrain(dot(x, kernel) + bias, "batch", None, None, "inner")
     q, k, v = (qkv[:, :, i].reshape(*x.shape[:2], count, -1) for i in range(3))
     return q, k, v
 

@@ -63,15 +63,19 @@ def run_chosen(
     context: Context,
     chosen: Int[Array, "b k"],
     weight: Float[Array, "b k"],
+    known: dict[str, Array] | None = None,
 ) -> tuple[Streams, dict]:
     """Run each sample through its chosen blocks. `params` leaves are [m, …]; `run_block(params,
-    streams, context)`.
+    streams, context)`. They can also be a tuple of the blocks', whose weights are then read where
+    they are. `known` is what Context.known is to be, for all blocks: [m, b, …].
 
     What a block reports per sample comes back as [m, b, …], zero where the block did not run.
     """
     # Position tables of one row serve all samples, those of many belong to theirs.
     pe_mapped = context.pe[0].shape[0] != 1
-    samples = streams, context.vec, context.cond, chosen, weight, context.pe if pe_mapped else None
+    known = jax.tree.map(lambda a: a.swapaxes(0, 1), known or {})
+    pe = context.pe if pe_mapped else None
+    samples = streams, context.vec, context.cond, chosen, weight, pe, known
     shared = params, None if pe_mapped else context.pe
     run = partial(_run_samples, run_block, context)
     streams, aux = on_own_part(run, (samples, shared), (("batch",), ()), ("batch",))
@@ -80,21 +84,30 @@ def run_chosen(
 
 def _run_samples(run_block: Callable, context: Context, samples: tuple, shared: tuple):
     params, pe_of_all = shared
-    blocks, batch = jax.tree.leaves(params)[0].shape[0], samples[1].shape[0]
+    apart, batch = isinstance(params, tuple), samples[1].shape[0]
+    blocks = len(params) if apart else jax.tree.leaves(params)[0].shape[0]
 
     @partial(jax.checkpoint, prevent_cse=False)
     def one(sample):
-        streams, vec, cond, chosen, weight, pe = sample
+        streams, vec, cond, chosen, weight, pe, known = sample
         pe = jax.tree.map(lambda a: a[None], pe) if pe_of_all is None else pe_of_all
         mine = replace(context, vec=vec[None], cond=cond[None], pe=pe)
         streams = tuple(x[None] for x in streams)
 
         def step(streams, choice):
             block, w = choice
-            mine_params = jax.tree.map(
-                lambda a: jax.lax.dynamic_index_in_dim(a, block, keepdims=False), params
-            )
-            new, aux = run_block(mine_params, streams, mine)
+
+            def picked(tree, keepdims):
+                index = partial(jax.lax.dynamic_index_in_dim, index=block, keepdims=keepdims)
+                return jax.tree.map(index, tree)
+
+            # The axis of blocks becomes that of a batch of one.
+            here = replace(mine, known=picked(known, keepdims=True))
+            if apart:  # no weights are copied: each block is a branch that reads its own
+                branches = [partial(lambda p, x: run_block(p, x, here), p) for p in params]
+                new, aux = jax.lax.switch(block, branches, streams)
+            else:
+                new, aux = run_block(picked(params, keepdims=False), streams, here)
             # w − 1 is exactly 0, so the block's output passes as it is; the gradient of w is y − x.
             streams = tuple(
                 y + (w - 1).astype(x.dtype) * (y - x) for x, y in zip(streams, new, strict=True)
@@ -108,6 +121,8 @@ def _run_samples(run_block: Callable, context: Context, samples: tuple, shared: 
         )
         return tuple(x[0] for x in streams), aux
 
+    if apart:
+        return jax.lax.map(one, samples)
     bytes_per_sample = sum(leaf[0].nbytes for leaf in jax.tree.leaves(params))
     side_by_side = max(1, min(batch, GATHER_BYTES // bytes_per_sample))
     return jax.lax.map(one, samples, batch_size=side_by_side if side_by_side > 1 else None)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.kernels.grouped_matmul import choose, grouped_matmul
+from d2m_jax.kernels.quantized import QArray, cast, dot
 from d2m_jax.models.layers import FFN, Linear
 from d2m_jax.sharding import on_own_part
 
@@ -25,8 +26,8 @@ class Experts(nnx.Module):
         self.in_bias = nnx.Param(jnp.zeros((experts, width)))
         self.out_kernel = nnx.Param(init(rngs.params(), (experts, width, dim), jnp.float32))
 
-    def cast(self, dtype) -> tuple[Array, Array, Array]:
-        return tuple(p[...].astype(dtype) for p in (self.in_kernel, self.in_bias, self.out_kernel))
+    def cast(self, dtype) -> tuple[Array | QArray, Array, Array | QArray]:
+        return tuple(cast(p[...], dtype) for p in (self.in_kernel, self.in_bias, self.out_kernel))
 
 
 class MoE(nnx.Module):
@@ -49,13 +50,27 @@ class MoE(nnx.Module):
         unmodulated: Float[Array, "b n d"],
         vec: Float[Array, "b d"],
         top_k: int | None = None,
+        routed: Float[Array, "b n d"] | None = None,
+        keep: bool = False,
     ) -> tuple[Float[Array, "b n d"], dict[str, Array]]:
-        """Output and what the router did, per sample: `load` (share of choices) and `probability`,
-        each [b, n]."""
+        """Output and what the router did, per sample: `load` (share of choices), `probability`,
+        each [b, n], and `entropy`.
+
+        With `keep` also `routed`, what the normal experts added; given back in a later step, it
+        is added again without computing it.
+        """
         k = self.config.top_k if top_k is None else top_k
-        y = self.shared(x)
-        if k == 0:
-            return y, {}
+        y, aux = self.shared(x), {}
+        if routed is None and k > 0:
+            routed, aux = self.routed(x, unmodulated, vec, k)
+        if keep:
+            aux = aux | {"routed": jnp.zeros_like(y) if routed is None else routed}
+        return y if routed is None else y + routed, aux
+
+    def routed(
+        self, x: Float[Array, "b n d"], unmodulated: Array, vec: Array, k: int
+    ) -> tuple[Float[Array, "b n d"], dict[str, Array]]:
+        """What k normal experts per token add, and what the router did."""
         logits = self.logits(x, unmodulated, vec)
         probability, chosen, weight = self.route(logits, k)
         # Tokens are sorted on their own device; so are they where experts are spread over devices.
@@ -67,10 +82,10 @@ class MoE(nnx.Module):
             (*samples, *experts, ("expert", "inner")),
             ("batch",),
         )
-        y = y + self.scale[...].astype(x.dtype) * routed
         load = jax.nn.one_hot(chosen, self.config.experts).mean((1, 2))
         entropy = -(probability * jnp.log(probability + 1e-9)).sum(-1).mean(1)
-        return y, {"load": load, "probability": probability.mean(1), "entropy": entropy}
+        aux = {"load": load, "probability": probability.mean(1), "entropy": entropy}
+        return self.scale[...].astype(x.dtype) * routed, aux
 
     def logits(self, x, unmodulated, vec) -> Float[Array, "b n e"]:
         """Gate logits in float32. With router_input "unmodulated" the timestep enters beside the
@@ -140,13 +155,17 @@ def reference_experts(
     x: Float[Array, "t d"],
     chosen: Int[Array, "t k"],
     weight: Float[Array, "t k"],
-    in_kernel: Float[Array, "e d f"],
+    in_kernel: Float[Array | QArray, "e d f"],
     in_bias: Float[Array, "e f"],
-    out_kernel: Float[Array, "e f d"],
+    out_kernel: Float[Array | QArray, "e f d"],
 ) -> Float[Array, "t d"]:
     """Σ_k weight · expert(x): all experts on all tokens, those not chosen masked. The plain
     form."""
     masked = (jax.nn.one_hot(chosen, in_kernel.shape[0]) * weight[..., None]).sum(1)
+    if isinstance(in_kernel, QArray):  # whose scales differ by expert: summed over them after
+        hidden = jax.nn.gelu(jax.vmap(dot, (None, 0), 1)(x, in_kernel) + in_bias, approximate=True)
+        out = jax.vmap(dot, (1, 0), 1)(hidden, out_kernel)
+        return jnp.einsum("ted,te->td", out, masked.astype(x.dtype))
     hidden = jax.nn.gelu(jnp.einsum("td,edf->tef", x, in_kernel) + in_bias, approximate=True)
     return jnp.einsum("tef,efd->td", hidden * masked[..., None].astype(x.dtype), out_kernel)
 
@@ -156,9 +175,9 @@ def sorted_experts(
     x: Float[Array, "t d"],
     chosen: Int[Array, "t k"],
     weight: Float[Array, "t k"],
-    in_kernel: Float[Array, "e d f"],
+    in_kernel: Float[Array | QArray, "e d f"],
     in_bias: Float[Array, "e f"],
-    out_kernel: Float[Array, "e f d"],
+    out_kernel: Float[Array | QArray, "e f d"],
 ) -> Float[Array, "t d"]:
     """The same with only the chosen experts' work: choices sorted by expert, grouped matmuls."""
     order, place, sizes = sort(chosen, in_kernel.shape[0])

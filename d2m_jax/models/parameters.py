@@ -1,5 +1,6 @@
 """A model's parameters as a pure dict, and the model around such a dict: for jit, Orbax, optax."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,3 +29,55 @@ def model_of(kind: type, config: Any, params: dict, dtype=jnp.float32) -> nnx.Mo
     graph, state = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=dtype)))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
+
+
+def unstacked(params: dict, release: bool = False) -> dict:
+    """A Flux's parameters with every block's arrays alone: leaves of blocks become lists over
+    groups of lists over blocks. With `release` each array given is deleted once it is copied.
+
+    A program over them has no loop over blocks (see `scan`). On a GPU such a loop copies each
+    block's weights out of the stack before it uses them: as much traffic again as twice the model,
+    per step. It takes longer to compile.
+    """
+
+    @jax.jit
+    def split(a):
+        return [list(group) for group in a]
+
+    def replace(path, a):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        # Modulations are computed for all blocks at once (Flux.modulations), routers are small.
+        if not name.startswith(("double", "single")) or ".block." not in name or "mod" in name:
+            return a
+        parts = split(a)
+        if release:
+            a.delete()
+        return parts
+
+    return jax.tree_util.tree_map_with_path(replace, params)
+
+
+def is_unstacked(tree: Any) -> bool:
+    """Whether the leaves of a stack are lists."""
+    return any(_is_list(leaf) for leaf in jax.tree.leaves(tree, is_leaf=_is_list))
+
+
+def part(tree: Any, i: int) -> Any:
+    """Element i of each leaf of a stack, be it an array or a list."""
+    return jax.tree.map(lambda a: a[i], tree, is_leaf=_is_list)
+
+
+def scan(body: Callable, carry: Any, stack: Any) -> tuple[Any, Any]:
+    """jax.lax.scan; over leaves that are lists the loop is written out."""
+    if not is_unstacked(stack):
+        return jax.lax.scan(body, carry, stack)
+    count = next(len(leaf) for leaf in jax.tree.leaves(stack, is_leaf=_is_list) if _is_list(leaf))
+    results = []
+    for i in range(count):
+        carry, result = body(carry, part(stack, i))
+        results.append(result)
+    return carry, jax.tree.map(lambda *a: jnp.stack(a), *results)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)

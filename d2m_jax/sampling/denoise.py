@@ -1,6 +1,7 @@
 """The denoising loop: Euler steps along the flow, all in one scan."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from d2m_jax import flow
-from d2m_jax.models.flux import Flux
+from d2m_jax.models.flux import Flux, routed_of
 
 Text = tuple[Float[Array, "b l e"], Float[Array, "b v"]]  # token features and pooled vector
 
@@ -23,13 +24,15 @@ def denoise(
     top_k: Sequence[int | None] = (None,),
     negative: Text | None = None,
     true_cfg: float | Float[Array, ""] = 1.0,
+    reuse: int = 1,
 ) -> Float[Array, "b n c"]:
     """From noise at times[0] to data at times[-1]: x += (t_next − t)·v, in float32. `grid`: rows,
     columns.
 
     The entries of `top_k` serve equal shares of the steps, in order. With a `negative` text the
     velocity is v_negative + true_cfg · (v − v_negative): classifier-free guidance, at twice the
-    cost.
+    cost. What the normal experts add is computed in every `reuse`-th step and added again in those
+    between.
     """
     batch, steps = noise.shape[0], len(times) - 1
     if negative is not None:
@@ -38,19 +41,34 @@ def denoise(
     img_ids, txt_ids = flow.image_ids(*grid), flow.text_ids(txt.shape[1])
     strength = jnp.full(len(txt), guidance) if model.config.guidance_embed else None
 
-    def velocity(k, x, t):
+    def velocity(k, fresh, x, t, modulations, routed):
         if negative is not None:
             x = jnp.concatenate([x, x])
-        v = model(x, img_ids, txt, txt_ids, jnp.full(len(x), t), y, strength, k)
-        return v if negative is None else v[batch:] + true_cfg * (v[:batch] - v[batch:])
+        inputs = x, img_ids, txt, txt_ids, jnp.full(len(x), t), y, strength, k
+        start = model.embed(*inputs, keep_routed=reuse > 1)
+        v, report = model.run(*start, modulations, *([] if fresh else [routed]))
+        if negative is not None:
+            v = v[batch:] + true_cfg * (v[:batch] - v[batch:])
+        return v, routed_of(report)
 
-    kinds = sorted(set(top_k), key=str)
-    share = np.arange(steps) * len(top_k) // steps
-    which = np.array([kinds.index(top_k[i]) for i in share], np.int32)
-    branches = [lambda x, t, k=k: velocity(k, x, t) for k in kinds]
+    # Modulations depend on the time alone: their weights, a quarter of FLUX.1's, are read once.
+    times = jnp.asarray(times)
+    conditions = jax.vmap(lambda t: model.condition(jnp.full(len(txt), t), y, strength)[1])
+    modulations = model.modulations(conditions(times[:-1]))
 
-    def step(x, now):
-        t, t_next, i = now
-        return x + (t_next - t) * jax.lax.switch(i, branches, x, t), None
+    schedule = [(top_k[i * len(top_k) // steps], i % reuse == 0) for i in range(steps)]
+    kinds = sorted(set(schedule), key=str)
+    which = np.array([kinds.index(kind) for kind in schedule], np.int32)
+    branches = [partial(velocity, *kind) for kind in kinds]
 
-    return jax.lax.scan(step, noise, (times[:-1], times[1:], which))[0]
+    def step(carry, now):
+        x, routed = carry
+        t, t_next, i, modulations = now
+        v, routed = jax.lax.switch(i, branches, x, t, modulations, routed)
+        return (x + (t_next - t) * v, routed), None
+
+    first = jax.tree.map(lambda a: a[0], modulations)
+    shapes = jax.eval_shape(partial(velocity, *schedule[0]), noise, times[0], first, None)[1]
+    routed = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    steps = times[:-1], times[1:], which, modulations
+    return jax.lax.scan(step, (noise, routed), steps)[0][0]

@@ -12,7 +12,9 @@ from jaxtyping import Array, Float
 
 from d2m_jax import flow
 from d2m_jax.config import ModelConfig, PromptsConfig, check
+from d2m_jax.kernels.quantized import check_kind, quantized
 from d2m_jax.models.flux import abstract, model_of
+from d2m_jax.models.parameters import unstacked
 from d2m_jax.sampling.denoise import denoise
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sharding import (
@@ -36,7 +38,7 @@ class Pipeline:
 
     Activations are in `dtype` (None: bfloat16, on a CPU float32). Encoders that are loaded already
     can be handed in. `mesh` says where it runs (None: this process's devices, each with images of
-    its own).
+    its own). `quantize`, "int8" or "fp8", makes the large matrices of blocks that: half of bf16.
     """
 
     def __init__(
@@ -46,10 +48,13 @@ class Pipeline:
         dtype=None,
         encoders: Encoders | None = None,
         mesh: Mesh | None = None,
+        quantize: str | None = None,
     ):
         self.config, self.mesh = config, mesh or local_mesh()
         check_mesh(self.mesh, config.transformer)
         self.params = put_parameters(self.mesh, params)
+        if quantize is not None:
+            self.params = quantized(self.params, quantize)
         self.encoders = encoders or Encoders(config, dtype, self.mesh)
 
     def __call__(
@@ -62,6 +67,7 @@ class Pipeline:
         seed: int = 0,
         latents: Float[Array | np.ndarray, "b n c"] | None = None,
         top_k: int | Sequence[int] | None = None,
+        reuse: int = 1,
         max_sequence_length: int | None = None,
         negative_prompts: list[str] | None = None,
         true_cfg: float = 1.0,
@@ -71,11 +77,13 @@ class Pipeline:
         """Images in [0, 1], float32. What is None comes from the model's config; `latents` is
         packed noise.
 
-        `top_k` as a sequence serves equal shares of the steps. Negative prompts, one per prompt,
-        count where true_cfg > 1: it multiplies the distance from them. `tile`, in latents, makes an
-        autoencoder decode in tiles of that side. The noise of prompt i depends on the seed and i
-        alone, and a batch never changes a sample. ConfigError for unknown words, sizes that tokens
-        do not divide, latents of another shape, top_k outside 0 to n.
+        `top_k` as a sequence serves equal shares of the steps; normal experts are computed in every
+        `reuse`-th step, and what they added then is added again in those between. Negative prompts,
+        one per prompt, count where true_cfg > 1: it multiplies the distance from them. `tile`, in
+        latents, makes an autoencoder decode in tiles of that side. The noise of prompt i depends on
+        the seed and i alone, and a batch never changes a sample. ConfigError for unknown words,
+        sizes that tokens do not divide, latents of another shape, top_k outside 0 to n, reuse
+        without MoE layers.
         """
         config, encoders = self.config, self.encoders
         height = config.image.height if height is None else height
@@ -83,7 +91,7 @@ class Pipeline:
         grid = rows, columns = config.grid(height, width)
         top_k = tuple(top_k) if isinstance(top_k, Sequence) else (top_k,)
         steps = config.sample_steps if steps is None else steps
-        self._check(steps, top_k)
+        self._check(steps, top_k, reuse)
         check(len(prompts) > 0, "prompts: found none, expected at least one")
         lists = [list(prompts)]
         if negative_prompts is not None and true_cfg > 1:
@@ -111,7 +119,7 @@ class Pipeline:
             with jax.set_mesh(self.mesh):
                 texts = [encoders.text(ids) for ids in inputs[0]]
                 arguments = config, encoders.dtype, grid, top_k, self.params, inputs[1], texts
-                x = _denoise(*arguments, times, guidance, true_cfg)
+                x = _denoise(*arguments, times, guidance, true_cfg, reuse)
                 images.append(whole(encoders.images(x, height, width, tile)))
         return np.concatenate(images)[: len(prompts)]
 
@@ -123,12 +131,14 @@ class Pipeline:
         check(length >= 1, f"max_sequence_length = {length}: expected at least 1")
         return self.encoders.tokenizer.ids(captions, length)
 
-    def _check(self, steps: int, top_k: tuple[int | None, ...]) -> None:
+    def _check(self, steps: int, top_k: tuple[int | None, ...], reuse: int) -> None:
         check(steps >= 1, f"steps = {steps}: expected at least 1")
         expected = f"expected 1 to {steps} numbers, one per step at most"
         check(1 <= len(top_k) <= steps, f"top_k: found {len(top_k)}, {expected}")
         moe = any(stack.ffn == "moe" for stack in self.config.transformer.stacks)
         experts = self.config.transformer.moe.experts
+        check(reuse >= 1, f"reuse = {reuse}: expected at least 1")
+        check(moe or reuse == 1, f"reuse = {reuse}: this model has no MoE layers, expected 1")
         for k in top_k:
             if k is not None:
                 check(moe, f"top_k = {k}: this model has no MoE layers, expected none")
@@ -136,13 +146,24 @@ class Pipeline:
                 check(0 <= k <= experts, f"top_k = {k}: {expected}")
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 10))
 def _denoise(
-    config: ModelConfig, dtype, grid, top_k, params, latents, texts, times, guidance, true_cfg
+    config: ModelConfig,
+    dtype,
+    grid,
+    top_k,
+    params,
+    latents,
+    texts,
+    times,
+    guidance,
+    true_cfg,
+    reuse,
 ):
     model = model_of(config.transformer, params, dtype)
     negative = texts[1] if len(texts) > 1 else None
-    return denoise(model, latents, texts[0], grid, times, guidance, top_k, negative, true_cfg)
+    options = top_k, negative, true_cfg, reuse
+    return denoise(model, latents, texts[0], grid, times, guidance, *options)
 
 
 def noise(seed: int, count: int, tokens: int, channels: int) -> Float[Array, "b n c"]:
@@ -151,12 +172,21 @@ def noise(seed: int, count: int, tokens: int, channels: int) -> Float[Array, "b 
     return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
 
 
-def load_pipeline(path: str | Path, dtype=None, mesh: Mesh | None = None) -> Pipeline:
+def load_pipeline(
+    path: str | Path,
+    dtype=None,
+    mesh: Mesh | None = None,
+    quantize: str | None = None,
+    unrolled: bool | None = None,
+) -> Pipeline:
     """The pipeline of a model directory, an export for torch, or a diffusers FluxPipeline (its
     folder, or the name of its Hugging Face repository).
 
-    `dtype` and `mesh` as in Pipeline; parameters as stored. ConfigError for whatever else is there.
+    `dtype`, `mesh` and `quantize` as in Pipeline; parameters as stored. `unrolled`: a program that
+    has no loop over blocks takes longer to compile, and on a GPU saves a copy of all weights per
+    step (None: on a GPU). ConfigError for whatever else is there.
     """
+    check_kind(quantize)
     mesh = mesh or local_mesh()
     place = partial(parameter_sharding, mesh)
     if model_directory.is_model_directory(path):
@@ -166,4 +196,9 @@ def load_pipeline(path: str | Path, dtype=None, mesh: Mesh | None = None) -> Pip
         source = torch_import.open_source(folder)
         config = source.model or model_config(source.config, folder)
         params = torch_import.load(source.parameters(), abstract(source.config), place)
-    return Pipeline(config, params, dtype, mesh=mesh)
+    if quantize is not None:
+        params = quantized(params, quantize, release=True)
+    pipe = Pipeline(config, params, dtype, mesh=mesh)
+    if jax.default_backend() == "gpu" if unrolled is None else unrolled:
+        pipe.params = unstacked(pipe.params, release=True)
+    return pipe

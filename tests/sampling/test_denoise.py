@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from d2m_jax import flow
 from d2m_jax.models.flux import Flux
@@ -13,15 +14,29 @@ from d2m_jax.sampling.denoise import denoise
 class Recorder(Flux, pytree=False):
     """Stands for a model: a velocity of its own, and it shows what it was given."""
 
-    def __init__(self, velocity, guidance_embed=True):
-        self.velocity, self.seen, self.ks = velocity, {}, set()
+    def __init__(self, velocity, guidance_embed=True, adds=False):
+        self.velocity, self.adds, self.seen, self.ks = velocity, adds, {}, set()
         self.config = SimpleNamespace(guidance_embed=guidance_embed)
 
-    def __call__(self, img, img_ids, txt, txt_ids, timesteps, y, guidance, top_k):
+    def embed(self, img, img_ids, txt, txt_ids, timesteps, y, guidance, top_k, keep_routed):
         self.seen.update(img_ids=img_ids, txt_ids=txt_ids, guidance=guidance)
         self.ks.add(top_k)
         assert timesteps.shape == (img.shape[0],)
-        return self.velocity(img, timesteps[:, None, None], txt, top_k)
+        return img, (timesteps[:, None, None], txt, top_k)
+
+    def run(self, img, context, modulations, routed=None):
+        """Its only MoE layer adds 1 more than the time, or what it added before."""
+        added = context[0] + 1 + img * 0 if routed is None else routed["single"][0]["mlp"]
+        velocity = self.velocity(img, *context)
+        if self.adds:
+            velocity = velocity + added
+        return velocity, {"double": [], "single": [{"mlp": {"routed": added}}]}
+
+    def condition(self, timesteps, y, guidance):
+        return y, y
+
+    def modulations(self, cond):
+        return {"double": [], "single": []}
 
 
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 3)), jnp.float32)
@@ -75,3 +90,14 @@ def test_true_guidance_goes_away_from_the_negative_text():
     result = sample(model, [1.0, 0.5, 0.0], negative=negative, true_cfg=3.0)
     # v = 0.2 + 3 · (0 − 0.2)
     np.testing.assert_allclose(result, NOISE + 0.4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("reuse", "at"), [(1, [0, 1, 2, 3, 4]), (2, [0, 0, 2, 2, 4]), (9, [0] * 5)]
+)
+def test_what_experts_added_serves_several_steps(reuse, at):
+    """`at`: the step at which each of five steps' additions were computed."""
+    times = np.float32([1.0, 0.9, 0.7, 0.4, 0.3, 0.0])
+    model = Recorder(lambda x, t, txt, k: x * 0, adds=True)
+    moved = np.dot(np.diff(times), times[at] + 1)
+    np.testing.assert_allclose(sample(model, times, reuse=reuse), NOISE + moved, rtol=1e-5)

@@ -64,6 +64,7 @@ def test_options_reach_the_model(pipe, images):
     assert np.abs(pipe(PROMPTS, seed=3, guidance=1.0) - images).max() > 1e-3
     assert np.abs(pipe(PROMPTS, seed=3, steps=3) - images).max() > 1e-3
     assert np.abs(pipe(PROMPTS, seed=3, top_k=0) - images).max() > 1e-3
+    assert np.abs(pipe(PROMPTS, seed=3, reuse=2) - images).max() > 1e-4
     assert pipe(PROMPTS[:1], height=4, width=10).shape == (1, 4, 10, 3)
 
 
@@ -78,6 +79,7 @@ def test_options_reach_the_model(pipe, images):
         (["red"], {"steps": 0}, "steps = 0: expected at least 1"),
         (["red"], {"top_k": 7}, "top_k = 7: expected 0 to 6"),
         (["red"], {"top_k": -1}, "top_k = -1: expected 0 to 6"),
+        (["red"], {"reuse": 0}, "reuse = 0: expected at least 1"),
         (["red"], {"latents": np.zeros((1, 5, 12), np.float32)}, "latents: found shape"),
         (["red"], {"latents": np.zeros((2, 12, 12), np.float32)}, "latents: found shape"),
     ],
@@ -93,6 +95,8 @@ def test_a_dense_model_has_no_top_k():
     config = replace(config, transformer=replace(config.transformer, single=toy.DENSE.single))
     with pytest.raises(ConfigError, match="no MoE layers"):
         Pipeline(config, {})(["red"], top_k=1)
+    with pytest.raises(ConfigError, match="reuse = 2: this model has no MoE layers, expected 1"):
+        Pipeline(config, {})(["red"], reuse=2)
 
 
 def test_load_pipeline_restores_a_model_directory(tmp_path, params, images):
@@ -103,3 +107,17 @@ def test_load_pipeline_restores_a_model_directory(tmp_path, params, images):
 def test_load_pipeline_of_nothing(tmp_path):
     with pytest.raises(ConfigError, match="nothing"):
         load_pipeline(tmp_path / "nothing")
+
+
+def test_quantised_once_and_near(tmp_path, params, images):
+    model_directory.save(tmp_path / "model", CONFIG, params)
+    given = load_pipeline(tmp_path / "model", quantize="int8")
+    kernel = given.params["single"][0]["block"]["qkv"]["kernel"]
+    assert kernel.qvalue.dtype == np.int8 and kernel.scale.shape == (2, 1, 1, 96)
+    # rounding to eight bits, through two steps
+    found = given(PROMPTS, seed=3)
+    assert 1e-4 < np.abs(found - images).mean() < 0.02
+    small = Pipeline(CONFIG, params, quantize="int8")  # the caller's parameters stay as they are
+    np.testing.assert_array_equal(small(PROMPTS, seed=3), found)
+    with pytest.raises(ConfigError, match="quantize = int3: expected int8 or fp8, or None"):
+        load_pipeline(tmp_path / "model", quantize="int3")
