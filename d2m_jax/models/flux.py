@@ -161,7 +161,7 @@ class Flux(nnx.Module):
         """Velocity in float32. timesteps in [0, 1]; ids with one row serve the whole batch; `top_k`
         normal experts per token, 0 to n (None: the config's)."""
         streams, context = self.embed(img, img_ids, txt, txt_ids, timesteps, y, guidance, top_k)
-        return self.run(streams, context, self.modulations(context.cond))[0]
+        return self.run(streams, context)[0]
 
     def condition(
         self,
@@ -219,13 +219,22 @@ class Flux(nnx.Module):
         """The modulations of all blocks, for `run`: weights are read once, for however many
         steps."""
 
-        def of(lin):
-            kernel, bias = (p[...].astype(cond.dtype) for p in (lin.kernel, lin.bias))
-            return jnp.einsum("...br,gmro->...gmbo", cond, kernel) + bias[:, :, None]
+        def of(lin: dict):
+            kernel, bias = jax.tree.map(
+                lambda a: a.astype(cond.dtype), (lin["kernel"], lin["bias"])
+            )
+            if not parameters.is_unstacked(kernel):
+                return jnp.einsum("...br,gmro->...gmbo", cond, kernel) + bias[:, :, None]
+            pairs = [zip(*group, strict=True) for group in zip(kernel, bias, strict=True)]
+            groups = [[cond @ k + b for k, b in group] for group in pairs]
+            return jnp.stack([jnp.stack(group, -3) for group in groups], -4)
 
         names = {"double": ("img_mod", "txt_mod"), "single": ("modulation",)}
         return {
-            kind: [{n: of(getattr(s.block, n).lin) for n in mine} for s in getattr(self, kind)]
+            kind: [
+                {n: of(nnx.to_pure_dict(nnx.state(getattr(stack.block, n).lin))) for n in mine}
+                for stack in getattr(self, kind)
+            ]
             for kind, mine in names.items()
         }
 

@@ -46,8 +46,7 @@ def unstacked(params: dict, release: bool = False) -> dict:
 
     def replace(path, a):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        # Modulations are computed for all blocks at once (Flux.modulations), routers are small.
-        if not name.startswith(("double", "single")) or ".block." not in name or "mod" in name:
+        if ".block." not in name:
             return a
         parts = split(a)
         if release:

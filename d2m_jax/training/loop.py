@@ -5,6 +5,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -130,14 +131,18 @@ def train_stage(
 
     try:
         with _caught_signals() as caught, jax.set_mesh(mesh):
+            pending, batch, no_signal = None, None, hosts.flags(mesh, 0)
             if start == 0 and held_out:
-                at_start = evaluate(trained(state), frozen, constants)
-                metrics.write(0, {"loss": at_start["held_out"]} | at_start)
-            pending, no_signal = None, hosts.flags(mesh, 0)
-            for step in range(start + 1, stage.steps + 1):
                 batch = put(next(batches))
+                arguments = state, frozen, constants, batch, step_key, no_signal
+                with _compiling(mesh, train_step, arguments):
+                    at_start = evaluate(trained(state), frozen, constants)
+                metrics.write(0, {"loss": at_start["held_out"]} | at_start)
+            for step in range(start + 1, stage.steps + 1):
+                batch = batch or put(next(batches))
                 signals = hosts.flags(mesh, caught[0]) if caught else no_signal
                 state, values = train_step(state, frozen, constants, batch, step_key, signals)
+                batch = None
                 if pending:
                     read(*pending)
                     if pending[0] % stage.log_every == 0:
@@ -177,6 +182,21 @@ def train_stage(
         checkpoints.close()
         metrics.close()
     return whole()
+
+
+@contextmanager
+def _compiling(mesh: Mesh, program: Callable, arguments: tuple):
+    """Compile a jitted program in a thread while the block compiles and runs another; its first
+    call finds it in JAX's cache."""
+
+    def compile_it():
+        with jax.set_mesh(mesh):
+            program.lower(*arguments).compile()
+
+    with ThreadPoolExecutor(1) as threads:
+        compiled = threads.submit(compile_it)
+        yield
+        compiled.result()
 
 
 def _due(stage: StageConfig, step: int) -> tuple[bool, bool, bool]:
