@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     from d2m_jax.sharding import use_cores
     from d2m_jax.training import run
 
-    use_cores()
+    use_cores(parsed.config.quick_compilation)
     run_directory = parsed.run_dir or Path("runs") / parsed.config.name
     command = shlex.join(["python", "train.py", *arguments])
     who = parsed.coordinator, parsed.processes, parsed.process, parsed.host_timeout

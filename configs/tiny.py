@@ -1,7 +1,8 @@
-"""Every stage in a few steps, for tests and first tries; its scores mean nothing.
+"""Every stage in a few steps, for tests and first tries; its scores and times mean nothing.
 
-Nearly all of its time is compilation, so each stage trains what the paper trains in it and nothing
-else: the rival its FFNs, as the shared experts are, and the Mixture of Blocks its one group.
+Nearly all of its minute is compilation, so programs are compiled without optimisations, and each
+stage trains what the paper trains in it and nothing else: the rival its FFNs, as the shared experts
+are, and the Mixture of Blocks its one group.
 
 python train.py configs/tiny.py
 """
@@ -48,4 +49,5 @@ def get_config() -> RunConfig:
         evaluate_prompts=12,
         sweep_top_k=(),
         held_out_batches=1,
+        quick_compilation=True,
     )

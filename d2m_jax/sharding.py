@@ -62,16 +62,22 @@ PARAMETERS: dict[str, Axes] = {
 MALLOC = {-1: 2**31 - 1, -4: 0, -8: 1}
 
 
-def use_cores() -> None:
+def use_cores(quick_compilation: bool = False) -> None:
     """Make the most of a CPU; call it before anything asks JAX for its devices.
 
     A device per core (a power of two, at most 8), so that batches are cut over them: XLA runs
     small matrix products on one core whatever it has. And glibc keeps freed memory: by default it
     returns every large buffer to the system, and the page faults cost a small training step half
-    its time (docs/decisions.md).
+    its time (docs/decisions.md). `quick_compilation` leaves optimisations out, on any device.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jax.config.update("jax_num_cpu_devices", 2 ** min(3, int(math.log2(cores or 1))))
+    if jax.__version_info__ < (0, 11):
+        # The code generator that came before compiles in half the time what runs as fast.
+        flags = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] = " ".join(flags)
+    if quick_compilation:
+        jax.config.update("jax_disable_most_optimizations", True)
     with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in MALLOC.items():

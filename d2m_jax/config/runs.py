@@ -135,6 +135,7 @@ class RunConfig:
     # Experts per token that the report tries beside the model's own number and all of them.
     sweep_top_k: tuple[int, ...] = (0, 1, 4, 8)
     held_out_batches: int = 8
+    quick_compilation: bool = False  # programs compile fast and run slowly: for first tries
 
     def __post_init__(self):
         check(
