@@ -27,11 +27,11 @@ def multiply(
     def group(y, one):
         w, start, end = one
 
-        def tile(y, at, mine):
-            some = jax.tree.map(lambda a: dynamic_slice_in_dim(a, at, len(mine)), x)
-            new = product(some, w)
-            old = dynamic_slice_in_dim(y, at, len(mine))
-            return dynamic_update_slice_in_dim(y, jnp.where(mine, new, old), at, 0)
+        def tile(y, at, size, mine):
+            new = product(jax.tree.map(lambda a: dynamic_slice_in_dim(a, at, size), x), w)
+            if mine is not None:
+                new = jnp.where(mine, new, dynamic_slice_in_dim(y, at, size))
+            return dynamic_update_slice_in_dim(y, new, at, 0)
 
         return _over_tiles(tile, y, start, end, len(y)), None
 
@@ -48,9 +48,10 @@ def gradient(
     def group(_, one):
         start, end = one
 
-        def tile(dw, at, mine):
-            x_rows, dy_rows = (dynamic_slice_in_dim(a, at, len(mine)) for a in (x, dy))
-            x_rows = jnp.where(mine, x_rows, 0)
+        def tile(dw, at, size, mine):
+            x_rows, dy_rows = (dynamic_slice_in_dim(a, at, size) for a in (x, dy))
+            if mine is not None:
+                x_rows = jnp.where(mine, x_rows, 0)
             return dw + jnp.matmul(x_rows.T, dy_rows, preferred_element_type=jnp.float32)
 
         dw = jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32)
@@ -61,18 +62,20 @@ def gradient(
 
 
 def _over_tiles(body: Callable[..., Any], carry: Any, start: Array, end: Array, rows: int) -> Any:
-    """carry = body(carry, at, mine) over rows start to end: a tile's first row, and a column that
-    says which of its rows are new to it and inside."""
+    """carry = body(carry, at, size, mine) over rows start to end: a tile's first row, how many it
+    has, and a column that says which of them are new to it and inside (None: all are)."""
     tiles = [tile for tile in TILES if tile <= rows] or [rows]
     for tile in tiles:
-        spare = tile - 1 if tile == tiles[-1] else 0
-        count = (end - start + spare) // tile
+        last = tile == tiles[-1]
+        count = (end - start + (tile - 1 if last else 0)) // tile
 
-        def one(i, carry, first=start, tile=tile):
+        def one(i, carry, first=start, tile=tile, last=last):
             first = first + i * tile
+            if not last:
+                return body(carry, first, tile, None)
             at = jnp.minimum(first, rows - tile)
             index = at + jnp.arange(tile)[:, None]
-            return body(carry, at, (first <= index) & (index < end))
+            return body(carry, at, tile, (first <= index) & (index < end))
 
         carry = jax.lax.fori_loop(0, count, one, carry)
         start = start + count * tile

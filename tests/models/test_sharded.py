@@ -81,6 +81,7 @@ from d2m_jax import flow
 from d2m_jax.config import LossConfig, ModelConfig, PixelsConfig, StageConfig, WordsConfig
 from d2m_jax.distill.stages import distill_loss
 from d2m_jax.models.flux import model_of
+from d2m_jax.models.parameters import unstacked
 from d2m_jax.sampling.denoise import denoise
 from d2m_jax.sparsify.groups import align, shapes
 
@@ -132,6 +133,9 @@ for sizes in ((1, 1, 1, 4), (4, 1, 2, 1), (2, 2, 1, 2)):
     with jax.set_mesh(mesh):
         together = jax.jit(sample)(placed, put_batch(mesh, batch))
     compare(images, together, 1e-4)
+with jax.set_mesh(mesh):
+    together = jax.jit(sample)(unstacked(placed, release=True), put_batch(mesh, batch))
+compare(images, together, 1e-4)
 print("equal")
 """
 
