@@ -4,7 +4,8 @@
 
 κ of m blocks for batches whose samples choose different blocks, against all m blocks; alternating
 in one run, medians and the middle half of the rounds. `ratio` would be κ / m if nothing but blocks
-cost anything; `cores` is the same for what all cores of a CPU spent.
+cost anything; `cores` is the same for what all cores of a CPU spent, `apart` is `ratio` where every
+block has arrays of its own (models/parameters.py, unstacked), from which no weights are copied.
 """
 
 import jax
@@ -17,6 +18,7 @@ from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.blocks import Context, SingleStreamBlock
 from d2m_jax.models.flux import Stack
 from d2m_jax.models.layers import rope
+from d2m_jax.models.parameters import unstacked
 
 
 def group(config: FluxConfig, stack: StackConfig, batch: int, side: int, text: int):
@@ -48,6 +50,7 @@ def compare(dim: int, batch: int, blocks: int, active: int, side: int, text: int
     calls = {}
     for run in (active, blocks):
         params, function = group(config, StackConfig(1, blocks, run), batch, side, text)
+        apart = unstacked({"stack": params})["stack"]
 
         def loss(params, x, function=function):
             return jnp.square(function(params, x).astype(jnp.float32)).mean()
@@ -57,6 +60,8 @@ def compare(dim: int, batch: int, blocks: int, active: int, side: int, text: int
             "forward + backward": jax.jit(jax.grad(loss)),
         }.items():
             calls[run, direction] = lambda f=f, p=params: f(p, x)
+            if run == active:
+                calls["apart", direction] = lambda f=f, p=apart: f(p, x)
     times = measure(calls, rounds)
     for direction in ("forward", "forward + backward"):
         mine, whole = times[active, direction], times[blocks, direction]
@@ -72,6 +77,7 @@ def compare(dim: int, batch: int, blocks: int, active: int, side: int, text: int
             "all, ms": 1e3 * whole.median,
             "ratio": mine.median / whole.median,
             "cores": mine.cores / whole.cores,
+            "apart": times["apart", direction].median / whole.median,
             "κ / m": active / blocks,
         }
 
@@ -95,7 +101,8 @@ def main() -> None:
 
     columns = {"D": "4d", "tokens": "6d", "batch": "5d", "ran": "<4", "direction": "<18"}
     columns |= {"ms": "9.2f", "low": "9.2f", "high": "9.2f", "all, ms": "9.2f", "ratio": "6.2f"}
-    columns |= ({"cores": "6.2f"} if on_cpu() else {}) | {"κ / m": "5.2f"}
+    columns |= {"cores": "6.2f"} if on_cpu() else {}
+    columns |= {"apart": "6.2f", "κ / m": "5.2f"}
     finish(options, table(columns, rows()), limits=limits())
 
 

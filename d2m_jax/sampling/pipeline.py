@@ -183,8 +183,9 @@ def load_pipeline(
     folder, or the name of its Hugging Face repository).
 
     `dtype`, `mesh` and `quantize` as in Pipeline; parameters as stored. `unrolled`: a program that
-    has no loop over blocks takes longer to compile, and on a GPU saves a copy of all weights per
-    step (None: on a GPU). ConfigError for whatever else is there.
+    has no loop over blocks takes longer to compile, and saves copies of weights: on a GPU of all
+    of them in every step, in a Mixture of Blocks everywhere (None: for these two). ConfigError for
+    whatever else is there.
     """
     check_kind(quantize)
     mesh = mesh or local_mesh()
@@ -199,6 +200,9 @@ def load_pipeline(
     if quantize is not None:
         params = quantized(params, quantize, release=True)
     pipe = Pipeline(config, params, dtype, mesh=mesh)
-    if jax.default_backend() == "gpu" if unrolled is None else unrolled:
+    if unrolled is None:
+        mixes = any(stack.mixes for stack in config.transformer.stacks)
+        unrolled = mixes or jax.default_backend() == "gpu"
+    if unrolled:
         pipe.params = unstacked(pipe.params, release=True)
     return pipe

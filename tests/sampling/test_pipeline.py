@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from d2m_jax.config import ConfigError, ModelConfig, PixelsConfig, WordsConfig
+from d2m_jax.config import ConfigError, ModelConfig, PixelsConfig, StackConfig, WordsConfig
+from d2m_jax.models.parameters import is_unstacked
 from d2m_jax.sampling.pipeline import Pipeline, load_pipeline, noise
 from d2m_jax.weights import model_directory
 from tests.models import toy
@@ -102,6 +103,18 @@ def test_a_dense_model_has_no_top_k():
 def test_load_pipeline_restores_a_model_directory(tmp_path, params, images):
     model_directory.save(tmp_path / "model", CONFIG, params)
     np.testing.assert_array_equal(load_pipeline(tmp_path / "model")(PROMPTS, seed=3), images)
+
+
+def test_blocks_of_a_mixture_are_loaded_apart(tmp_path):
+    """They give the same images, and so do those of another model that is asked to."""
+    mixed = replace(CONFIG.transformer, single=(StackConfig(1, 2, 1, ffn="moe"),))
+    config = replace(CONFIG, transformer=mixed)
+    model_directory.save(tmp_path / "model", config, toy.params(mixed))
+    apart, stacked = (load_pipeline(tmp_path / "model", unrolled=u) for u in (None, False))
+    assert is_unstacked(apart.params["single"]) and not is_unstacked(stacked.params["single"])
+    options = {"seed": 3, "reuse": 2, "batch_size": 2}
+    # float32 in another order, through two steps
+    np.testing.assert_allclose(apart(PROMPTS, **options), stacked(PROMPTS, **options), atol=1e-4)
 
 
 def test_load_pipeline_of_nothing(tmp_path):
