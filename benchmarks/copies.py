@@ -79,7 +79,10 @@ def rows(topology: hardware.Topology):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def forward(config, params, *inputs):
-        return flux.model_of(config, params, jnp.bfloat16)(*inputs)
+        model = flux.model_of(config, params, jnp.bfloat16)
+        streams, context = model.embed(*inputs)
+        # As in sampling: all modulations at once.
+        return model.run(streams, context, model.modulations(context.cond))[0]
 
     for label, name in MODELS.items():
         config = command_line.load_config(f"configs/{name}.py")
