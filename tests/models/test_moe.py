@@ -263,7 +263,7 @@ def test_devices_with_some_of_the_experts_add_up(implementation, monkeypatch):
         nothing = compute(x, jnp.full_like(mine, half), weight, own, dy)
         jax.tree.map(lambda a: np.testing.assert_array_equal(a, 0), nothing)
     for i, name in enumerate(("y", "dx", "dweight")):
-        # float32 sums in another order
-        np.testing.assert_allclose(parts[0][i] + parts[1][i], whole[i], atol=2e-5, err_msg=name)
+        # float32 sums of many numbers of size 1 to 10, in another order
+        np.testing.assert_allclose(parts[0][i] + parts[1][i], whole[i], atol=1e-4, err_msg=name)
     for a, b, c in zip(parts[0][3], parts[1][3], whole[3], strict=True):
         np.testing.assert_allclose(jnp.concatenate([a, b]), c, atol=1e-4)
