@@ -96,9 +96,9 @@ def cast(w: Array | QArray, dtype: Any) -> Array | QArray:
     return w if isinstance(w, QArray) else w.astype(dtype)
 
 
-def plain(w: Array | QArray, dtype: Any) -> Array:
-    """The same, but what is quantised becomes an array."""
-    return (qwix.dequantize(w) if isinstance(w, QArray) else w).astype(dtype)
+def plain(w: QArray, dtype: Any) -> Array:
+    """What is quantised as an array."""
+    return qwix.dequantize(w).astype(dtype)
 
 
 def _lacks_fp8() -> str:

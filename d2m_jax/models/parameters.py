@@ -40,15 +40,11 @@ def unstacked(params: dict, release: bool = False) -> dict:
     per step. It takes longer to compile.
     """
 
-    @jax.jit
-    def split(a):
-        return [list(group) for group in a]
-
     def replace(path, a):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if ".block." not in name:
             return a
-        parts = split(a)
+        parts = _split(a)
         if release:
             a.delete()
         return parts
@@ -56,9 +52,14 @@ def unstacked(params: dict, release: bool = False) -> dict:
     return jax.tree_util.tree_map_with_path(replace, params)
 
 
+@jax.jit
+def _split(a):
+    return [list(group) for group in a]
+
+
 def is_unstacked(tree: Any) -> bool:
     """Whether the leaves of a stack are lists."""
-    return any(_is_list(leaf) for leaf in jax.tree.leaves(tree, is_leaf=_is_list))
+    return bool(_lists(tree))
 
 
 def part(tree: Any, i: int) -> Any:
@@ -68,14 +69,18 @@ def part(tree: Any, i: int) -> Any:
 
 def scan(body: Callable, carry: Any, stack: Any) -> tuple[Any, Any]:
     """jax.lax.scan; over leaves that are lists the loop is written out."""
-    if not is_unstacked(stack):
+    lists = _lists(stack)
+    if not lists:
         return jax.lax.scan(body, carry, stack)
-    count = next(len(leaf) for leaf in jax.tree.leaves(stack, is_leaf=_is_list) if _is_list(leaf))
     results = []
-    for i in range(count):
+    for i in range(len(lists[0])):
         carry, result = body(carry, part(stack, i))
         results.append(result)
     return carry, jax.tree.map(lambda *a: jnp.stack(a), *results)
+
+
+def _lists(tree: Any) -> list[list]:
+    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=_is_list) if _is_list(leaf)]
 
 
 def _is_list(value: Any) -> bool:

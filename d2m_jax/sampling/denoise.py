@@ -49,7 +49,7 @@ def denoise(
         v, report = model.run(*start, modulations, *([] if fresh else [routed]))
         if negative is not None:
             v = v[batch:] + true_cfg * (v[:batch] - v[batch:])
-        return v, routed_of(report)
+        return v, routed_of(report) if reuse > 1 else None
 
     # Modulations depend on the time alone: their weights, a quarter of FLUX.1's, are read once.
     times = jnp.asarray(times)
@@ -67,8 +67,10 @@ def denoise(
         v, routed = jax.lax.switch(i, branches, x, t, modulations, routed)
         return (x + (t_next - t) * v, routed), None
 
-    first = jax.tree.map(lambda a: a[0], modulations)
-    shapes = jax.eval_shape(partial(velocity, *schedule[0]), noise, times[0], first, None)[1]
-    routed = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    steps = times[:-1], times[1:], which, modulations
-    return jax.lax.scan(step, (noise, routed), steps)[0][0]
+    routed = None
+    if reuse > 1:
+        first = jax.tree.map(lambda a: a[0], modulations)
+        shapes = jax.eval_shape(partial(velocity, *schedule[0]), noise, times[0], first, None)[1]
+        routed = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    inputs = times[:-1], times[1:], which, modulations
+    return jax.lax.scan(step, (noise, routed), inputs)[0][0]
