@@ -4,6 +4,7 @@ import logging
 import time
 from dataclasses import replace
 
+import jax
 import pytest
 
 from d2m_jax.evaluate import ahead, held_out, latency, routing, rows
@@ -22,6 +23,7 @@ def run_and_inputs(make_run):
 def test_what_is_compiled_ahead_is_not_compiled_again(run_and_inputs, monkeypatch, caplog):
     run, inputs = run_and_inputs
     monkeypatch.setattr(latency, "ROUNDS", 1)
+    jax.clear_caches()  # another file of tests may have compiled the same programs
     caplog.set_level(logging.DEBUG, "jax._src.dispatch")
     with ahead.compiled_ahead(run, inputs):
         pass
