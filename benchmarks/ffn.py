@@ -21,7 +21,7 @@ from models import LOADS, routing
 from timing import Times, finish, limits, measure, on_cpu, parser, table, usual_dtype
 
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
-from d2m_jax.kernels import grouped_matmul
+from d2m_jax.kernels import grouped_matmul, rows, tiles
 from d2m_jax.kernels.target import target
 from d2m_jax.models import moe
 from d2m_jax.models.layers import FFN
@@ -29,17 +29,14 @@ from d2m_jax.models.layers import FFN
 ACTIVATED = 1.5  # r_a = r_s + k · r_n of PAPER.md, in widths D
 LAYERS = 8
 PARTS = ("shared expert", "routing", "sorting", "grouped matmuls", "combining")
+TILED = ("shared expert", "routing", "sorting", "tiles")  # whose products add as they go
 
 
 def ways() -> list[str]:
     """The implementations worth measuring here."""
     device = target()
-    fit = [
-        name
-        for name, way in grouped_matmul.WAYS.items()
-        if way.device == device and not grouped_matmul.lacks(name, device)
-    ]
-    return [*fit, "reference"]
+    fit = [name for name in grouped_matmul.WAYS if not grouped_matmul.lacks(name, device)]
+    return [*fit, "tiled", "reference"]
 
 
 def sparse(dim: int, way: str):
@@ -68,22 +65,25 @@ def part(index: int, way: str, graph, params, x):
         return y
     probability, chosen, weight = module.route(module.logits(x, x, jnp.zeros((1, x.shape[-1]))), 2)
     last = probability, chosen, weight
-    if index == 2:
-        flat = chosen.reshape(-1, chosen.shape[-1])
-        order, place, sizes = moe.sort(flat, module.config.experts)
-        last = x.reshape(-1, x.shape[-1])[order // flat.shape[1]], place, sizes
+    flat, experts = x.reshape(-1, x.shape[-1]), module.config.experts
+    if index == 2 and way == "tiled":
+        places = tiles.place(chosen[0], experts, experts)
+        last = rows.spread(flat, places.choice, places.row), places
+    elif index == 2:
+        order, row, sizes = moe.sort(chosen[0], experts)
+        last = rows.spread(flat, order, row), sizes
     if index == 3:
-        last = _rows(way, module, x, chosen)
+        last = _rows(way, module, x, chosen[0])
     last = jax.lax.optimization_barrier(last)
-    return y + 1e-9 * sum(a.reshape(-1)[0].astype(y.dtype) for a in last)
+    return y + 1e-9 * sum(a.reshape(-1)[0].astype(y.dtype) for a in jax.tree.leaves(last))
 
 
 def _rows(way, module, x, chosen):
     """Sorting and the grouped matmuls, without putting their rows back."""
-    flat, experts = chosen.reshape(-1, chosen.shape[-1]), module.experts.cast(x.dtype)
-    order, _, sizes = moe.sort(flat, module.config.experts)
-    rows = x.reshape(-1, x.shape[-1])[order // flat.shape[1]]
-    hidden = jax.nn.gelu(grouped_matmul.grouped_matmul(rows, experts[0], sizes, way))
+    experts = module.experts.cast(x.dtype)
+    order, row, sizes = moe.sort(chosen, module.config.experts)
+    tokens = rows.spread(x.reshape(-1, x.shape[-1]), order, row)
+    hidden = jax.nn.gelu(grouped_matmul.grouped_matmul(tokens, experts[0], sizes, way))
     return (grouped_matmul.grouped_matmul(hidden, experts[2], sizes, way),)
 
 
@@ -113,9 +113,10 @@ def compare(dim: int, tokens: int, rounds: int, peak: float):
         both = jax.jit(jax.grad(partial(loss, function), argnums=(0, 1)))
         calls[kind, "forward"] = lambda f=forward, p=params: f(p, x)
         calls[kind, "forward + backward"] = lambda f=both, p=params: f(p, x)
+    parts = TILED if ways()[0] == "tiled" else PARTS
     graph, params = sparse(dim, ways()[0])
     params = jax.tree.map(lambda a: a.astype(x.dtype), params)
-    for i, name in enumerate(PARTS[:-1]):
+    for i, name in enumerate(parts[:-1]):
         cut = jax.jit(partial(stacked, partial(part, i, ways()[0], graph)))
         calls[name, "part"] = lambda f=cut: f(params, x)
     times = {
@@ -141,9 +142,9 @@ def compare(dim: int, tokens: int, rounds: int, peak: float):
         }
     # On a CPU by what the cores spent: differences of clock times would be the other work's.
     clock = "cores" if on_cpu() else "median"
-    ends = [getattr(times[name, "part"], clock) for name in PARTS[:-1]]
+    ends = [getattr(times[name, "part"], clock) for name in parts[:-1]]
     ends.append(getattr(times[f"moe {ways()[0]}", "forward"], clock))
-    for name, start, end in zip(PARTS, [0.0, *ends], ends, strict=False):
+    for name, start, end in zip(parts, [0.0, *ends], ends, strict=False):
         row = {"D": dim, "tokens": tokens, "way": name, "direction": f"part of {ways()[0]}"}
         yield row | {"ms": 1e3 * (end - start), "of dense": (end - start) / ends[-1]}
 
@@ -159,7 +160,7 @@ def main() -> None:
     print(f"{peak['matmul, FLOP/s'] / 1e9:.0f} GFLOP/s, {peak['copy, bytes/s'] / 1e9:.1f} GB/s;")
     print("`of dense`: of the dense FFN of equal total width, for parts: of the layer")
 
-    def rows():
+    def compared():
         for dim in options.dims:
             for tokens in options.tokens:
                 with routing(options.load, tokens):
@@ -168,7 +169,7 @@ def main() -> None:
     columns = {"D": "4d", "tokens": "6d", "way": "<16", "direction": "<18", "ms": "9.3f"}
     columns |= {"low": "9.3f", "high": "9.3f", "of dense": "8.2f", "GFLOP": "8.2f"}
     columns |= {"of peak": "8.2f"} | ({"cores of dense": "14.2f"} if on_cpu() else {})
-    finish(options, table(columns, rows()), limits=peak)
+    finish(options, table(columns, compared()), limits=peak)
 
 
 if __name__ == "__main__":

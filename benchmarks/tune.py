@@ -21,7 +21,8 @@ def main() -> None:
     options.add_argument("--dim", type=int, default=3072)
     options.add_argument("--tokens", type=int, nargs="+", default=[4608, 4096, 1536, 1024, 512])
     options = options.parse_args()
-    tunable = [way for way in ways() if way != "reference" and grouped_matmul.WAYS[way].tokamax]
+    own = grouped_matmul.WAYS
+    tunable = [way for way in ways() if way in own and own[way].tokamax]
     if not tunable:
         print("nothing to tune: no kernel of tokamax runs on this device")
     for way in tunable:

@@ -1,7 +1,8 @@
 """Grouped matmul: rows sorted by group, one weight matrix per group.
 
-Forward, gradient of the rows and gradient of the weights each by the kernel that suits the device.
-`jax.lax.ragged_dot` is none of them: XLA expands it to every group times every row.
+Forward, gradient of the rows and gradient of the weights each by the kernel that suits the device,
+a GPU or a TPU; where none is there, kernels/tiles.py does without. `jax.lax.ragged_dot` is none of
+them: XLA expands it to every group times every row.
 """
 
 import functools
@@ -17,7 +18,6 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import ConfigError
-from d2m_jax.kernels import tiles
 from d2m_jax.kernels.quantized import QArray, per_token, plain
 from d2m_jax.kernels.target import failure, gpu_lacks, log_once, target
 from d2m_jax.kernels.tuning import tuned
@@ -87,10 +87,6 @@ def _only_rows(y, sizes):
     return jnp.where(jnp.arange(y.shape[0])[:, None] < sizes.sum(), y, 0)
 
 
-def _tiled(x, w, sizes, transpose):
-    return tiles.multiply(x, w.swapaxes(1, 2) if transpose else w, sizes)
-
-
 def _megablox(x, w, sizes, transpose):
     kernels = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
     padded = _padded(x)
@@ -146,7 +142,7 @@ class Way:
     """Kernels: `rows(x, w, sizes, transpose)` for forward and the gradient of the rows,
     `weights(x, dy, sizes)` for that of the weights."""
 
-    device: str  # "cpu" runs everywhere
+    device: str
     rows: Callable
     weights: Callable
     tokamax: tuple[str, ...] = ()  # which of its kernels must be there
@@ -159,7 +155,6 @@ def _of_tokamax(device: str, rows: str, weights: str, quantized: bool = True) ->
 
 
 WAYS = {
-    "tiled": Way("cpu", _tiled, tiles.gradient, quantized=True),
     "megablox": Way("tpu", _megablox, _megablox_weights),
     "triton": _of_tokamax("gpu", "triton", "triton"),
     # Mosaic's own gradient of the weights reaches a quarter of Triton's rate (tokamax's timings on
@@ -168,29 +163,31 @@ WAYS = {
     "mosaic_gpu": _of_tokamax("gpu", "mosaic_gpu", "triton", quantized=False),
     "mosaic_tpu": _of_tokamax("tpu", "mosaic_tpu", "mosaic_tpu"),
 }
-BEST = {"cpu": "tiled", "tpu": "megablox", "gpu": "triton"}
+BEST = {"tpu": "megablox", "gpu": "triton"}
+EVERYWHERE = "reference", "tiled"  # what works without a grouped matmul (models/moe.py)
 
 
 def choose(implementation: str) -> str:
-    """A way of WAYS or "reference", for the device that the program being traced is for.
+    """A way of WAYS or EVERYWHERE, for the device that the program being traced is for.
 
     "auto" is the best that is there, and one logged line says what is missing; a way by name that
     cannot work is a ConfigError that lists what can.
     """
     device = target()
-    if implementation == "reference":
+    if implementation in EVERYWHERE:
         return implementation
     if implementation == "auto":
         best = BEST.get(device, "tiled")
-        if lack := lacks(best, device):
-            cost = "every expert runs on every token, n / k times the work of those chosen"
-            message = f"grouped matmul: {best} {lack}; {cost}"
-            log_once(__name__, message, logging.WARNING)
-            return "reference"
+        if best in WAYS and (lack := lacks(best, device)):
+            cost = (
+                "tiles in plain XLA instead: up to an eighth more rows, small products for the rest"
+            )
+            log_once(__name__, f"grouped matmul: {best} {lack}; {cost}", logging.WARNING)
+            return "tiled"
         log_once(__name__, f"grouped matmul: {best}")
         return best
     if lack := lacks(implementation, device):
-        works = ["auto", "reference", *(name for name in WAYS if not lacks(name, device))]
+        works = ["auto", *EVERYWHERE, *(name for name in WAYS if not lacks(name, device))]
         raise ConfigError(
             f"MoEConfig.implementation = {implementation}: {lack}; here work {', '.join(works)}"
         )
@@ -200,7 +197,7 @@ def choose(implementation: str) -> str:
 def lacks(name: str, device: str) -> str:
     """Why a way cannot work on a device ("cpu", "gpu", "tpu"), or nothing."""
     way = WAYS[name]
-    if way.device not in ("cpu", device):
+    if way.device != device:
         return f"is for {way.device}, found {device}"
     if way.device == "gpu" and (lack := gpu_lacks()):
         return lack

@@ -1,82 +1,163 @@
-"""Grouped matmul for a CPU, in plain JAX: one group after the other, tile by tile of its rows.
+"""Tokens through the experts that they chose, for a CPU, in plain JAX.
 
-How many tiles there are is computed from the group sizes at run time, so that neither padding nor
-rows of no group cost work. Such loops have no automatic gradient: `gradient` is that of the
-weights, and `multiply` with transposed weights that of the rows.
+One tile of every expert at once, in a batch whose size is known when it is compiled and that holds
+an even load, then what is left of crowded experts tile by tile, as many as there are at run time.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 from jaxtyping import Array, Float, Int
 
-from d2m_jax.kernels.quantized import QArray, product
+from d2m_jax.kernels.rows import collect, spread, take
 
-TILES = 128, 16  # rows of a tile; the small ones hold what the large ones leave of a group
-
-
-def multiply(
-    x: Float[Array | QArray, "r d"], w: Float[Array | QArray, "g d f"], sizes: Int[Array, " g"]
-) -> Float[Array, "r f"]:
-    """The rows of group i times w[i]; rows past the last group give zeros. Both arrays or both
-    QArrays."""
-
-    def group(y, one):
-        w, start, end = one
-
-        def tile(y, at, size, mine):
-            new = product(jax.tree.map(lambda a: dynamic_slice_in_dim(a, at, size), x), w)
-            if mine is not None:
-                new = jnp.where(mine, new, dynamic_slice_in_dim(y, at, size))
-            return dynamic_update_slice_in_dim(y, new, at, 0)
-
-        return _over_tiles(tile, y, start, end, len(y)), None
-
-    ends = jnp.cumsum(sizes)
-    y = jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
-    return jax.lax.scan(group, y, (w, ends - sizes, ends))[0]
+TILE = 64  # rows of a tile of what is left
 
 
-def gradient(
-    x: Float[Array, "r d"], dy: Float[Array, "r f"], sizes: Int[Array, " g"]
-) -> Float[Array, "g d f"]:
-    """xᵀ dy over the rows of each group, summed in float32."""
+def chosen_experts(
+    expert: Callable[..., Array],
+    x: Float[Array, "t d"],
+    chosen: Int[Array, "t k"],
+    weight: Float[Array, "t k"],
+    params: Any,
+    among: int | None = None,
+) -> Float[Array, "t f"]:
+    """Σ_k expert(rows of x, their weights, params of one expert), over the experts that each row
+    chose.
 
-    def group(_, one):
-        start, end = one
-
-        def tile(dw, at, size, mine):
-            x_rows, dy_rows = (dynamic_slice_in_dim(a, at, size) for a in (x, dy))
-            if mine is not None:
-                x_rows = jnp.where(mine, x_rows, 0)
-            return dw + jnp.matmul(x_rows.T, dy_rows, preferred_element_type=jnp.float32)
-
-        dw = jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32)
-        return None, _over_tiles(tile, dw, start, end, len(x))
-
-    ends = jnp.cumsum(sizes)
-    return jax.lax.scan(group, None, (ends - sizes, ends))[1]
+    `params` is a tree of arrays or QArrays [e, …]; where these are some `among` more experts, a
+    choice of e or more adds exactly zero. What `expert` gives for a row must depend on that row
+    alone and be zero for the weight zero.
+    """
+    experts = jax.tree.leaves(params)[0].shape[0]
+    return _run(expert, x, weight, params, place(chosen, experts, among or experts))
 
 
-def _over_tiles(body: Callable[..., Any], carry: Any, start: Array, end: Array, rows: int) -> Any:
-    """carry = body(carry, at, size, mine) over rows start to end: a tile's first row, how many it
-    has, and a column that says which of them are new to it and inside (None: all are)."""
-    tiles = [tile for tile in TILES if tile <= rows] or [rows]
-    for tile in tiles:
-        last = tile == tiles[-1]
-        count = (end - start + (tile - 1 if last else 0)) // tile
+class Places(NamedTuple):
+    """Where choices are computed, in the words of kernels/rows.py."""
 
-        def one(i, carry, first=start, tile=tile, last=last):
-            first = first + i * tile
-            if not last:
-                return body(carry, first, tile, None)
-            at = jnp.minimum(first, rows - tile)
-            index = at + jnp.arange(tile)[:, None]
-            return body(carry, at, tile, (first <= index) & (index < end))
+    row: Int[Array, "t k"]  # of each choice in the batch, whose rows go by expert
+    choice: Int[Array, " s"]  # of each row of the batch
+    left: Int[Array, " r"]  # the choices that are left, by expert
+    start: Int[Array, " e"]  # of each expert's part of `left`
+    end: Int[Array, " e"]
 
-        carry = jax.lax.fori_loop(0, count, one, carry)
-        start = start + count * tile
-    return carry
+
+def place(chosen: Int[Array, "t k"], experts: int, among: int) -> Places:
+    """Choices of each expert in their order: the first into the batch, the others left over."""
+    flat = chosen.reshape(-1)
+    choices = jnp.arange(flat.size)
+    mean = flat.size / among
+    batch = 8 * math.ceil((mean + mean**0.5) / 8)  # rows per expert: an even load, give or take
+    mine = jax.nn.one_hot(flat, experts, dtype=jnp.int32)
+    counted = jnp.cumsum(mine, axis=0)
+    rank, sizes = ((counted - mine) * mine).sum(1), counted[-1]
+    row = jnp.where(rank < batch, flat * batch + rank, experts * batch)
+    end = jnp.cumsum(jnp.maximum(sizes - batch, 0))
+    start = end - jnp.maximum(sizes - batch, 0)
+    left = jnp.where(rank < batch, flat.size, start[flat] + rank - batch)
+
+    def choice_at(where, size):
+        return jnp.full(size, flat.size).at[where].set(choices, mode="drop")
+
+    in_batch = choice_at(row, experts * batch)
+    return Places(row.reshape(chosen.shape), in_batch, choice_at(left, flat.size), start, end)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(expert, x, weight, params, places):
+    return _add_left(expert)(_batch(expert, places, x, weight, params), x, weight, params, places)
+
+
+def _run_forward(expert, x, weight, params, places):
+    y, back = jax.vjp(partial(_batch, expert, places), x, weight, params)
+    return _add_left(expert)(y, x, weight, params, places), (back, x, weight, params, places)
+
+
+def _run_backward(expert, residuals, dy):
+    back, *inputs = residuals
+    return *_add_gradients_left(expert)(back(dy), dy, *inputs), None
+
+
+_run.defvjp(_run_forward, _run_backward)
+
+
+def _batch(expert, places, x, weight, params):
+    """What the choices in the batch add."""
+    rows = spread(x, places.choice, places.row)
+    weights = take(weight.reshape(-1), places.choice)
+    experts = places.start.size
+    rows, weights = (a.reshape(experts, -1, *a.shape[1:]) for a in (rows, weights))
+    y = jax.vmap(expert)(rows, weights, *params)
+    return collect(y.reshape(-1, y.shape[-1]), places.choice, places.row)
+
+
+def _add_left(expert):
+    """(y, x, weight, params, places) → y with what the choices left over add.
+
+    Under vmap (the samples of a Mixture of Blocks) one after the other: how many tiles there are
+    differs. So it is with the gradients.
+    """
+
+    @jax.custom_batching.sequential_vmap
+    def add(y, x, weight, params, places):
+        def tile(y, own, choice):
+            token, rows, weights = _rows(x, weight, places, choice)
+            return y.at[token].add(expert(rows, weights, *_of(params, own)), mode="drop")
+
+        return _over_left(tile, y, places)
+
+    return add
+
+
+def _add_gradients_left(expert):
+    """(gradients, dy, x, weight, params, places) → gradients of x, weight and params, the latter
+    summed in float32."""
+
+    @jax.custom_batching.sequential_vmap
+    def add(gradients, dy, x, weight, params, places):
+        def tile(sums, own, choice):
+            dx, dweight, dparams = sums
+            token, rows, weights = _rows(x, weight, places, choice)
+            _, back = jax.vjp(expert, rows, weights, *_of(params, own))
+            drows, dweights, *down = back(take(dy, token))
+            dx = dx.at[token].add(drows, mode="drop")
+            dweight = dweight.at[choice].set(dweights, mode="drop")
+            dparams = jax.tree.map(lambda s, d: s.at[own].add(d.astype(s.dtype)), dparams, (*down,))
+            return dx, dweight, dparams
+
+        dx, dweight, dparams = gradients
+        sums = dx, dweight.reshape(-1), jax.tree.map(lambda a: a.astype(jnp.float32), dparams)
+        dx, dweight, sums = _over_left(tile, sums, places)
+        dparams = jax.tree.map(lambda s, d: s.astype(d.dtype), sums, dparams)
+        return dx, dweight.reshape(weight.shape), dparams
+
+    return add
+
+
+def _rows(x, weight, places, choice):
+    token = choice // places.row.shape[1]
+    return token, take(x, token), take(weight.reshape(-1), choice)
+
+
+def _of(params, own: Int[Array, ""]):
+    return jax.tree.map(lambda a: a[own], params)
+
+
+def _over_left(body: Callable[..., Any], carry: Any, places: Places) -> Any:
+    """carry = body(carry, expert, choices) over the tiles of what is left; past an expert's end
+    the choice is the one after the last."""
+    tiles = -((places.start - places.end) // TILE)
+    last = jnp.cumsum(tiles)
+
+    def one(i, carry):
+        own = (last <= i).sum()
+        at = places.start[own] + (i - last[own] + tiles[own]) * TILE + jnp.arange(TILE)
+        choice = jnp.where(at < places.end[own], take(places.left, at), places.left.size)
+        return body(carry, own, choice)
+
+    return jax.lax.fori_loop(0, last[-1], one, carry)

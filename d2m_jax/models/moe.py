@@ -10,10 +10,12 @@ from jaxtyping import Array, Float, Int
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.kernels.grouped_matmul import choose, grouped_matmul
 from d2m_jax.kernels.quantized import QArray, cast, dot
+from d2m_jax.kernels.rows import collect, spread, take
+from d2m_jax.kernels.tiles import chosen_experts
 from d2m_jax.models.layers import FFN, Linear
 from d2m_jax.sharding import on_own_part
 
-SORTED_TOKENS = 256  # from which sorting tokens by expert pays on a CPU
+SPARSE_TOKENS = 64  # from which only the chosen experts' work is less time, on a CPU
 
 
 class Experts(nnx.Module):
@@ -143,10 +145,11 @@ def run_experts(
     """
     x, chosen, weight = samples
     tokens, k = x.shape[0] * x.shape[1], chosen.shape[-1]
-    # A short sequence is cheaper with all experts masked than sorted (benchmarks/ffn.py).
-    few = tokens < SORTED_TOKENS or k >= (among or experts[0].shape[0])
+    # A short sequence is cheaper with all experts masked (benchmarks/ffn.py).
+    few = tokens < SPARSE_TOKENS or k >= (among or experts[0].shape[0])
     way = "reference" if implementation == "auto" and few else choose(implementation)
-    function = reference_experts if way == "reference" else partial(sorted_experts, way)
+    plain = {"reference": reference_experts, "tiled": partial(tiled_experts, among)}
+    function = plain.get(way) or partial(sorted_experts, way)
     flat = x.reshape(tokens, -1), chosen.reshape(tokens, k), weight.reshape(tokens, k)
     return function(*flat, *experts).reshape(x.shape)
 
@@ -170,6 +173,22 @@ def reference_experts(
     return jnp.einsum("tef,efd->td", hidden * masked[..., None].astype(x.dtype), out_kernel)
 
 
+def tiled_experts(
+    among: int | None,
+    x: Float[Array, "t d"],
+    chosen: Int[Array, "t k"],
+    weight: Float[Array, "t k"],
+    *experts: Array | QArray,
+) -> Float[Array, "t d"]:
+    """The same with only the chosen experts' work, for a CPU: tiles of each one's tokens."""
+    return chosen_experts(_expert, x, chosen, weight, experts, among)
+
+
+def _expert(x, weight, in_kernel, in_bias, out_kernel):
+    hidden = jax.nn.gelu(dot(x, in_kernel) + in_bias, approximate=True)
+    return dot(hidden * weight[:, None].astype(x.dtype), out_kernel)
+
+
 def sorted_experts(
     way: str,
     x: Float[Array, "t d"],
@@ -180,57 +199,21 @@ def sorted_experts(
     out_kernel: Float[Array | QArray, "e f d"],
 ) -> Float[Array, "t d"]:
     """The same with only the chosen experts' work: choices sorted by expert, grouped matmuls."""
-    order, place, sizes = sort(chosen, in_kernel.shape[0])
-    rows = _gather(x, order // chosen.shape[1], place)
+    order, row, sizes = sort(chosen, in_kernel.shape[0])
     one_hot = jax.nn.one_hot(chosen.reshape(-1)[order], in_kernel.shape[0], dtype=x.dtype)
-    hidden = grouped_matmul(rows, in_kernel, sizes, way) + one_hot @ in_bias
-    out = grouped_matmul(jax.nn.gelu(hidden, approximate=True), out_kernel, sizes, way)
-    out = _permute(out, place, order).reshape(*chosen.shape, -1)
-    return jnp.einsum("tkd,tk->td", out, weight.astype(x.dtype))
+    hidden = grouped_matmul(spread(x, order, row), in_kernel, sizes, way) + one_hot @ in_bias
+    weights = take(weight.reshape(-1), order)[:, None].astype(x.dtype)
+    hidden = jax.nn.gelu(hidden, approximate=True) * weights
+    return collect(grouped_matmul(hidden, out_kernel, sizes, way), order, row)
 
 
 def sort(
     chosen: Int[Array, "t k"], experts: int
-) -> tuple[Int[Array, " r"], Int[Array, " r"], Int[Array, " e"]]:
-    """Choices by expert, those of no expert last: the choice of each row, the row of each choice,
-    and how many rows each expert has."""
+) -> tuple[Int[Array, " r"], Int[Array, "t k"], Int[Array, " e"]]:
+    """Choices by expert, those of no expert last: the choice of each row, the row of each choice
+    (kernels/rows.py), and how many rows each expert has."""
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
+    row = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
     sizes = jax.nn.one_hot(flat, experts, dtype=jnp.int32).sum(0)
-    return order, place, sizes
-
-
-@jax.custom_vjp
-def _gather(x, token, place):
-    """The row of x of each choice; the gradient gathers back by `place` instead of scattering."""
-    return x[token]
-
-
-def _gather_forward(x, token, place):
-    return x[token], (place, x.shape[0])
-
-
-def _gather_backward(residuals, dy):
-    place, tokens = residuals
-    return dy[place].reshape(tokens, -1, dy.shape[-1]).sum(1), None, None
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-@jax.custom_vjp
-def _permute(rows, order, inverse):
-    """rows[order]; the gradient gathers by the inverse instead of scattering."""
-    return rows[order]
-
-
-def _permute_forward(rows, order, inverse):
-    return rows[order], inverse
-
-
-def _permute_backward(inverse, dy):
-    return dy[inverse], None, None
-
-
-_permute.defvjp(_permute_forward, _permute_backward)
+    return order, row.reshape(chosen.shape), sizes

@@ -25,7 +25,7 @@ from d2m_jax.sharding import (
     make_mesh, parameter_shardings, put_batch, put_parameters, replicated, whole
 )
 
-moe.SORTED_TOKENS = 16  # the sparse path at a test's size
+moe.SPARSE_TOKENS = 16  # the sparse path at a test's size
 
 def random(config, seed):
     # Everything random: gates and last layer start at zero and would hide what the blocks do.
