@@ -11,18 +11,18 @@ is left out, and something as opaque that takes the same weights stands for the 
 """
 
 import re
+import sys
 import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import SingleDeviceSharding
 from timing import finish, parser, table
 
 from d2m_jax import command_line
 from d2m_jax.models import flux, layers, moe, parameters
-from d2m_jax.training import hardware
+from d2m_jax.training import hardware, hlo
 
 MODELS = {
     "FLUX.1 [dev]": "flux_dev",
@@ -33,36 +33,28 @@ MODELS = {
 SHAPES = (1, 4096, 64), (1, 4096, 3), (1, 512, 4096), (1, 512, 3), (1,), (1, 768), (1,)
 
 
-def copied(hlo: str) -> float:
+def copied(text: str) -> float:
     """Bytes that a program writes by taking slices out of stacks, loops multiplied out."""
-    bodies, name = {}, ""
-    for line in hlo.splitlines():
-        if line and not line[0].isspace() and line.endswith("{"):
-            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
-            name = "ENTRY" if line.startswith("ENTRY ") else name
-            bodies[name] = []
-        elif name:
-            bodies[name].append(line)
-
-    def size(line: str) -> float:
-        dtype, shape = re.search(r"= \(?([a-z]+\d+)\w*\[([\d,]*)\]", line).groups()
-        return int(re.sub(r"\D", "", dtype)) / 8 * np.prod([int(n) for n in shape.split(",") if n])
+    computations, entry = hlo.parse(text)
 
     def of(name: str) -> float:
-        total = 0.0
-        for line in bodies[name]:
-            called = re.search(r"calls=%?([\w.-]+)", line)
-            inner = bodies[called[1]] if called and " fusion(" in line else [line]
+        computation, total = computations[name], 0.0
+        for one in computation.values():
+            called = hlo.CALLED.search(one.text) if one.opcode == "fusion" else None
+            inner = computations[called[1]].values() if called else [one]
             # A slice that is all that a fusion gives is a copy; others are read where they are.
-            slices = [size(part) for part in inner if " dynamic-slice(" in part]
-            if slices and size(line) in slices:
-                total += size(line)
-            elif body := re.search(r"body=%?([\w.-]+)", line):
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                total += of(body[1]) * (int(trips[1]) if trips else 1)
+            slices = [hlo.bytes_of(i.shape) for i in inner if i.opcode == "dynamic-slice"]
+            if hlo.bytes_of(one.shape) in slices:
+                total += hlo.bytes_of(one.shape)
+            elif one.opcode == "while":
+                body = re.search(r"body=%?([\w.-]+)", one.text)[1]
+                times = hlo.trips(one, computation, computations)
+                if times is None and of(body):
+                    print(f"{one.name}: a loop of unknown length, counted once", file=sys.stderr)
+                total += of(body) * (1 if times is None else times)
         return total
 
-    return of("ENTRY")
+    return of(entry)
 
 
 def opaque(implementation, samples, experts, among=None):

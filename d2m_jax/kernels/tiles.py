@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from d2m_jax.kernels.rows import collect, spread, take
 
-TILE = 64  # rows of a tile of what is left
+TILE = 160  # rows of a tile of what is left, at most; the batch's share of an expert, at most
 
 
 def chosen_experts(
@@ -151,12 +151,13 @@ def _of(params, own: Int[Array, ""]):
 def _over_left(body: Callable[..., Any], carry: Any, places: Places) -> Any:
     """carry = body(carry, expert, choices) over the tiles of what is left; past an expert's end
     the choice is the one after the last."""
-    tiles = -((places.start - places.end) // TILE)
+    tile = min(TILE, places.choice.size // places.start.size)
+    tiles = -((places.start - places.end) // tile)
     last = jnp.cumsum(tiles)
 
     def one(i, carry):
         own = (last <= i).sum()
-        at = places.start[own] + (i - last[own] + tiles[own]) * TILE + jnp.arange(TILE)
+        at = places.start[own] + (i - last[own] + tiles[own]) * tile + jnp.arange(tile)
         choice = jnp.where(at < places.end[own], take(places.left, at), places.left.size)
         return body(carry, own, choice)
 

@@ -9,9 +9,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
+
+from d2m_jax.training.hlo import CALLED, Computation, Instruction, bytes_of, parse, trips
 
 KINDS = (
     "all-gather",
@@ -21,11 +22,6 @@ KINDS = (
     "ragged-all-to-all",
     "collective-permute",
     "collective-broadcast",
-)
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
 )
 
 
@@ -43,21 +39,9 @@ class Collective:
     certain: bool = True  # False: in a loop of unknown length, which `count` takes once
 
 
-class _Instruction(NamedTuple):
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    text: str  # from the opcode's bracket on
-    root: bool
-
-
-_Computation = dict[str, _Instruction]
-
-
 def collectives(hlo: str) -> tuple[Collective, ...]:
     """All collectives of `compiled.as_text()`; equal ones are one, with their counts added."""
-    computations, entry = _parse(hlo)
+    computations, entry = parse(hlo)
     devices = re.search(r"num_partitions=(\d+)", hlo[: hlo.find("\n")])
     program = _Program(computations, int(devices[1]) if devices else 1)
     total: Counter = Counter()
@@ -66,24 +50,8 @@ def collectives(hlo: str) -> tuple[Collective, ...]:
     return tuple(replace(found, count=count) for found, count in total.items())
 
 
-def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
-    computations: dict[str, _Computation] = {}
-    current: _Computation = {}
-    entry = ""
-    for line in hlo.splitlines():
-        if line and not line[0].isspace() and line.endswith("{"):
-            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
-            current = computations[name] = {}
-            entry = name if line.startswith("ENTRY ") else entry
-        elif match := _INSTRUCTION.match(line):
-            root, name, shape, opcode, text = match.groups()
-            operands = tuple(re.findall(r"%([\w.-]+)", text[: text.find(")")]))
-            current[name] = _Instruction(name, shape, opcode, operands, text, bool(root))
-    return computations, entry
-
-
 class _Program:
-    def __init__(self, computations: dict[str, _Computation], devices: int):
+    def __init__(self, computations: dict[str, Computation], devices: int):
         self.computations, self.devices = computations, devices
         self._known: dict[str, tuple[Collective, ...]] = {}
 
@@ -113,26 +81,26 @@ class _Program:
             else:
                 yield from self._called(instruction, computation)
 
-    def _called(self, instruction: _Instruction, computation: _Computation):
+    def _called(self, instruction: Instruction, computation: Computation):
         text, opcode = instruction.text, instruction.opcode
         if opcode == "while":
-            trips = self._trips(instruction, computation)
+            times = trips(instruction, computation, self.computations)
             for part in re.findall(r"(?:body|condition)=%?([\w.-]+)", text):
                 for found in self.of(part):
-                    certain = found.certain and trips is not None
-                    count = found.count * (1 if trips is None else trips)
+                    certain = found.certain and times is not None
+                    count = found.count * (1 if times is None else times)
                     yield replace(found, count=count, certain=certain)
         elif opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", text)
-            names = branches[1].replace("%", "").split(", ") if branches else _CALLED.findall(text)
+            names = branches[1].replace("%", "").split(", ") if branches else CALLED.findall(text)
             yield from max((self.of(n) for n in names), key=_all_moved, default=())
         elif not opcode.endswith(("-done", "-update")):
-            for part in _CALLED.findall(text):
+            for part in CALLED.findall(text):
                 for found in self.of(part):
                     yield replace(found, asynchronous=found.asynchronous or opcode == "async-start")
 
     def _collective(
-        self, kind: str, instruction: _Instruction, computation: _Computation, where: str
+        self, kind: str, instruction: Instruction, computation: Computation, where: str
     ) -> Collective:
         text = instruction.text
         size = sum(self._bytes(operand, computation) for operand in instruction.operands)
@@ -143,23 +111,23 @@ class _Program:
         if where.startswith("all-reduce-scatter"):
             # Each device keeps a part of the sums: what it does not keep is not gathered.
             root = next(i for i in computation.values() if i.root)
-            kind, moved = "reduce-scatter", moved - (size - _bytes_of(root.shape))
+            kind, moved = "reduce-scatter", moved - (size - bytes_of(root.shape))
         asynchronous = instruction.opcode.endswith("-start") and '"is_sync":true' not in text
         return Collective(kind, size, moved, groups, group, asynchronous)
 
-    def _bytes(self, operand: str, computation: _Computation) -> float:
+    def _bytes(self, operand: str, computation: Computation) -> float:
         """Bytes of an operand, in the dtype it had before the CPU's compiler, which has no bf16
         collectives, made it float32."""
-        size = _bytes_of(computation[operand].shape)
+        size = bytes_of(computation[operand].shape)
         return size / 2 if self._widened(operand, computation) else size
 
-    def _widened(self, name: str, computation: _Computation) -> bool:
+    def _widened(self, name: str, computation: Computation) -> bool:
         for _ in range(8):
             instruction = computation.get(name)
             if instruction is None or not instruction.shape.startswith("f32"):
                 return False
             if instruction.opcode == "fusion":
-                called = _CALLED.search(instruction.text)
+                called = CALLED.search(instruction.text)
                 computation = self.computations[called[1]]
                 name = next(i.name for i in computation.values() if i.root)
             elif instruction.opcode == "convert":
@@ -169,55 +137,6 @@ class _Program:
             else:
                 return False
         return False
-
-    def _trips(self, loop: _Instruction, computation: _Computation) -> int | None:
-        """How often a loop runs: as the compiler says, or from a condition `i < limit`."""
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
-            return int(known[1])
-        part = {w: re.search(rf"{w}=%?([\w.-]+)", loop.text)[1] for w in ("condition", "body")}
-        condition, body = (self.computations[part[w]] for w in ("condition", "body"))
-        test = next(i for i in condition.values() if i.root)
-        if test.opcode != "compare" or "direction=LT" not in test.text:
-            return None
-        counter = _element(test.operands[0], condition)
-        limit = _constant(test.operands[1], condition)
-        initial = computation.get(loop.operands[0])
-        after = next(i for i in body.values() if i.root)
-        if counter is None or initial is None or {initial.opcode, after.opcode} != {"tuple"}:
-            return None
-        if limit is None and (place := _element(test.operands[1], condition)) is not None:
-            if _element(after.operands[place], body) == place:  # the loop leaves it as it is
-                limit = _constant(initial.operands[place], computation)
-        start = _constant(initial.operands[counter], computation)
-        added = _source(after.operands[counter], body)
-        step = None
-        if added is not None and added.opcode == "add":
-            step = next((c for o in added.operands if (c := _constant(o, body)) is not None), None)
-        if limit is None or start is None or not step:
-            return None
-        return max(0, math.ceil((limit - start) / step))
-
-
-def _source(name: str, computation: _Computation) -> _Instruction | None:
-    instruction = computation.get(name)
-    while instruction and instruction.opcode in ("copy", "bitcast", "convert", "copy-done"):
-        instruction = computation.get(instruction.operands[0])
-    return instruction
-
-
-def _constant(name: str, computation: _Computation) -> int | None:
-    instruction = _source(name, computation)
-    if instruction is None or instruction.opcode != "constant":
-        return None
-    value = instruction.text[: instruction.text.find(")")]
-    return int(value) if re.fullmatch(r"-?\d+", value) else None
-
-
-def _element(name: str, computation: _Computation) -> int | None:
-    instruction = _source(name, computation)
-    if instruction is None or instruction.opcode != "get-tuple-element":
-        return None
-    return int(re.search(r"index=(\d+)", instruction.text)[1])
 
 
 def _moved(kind: str, size: float, group: int) -> float:
@@ -233,23 +152,14 @@ def _all_moved(found: tuple[Collective, ...]) -> float:
     return sum(one.moved * one.count for one in found)
 
 
-def _between_slices(send: _Instruction) -> Collective:
+def _between_slices(send: Instruction) -> Collective:
     """A transfer of the TPU runtime over the network; its payload is what one chip sends."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.text)[1]
     kind = kind.lower().replace("_", "-")
     slices = re.search(r'_xla_megascale_target="\{([\d,]*)\}', send.text)
     group = len(slices[1].split(",")) if slices else 2
-    size = _bytes_of(send.shape.split("},")[0])
+    size = bytes_of(send.shape.split("},")[0])
     return Collective(kind, size, _moved(kind, size, group), (), group, asynchronous=True)
-
-
-def _bytes_of(shape: str) -> float:
-    """Bytes of all arrays in an HLO shape."""
-    total = 0.0
-    for letters, bits, dims in _ARRAY.findall(shape):
-        bits = 8 if letters == "pred" else int(bits or 0)
-        total += math.prod(int(n) for n in dims.split(",") if n) * bits / 8
-    return total
 
 
 def _lists(text: str) -> tuple[tuple[int, ...], ...]:
