@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from d2m_jax.kernels.rows import collect, spread, take
 
-TILE = 160  # rows of a tile of what is left, at most; the batch's share of an expert, at most
+TILES = 128, 32  # rows of a tile of what is left; the small ones hold what the large ones leave
 
 
 def chosen_experts(
@@ -151,14 +151,18 @@ def _of(params, own: Int[Array, ""]):
 def _over_left(body: Callable[..., Any], carry: Any, places: Places) -> Any:
     """carry = body(carry, expert, choices) over the tiles of what is left; past an expert's end
     the choice is the one after the last."""
-    tile = min(TILE, places.choice.size // places.start.size)
-    tiles = -((places.start - places.end) // tile)
-    last = jnp.cumsum(tiles)
+    start = places.start
+    for size in TILES:
+        rows = places.end - start
+        tiles = -(-rows // size) if size == TILES[-1] else rows // size
+        last = jnp.cumsum(tiles)
 
-    def one(i, carry):
-        own = (last <= i).sum()
-        at = places.start[own] + (i - last[own] + tiles[own]) * tile + jnp.arange(tile)
-        choice = jnp.where(at < places.end[own], take(places.left, at), places.left.size)
-        return body(carry, own, choice)
+        def one(i, carry, size=size, start=start, tiles=tiles, last=last):
+            own = (last <= i).sum()
+            at = start[own] + (i - last[own] + tiles[own]) * size + jnp.arange(size)
+            choice = jnp.where(at < places.end[own], take(places.left, at), places.left.size)
+            return body(carry, own, choice)
 
-    return jax.lax.fori_loop(0, last[-1], one, carry)
+        carry = jax.lax.fori_loop(0, last[-1], one, carry)
+        start = start + tiles * size
+    return carry

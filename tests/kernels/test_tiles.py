@@ -80,7 +80,7 @@ def test_crowded_experts_need_more_than_the_batch():
     """Else the tests above would not see the tiles of what is left."""
     places = {name: tiles.place(choices(load), EXPERTS, EXPERTS) for name, load in LOADS.items()}
     left = {name: int(at.end[-1]) for name, at in places.items()}
-    assert left["even"] == 0 and left["crowded"] > tiles.TILE and left["skewed"] > 0
+    assert left["even"] == 0 and left["crowded"] > sum(tiles.TILES) and left["skewed"] > 0
 
 
 def test_any_choices():
@@ -118,7 +118,7 @@ def test_the_batch_is_for_this_device_s_share():
 
 def test_gradient_of_half_precision_weights_is_summed_in_float32(monkeypatch):
     """Many tiles of one expert: sums of eights in bfloat16 would stop at 2048."""
-    monkeypatch.setattr(tiles, "TILE", 8)
+    monkeypatch.setattr(tiles, "TILES", (8,))
     x, chosen = jnp.ones((6000, 1), jnp.bfloat16), jnp.zeros((6000, 1), jnp.int32)
     weight = jnp.ones((6000, 1))
 
