@@ -12,6 +12,8 @@ CALLED = re.compile(
 
 
 class Instruction(NamedTuple):
+    """A line of a computation."""
+
     name: str
     shape: str
     opcode: str
