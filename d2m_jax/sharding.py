@@ -6,6 +6,7 @@
 
 import contextlib
 import ctypes
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -37,8 +38,10 @@ RULES = {
     "expert": ("expert",),
     "inner": ("tensor",),  # heads, neurons of an FFN, outputs of a modulation
 }
-# How stored parameters are cut for the time of a block.
-USED = {"rows": None, "expert_rows": None, "inner_rows": "inner", "expert_inner_rows": "inner"}
+# How stored parameters are cut for the time of a block, and inside `on_own_part`.
+USED = {"rows": None, "inner_rows": "inner"}
+OWN = USED | {"expert_rows": None, "expert_inner_rows": "inner"}
+BY_NAME = "by name"  # in the place of logical axes: parameters, every device wants all of them
 
 # Logical axes of the last dimensions of parameters, by the end of their names. All others are
 # whole on every device: biases, norms, gates and block routers.
@@ -134,13 +137,18 @@ def _grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
 def partition(mesh: Mesh | AbstractMesh, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
     """How an array of this shape is cut; `axes` are those of its last dimensions (of RULES, or
     None). What a dimension cannot be divided by does not cut it."""
-    parts: list[Any] = [None] * (len(shape) - len(axes))
+    return PartitionSpec(*[names or None for names in _cuts(mesh, axes, shape)])
+
+
+def _cuts(mesh, axes: Axes, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+    """The mesh axes that cut each dimension."""
+    parts: list[tuple[str, ...]] = [()] * (len(shape) - len(axes))
     for size, axis in zip(shape[len(parts) :], axes, strict=True):
         cut = [name for name in RULES.get(axis, ()) if mesh.shape[name] > 1]
         while size % math.prod(mesh.shape[name] for name in cut):
             cut.pop()
-        parts.append(tuple(cut) or None)
-    return PartitionSpec(*parts)
+        parts.append(tuple(cut))
+    return parts
 
 
 def axes_of(name: str) -> Axes:
@@ -171,7 +179,8 @@ def _name(path) -> str:
 
 def gathered(params: Any, dtype: Any) -> Any:
     """A block's parameters for the time of its use, where they are cut over a mesh: in the dtype
-    that they are used in, whole but for the expert and the tensor axis (FSDP)."""
+    that they are used in, whole but for the expert and the tensor axis (FSDP). Normal experts stay
+    as they are stored, for `on_own_part`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return params
@@ -180,11 +189,28 @@ def gathered(params: Any, dtype: Any) -> Any:
         axes = axes_of(_name(path))
         used = tuple(USED.get(axis, axis) for axis in axes)
         stored, used = (partition(mesh, kind, leaf.shape) for kind in (axes, used))
-        # What is quantised is sent as it is.
-        sent = leaf.dtype if leaf.dtype.itemsize == 1 else dtype
-        return leaf if stored == used else _gather(leaf, stored, used, sent)
+        return leaf if stored == used else _gather(leaf, stored, used, _sent(leaf, dtype))
 
     return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def sent(params: Any, dtype: Any) -> Any:
+    """Parameters that are cut over a mesh in the dtype that they are used in, for `on_own_part` to
+    gather."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return params
+
+    def cast(path, leaf):
+        whole = not any(partition(mesh, axes_of(_name(path)), leaf.shape))
+        return leaf if whole else leaf.astype(_sent(leaf, dtype))
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _sent(leaf: Array, dtype: Any) -> Any:
+    # What is quantised is sent as it is.
+    return leaf.dtype if leaf.dtype.itemsize == 1 else dtype
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -234,44 +260,55 @@ def local_mesh() -> Mesh:
     return make_mesh(MeshConfig(), jax.local_devices())
 
 
-def on_own_part(function: Callable, arguments: tuple, axes: tuple[Axes, ...], out: Axes) -> Any:
+def on_own_part(
+    function: Callable, arguments: tuple, axes: tuple[Axes | str, ...], out: Axes
+) -> Any:
     """function(*arguments), every device on its own parts alone.
 
     `axes`, one per argument, and `out` are the logical axes of the first dimensions of all its
-    leaves. Under `jax.set_mesh` the compiler would else sort, gather and loop over the tokens of
+    leaves. Weights that are stored in more parts than a device needs (OWN; all, of an argument
+    BY_NAME) are gathered inside: so the sum of their gradients is cut at once (reduce-scatter).
+
+    Under `jax.set_mesh` the compiler would else sort, gather and loop over the tokens of
     all devices on each of them, and it cannot divide a kernel. Without a mesh, inside another such
     call, or where something cannot be cut, it is a plain call.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return function(*arguments)
-
-    def cut(axis: str | None) -> tuple[str, ...]:
-        return tuple(name for name in RULES.get(axis, ()) if mesh.shape[name] > 1)
-
-    def spec(axes: Axes) -> PartitionSpec:
-        return PartitionSpec(*[cut(axis) or None for axis in axes])
-
-    def own(axes: Axes, path, leaf: Array) -> Axes:
-        # The scales of a quantised kernel serve all its rows: every device has them whole.
-        sizes = zip(axes, leaf.shape, strict=False)
-        scales = jax.tree_util.keystr(path) == ".scale"
-        return tuple(None if scales and size == 1 else axis for axis, size in sizes)
-
-    specs = []
-    for argument, kind in zip(arguments, axes, strict=True):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(argument):
-            for size, axis in zip(leaf.shape, own(kind, path, leaf), strict=False):
-                if size % math.prod(mesh.shape[name] for name in cut(axis)):
+    leaves, tree = jax.tree_util.tree_flatten_with_path(arguments)
+    specs, gathers = [], []
+    for (argument, *path), leaf in leaves:
+        kind = axes[argument.idx]
+        if kind == BY_NAME:
+            stored, used = axes_of(_name(path)), ()
+        else:
+            # The scales of a quantised kernel serve all its rows: every device has them whole.
+            scales = jax.tree_util.keystr(path) == ".scale"
+            sizes = itertools.zip_longest(leaf.shape, kind[: leaf.ndim])
+            stored = tuple(None if scales and size == 1 else axis for size, axis in sizes)
+            used = tuple(OWN.get(axis, axis) for axis in stored)
+            for size, axis in zip(leaf.shape, used, strict=True):
+                if size % math.prod(mesh.shape[name] for name in RULES.get(axis, ())):
                     return function(*arguments)
+        specs.append(partition(mesh, stored, leaf.shape))
+        both = zip(_cuts(mesh, stored, leaf.shape), _cuts(mesh, used, leaf.shape), strict=True)
+        gathers.append([cut[len(kept) :] for cut, kept in both])
 
-        def place(path, leaf, kind=kind):
-            return spec(own(kind, path, leaf))
+    def on_own(*own):
+        return function(*jax.tree.unflatten(tree, map(_gather_inside, own, gathers)))
 
-        specs.append(jax.tree_util.tree_map_with_path(place, argument))
     # Kernels do not say over which axes their results vary, hence no check.
-    mapped = jax.shard_map(function, in_specs=tuple(specs), out_specs=spec(out), check_vma=False)
-    return mapped(*arguments)
+    result = PartitionSpec(*[RULES.get(axis) for axis in out])
+    mapped = jax.shard_map(on_own, in_specs=tuple(specs), out_specs=result, check_vma=False)
+    return mapped(*(leaf for _, leaf in leaves))
+
+
+def _gather_inside(own: Array, cuts: list[tuple[str, ...]]) -> Array:
+    for dimension, names in enumerate(cuts):
+        if names:
+            own = jax.lax.all_gather(own, names, axis=dimension, tiled=True)
+    return own
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -21,7 +21,7 @@ from d2m_jax.models.layers import (
     timestep_embedding,
 )
 from d2m_jax.models.mob import BlockRouter, choose, run_chosen
-from d2m_jax.sharding import constrain, gathered
+from d2m_jax.sharding import constrain, gathered, sent
 
 
 class Stack(nnx.Module):
@@ -74,7 +74,7 @@ class Stack(nnx.Module):
         # Samples choose on their own devices, which must then have all blocks of the group.
         if parameters.is_unstacked(block):
             block = tuple(parameters.part(block, i) for i in range(self.config.blocks))
-        block = gathered(block, streams[0].dtype)
+        block = sent(block, streams[0].dtype)
         # What normal experts added is known of the blocks that ran then: they run again.
         used = known.get("used")
         known = {name: a for name, a in known.items() if name != "used"}

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from d2m_jax.models.blocks import Context, Streams
 from d2m_jax.models.layers import Linear
-from d2m_jax.sharding import on_own_part
+from d2m_jax.sharding import BY_NAME, on_own_part
 
 # Samples run side by side while copies of their blocks' weights fit in this many bytes, else one
 # after the other with weights read in place.
@@ -76,14 +76,13 @@ def run_chosen(
     known = jax.tree.map(lambda a: a.swapaxes(0, 1), known or {})
     pe = context.pe if pe_mapped else None
     samples = streams, context.vec, context.cond, chosen, weight, pe, known
-    shared = params, None if pe_mapped else context.pe
+    arguments = samples, params, None if pe_mapped else context.pe
     run = partial(_run_samples, run_block, context)
-    streams, aux = on_own_part(run, (samples, shared), (("batch",), ()), ("batch",))
+    streams, aux = on_own_part(run, arguments, (("batch",), BY_NAME, ()), ("batch",))
     return streams, jax.tree.map(lambda a: a.swapaxes(0, 1), aux)
 
 
-def _run_samples(run_block: Callable, context: Context, samples: tuple, shared: tuple):
-    params, pe_of_all = shared
+def _run_samples(run_block: Callable, context: Context, samples: tuple, params, pe_of_all):
     apart, batch = isinstance(params, tuple), samples[1].shape[0]
     blocks = len(params) if apart else jax.tree.leaves(params)[0].shape[0]
 

@@ -13,7 +13,7 @@ from d2m_jax.kernels.quantized import QArray, cast, dot
 from d2m_jax.kernels.rows import collect, spread, take
 from d2m_jax.kernels.tiles import chosen_experts
 from d2m_jax.models.layers import FFN, Linear
-from d2m_jax.sharding import on_own_part
+from d2m_jax.sharding import PARAMETERS, on_own_part
 
 SPARSE_TOKENS = 64  # from which only the chosen experts' work is less time, on a CPU
 
@@ -77,11 +77,11 @@ class MoE(nnx.Module):
         probability, chosen, weight = self.route(logits, k)
         # Tokens are sorted on their own device; so are they where experts are spread over devices.
         run = partial(run_own_experts, self.config.implementation, self.experts.in_bias.shape)
-        samples, experts = (("batch",),) * 3, (("expert", None, "inner"), ("expert", "inner"))
+        stored = (PARAMETERS[f"experts.{name}"] for name in ("in_kernel", "in_bias", "out_kernel"))
         routed = on_own_part(
             run,
             (x, chosen, weight, *self.experts.cast(x.dtype)),
-            (*samples, *experts, ("expert", "inner")),
+            (*(("batch",),) * 3, *stored),
             ("batch",),
         )
         load = jax.nn.one_hot(chosen, self.config.experts).mean((1, 2))

@@ -24,6 +24,7 @@ from d2m_jax.models.flux import initialise
 from d2m_jax.sharding import (
     make_mesh, parameter_shardings, put_batch, put_parameters, replicated, whole
 )
+from d2m_jax.training.collectives import collectives
 
 moe.SPARSE_TOKENS = 16  # the sparse path at a test's size
 
@@ -59,12 +60,11 @@ def both(params, batch):
 
 alone = jax.jit(both)(params, batch)
 for sizes in ((1, 1, 2, 1), (1, 2, 3, 1), (1, 1, 4, 1), (2, 1, 6, 1), (1, 1, 12, 1),
-              (1, 1, 1, 4), (1, 2, 2, 3), (12, 1, 1, 1)):
+              (1, 1, 1, 4), (1, 2, 2, 3), (12, 1, 1, 1), (3, 4, 1, 1)):
     mesh = mesh_of(*sizes)
-    named = {"experts": nnx.to_pure_dict(params)["experts"]}
     placed = put_parameters(mesh, params)
-    cut = placed["experts"]["in_kernel"][...].sharding.spec
-    assert (sizes[2] == 1) or "expert" in str(cut), cut
+    kernel = placed["experts"]["in_kernel"][...]
+    assert (sizes[2] == 1) or "expert" in str(kernel.sharding.spec), kernel.sharding.spec
     with jax.set_mesh(mesh):
         compiled = jax.jit(both).lower(placed, put_batch(mesh, batch)).compile()
         together = compiled(placed, put_batch(mesh, batch))
@@ -73,6 +73,23 @@ for sizes in ((1, 1, 2, 1), (1, 2, 3, 1), (1, 1, 4, 1), (2, 1, 6, 1), (1, 1, 12,
     text = compiled.as_text()
     if sizes[2] > 1:
         assert "reduce-scatter" in text or "all-to-all" in text, "no expert went to its device"
+
+# The sum of the experts' gradients is cut at once: no device gets all of it.
+mesh = mesh_of(1, 4, 1, 1)
+placed = put_parameters(mesh, params)
+gate = {name: placed[name] for name in ("gate", "scale", "shared")}
+with jax.set_mesh(mesh):
+    def of_experts(experts, batch):
+        return both(nnx.State({"experts": experts, **gate}), batch)[2]["experts"]
+    own = parameter_shardings(mesh, {"experts": placed["experts"]})["experts"]
+    program = jax.jit(of_experts, out_shardings=nnx.to_pure_dict(own))
+    text = program.lower(placed["experts"], put_batch(mesh, batch)).compile().as_text()
+summed = dict.fromkeys(("all-reduce", "reduce-scatter"), 0)
+for one in collectives(text):
+    if one.kind in summed and one.size > 1:
+        summed[one.kind] += one.bytes * one.count
+biases, kernels = params["experts"]["in_bias"][...].nbytes, 2 * kernel.nbytes
+assert summed == {"all-reduce": biases, "reduce-scatter": kernels}, summed
 print("equal")
 """
 
