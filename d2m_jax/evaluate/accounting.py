@@ -15,13 +15,13 @@ and FFNs of the blocks, which is 24·D²·N + 4·N²·D for a dense one: `Accoun
 
 import math
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from typing import Any
 
 import jax
 
 from d2m_jax.config import FluxConfig, ModelConfig
 from d2m_jax.models.flux import abstract
+from d2m_jax.models.size import activated_share, amount
 
 # PAPER.md's table by the names of the configs: activated parameters, FLOPs per forward.
 PAPER = {
@@ -90,7 +90,7 @@ def account(
     parts = dict.fromkeys(PARTS, Cost())
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)):
         names = [key.key for key in path]
-        activated = int(leaf.size * _share(config, names))
+        activated = int(leaf.size * activated_share(config, names))
         tokens = _tokens(names, image_tokens, text_tokens) if "kernel" in names[-1] else 0
         parts[_part(names)] += Cost(leaf.size, activated, 2 * activated * tokens)
     blocks = sum(stack.groups * stack.active for stack in config.stacks)
@@ -115,10 +115,10 @@ def table(name: str, account: Account) -> str:
         f"{'':12}{'parameters':>12}{'activated':>12}{'FLOPs':>12}",
     ]
     for part, cost in [*account.parts.items(), ("total", account.total)]:
-        amounts = _amount(cost.parameters), _amount(cost.activated), _amount(cost.flops, "G")
+        amounts = amount(cost.parameters), amount(cost.activated), amount(cost.flops, "G")
         lines.append(f"{part:12}" + "".join(f"{amount:>12}" for amount in amounts))
     for row in comparison(name, account):
-        ours, paper = _amount(row["ours"]), _amount(row["paper"])
+        ours, paper = amount(row["ours"]), amount(row["paper"])
         lines.append(f"{row['what']}: {ours}, paper {paper} ({100 * row['difference']:+.1f} %)")
     return "\n".join(lines)
 
@@ -147,23 +147,6 @@ def comparison(name: str, account: Account) -> list[dict[str, Any]]:
         for what, ours, paper in rows
         if paper is not None
     ]
-
-
-def _amount(value: float, giga: str = "B") -> str:
-    """1234567890 as 1.235 B."""
-    for unit, size in (("T", 1e12), (giga, 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3f} {unit}"
-    return str(value)
-
-
-def _share(config: FluxConfig, names: list) -> Fraction:
-    """The activated share of a parameter."""
-    if names[0] not in ("double", "single") or names[2] == "router":
-        return Fraction(1)
-    stack = getattr(config, names[0])[names[1]]
-    share = Fraction(stack.active, stack.blocks)
-    return share * Fraction(config.moe.top_k, config.moe.experts) if "experts" in names else share
 
 
 def _part(names: list) -> str:
