@@ -1,6 +1,6 @@
 """From prompts to images."""
 
-import logging
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -108,9 +108,9 @@ class Pipeline:
         one for all or one per prompt, count where true_cfg > 1: it multiplies the distance from
         them. `tile`, in latents, makes an autoencoder decode in tiles of that side. The noise of
         prompt i depends on the seed and i alone, and a batch never changes a sample. What is cut
-        off a prompt, and an option that this model ignores, is logged in one line. ConfigError for
-        unknown words, sizes that tokens do not divide, latents of another shape, top_k outside 0 to
-        n, reuse without MoE layers, whatever check_options finds, and images of NaN.
+        off a prompt, or ignored by this model, is told in a line on stderr. ConfigError for unknown
+        words, sizes that tokens do not divide, latents of another shape, top_k outside 0 to n,
+        reuse without MoE layers, whatever check_options finds, and images of NaN.
         """
         config = self.config
         top_k = several(top_k)
@@ -157,11 +157,13 @@ class Pipeline:
         return np.concatenate(images)[:count].view(Images)
 
     def _batch_size(self, count: int, tokens: int, batch_size: int | None) -> int:
-        """Images at a time. One compiled program serves all batches, the last of which is filled
-        up, and all numbers of prompts between two powers of two."""
-        # Images that fill up take time, if less than another program: below twice as many, and
-        # never more than were asked for at a time. At FLUX.1's sizes that is one, and fills nothing.
-        size = min(batch_size or max(1, BATCH_TOKENS // tokens), 2 ** (count - 1).bit_length())
+        """Images at a time, so that one compiled program serves many numbers of prompts."""
+        # Batches are equal, and filled up: to a power of two, above 8 to a multiple of 8, never
+        # above what goes together. Images that fill up take time, another program takes more.
+        # FLUX.1's full size goes one by one, and nothing is filled.
+        most = batch_size or max(1, BATCH_TOKENS // tokens)
+        size = -(-count // -(-count // most))
+        size = min(most, 2 ** (size - 1).bit_length(), -(-size // 8) * 8)
         shards = batch_shards(self.mesh)  # each device has samples
         return -(-size // shards) * shards
 
@@ -235,7 +237,7 @@ def _tell_lost(
 
 def _say(line: str) -> None:
     if hosts.first():
-        logging.getLogger(__name__).warning(line)
+        print(line, file=sys.stderr, flush=True)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
