@@ -14,7 +14,6 @@ from d2m_jax.sampling import grid, pipeline
 from d2m_jax.sampling.options import captions_of, check_options, read_prompts
 from d2m_jax.sharding import make_mesh
 
-
 # Of Arguments, what Pipeline takes under the same name.
 OPTIONS = (
     *("height", "width", "steps", "guidance", "seed", "top_k", "reuse", "true_cfg"),

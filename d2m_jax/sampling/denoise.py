@@ -27,9 +27,10 @@ def denoise(
     reuse: int = 1,
     steps: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "b n c"]:
-    """From noise at times[0] to data at times[steps]: x += (t_next − t)·v, in float32. `grid`: rows,
-    columns; `steps`: how many are taken (None: all), so that one program serves many numbers of
-    them, with times filled up.
+    """From noise at times[0] to data at times[steps]: x += (t_next − t)·v, in float32.
+
+    `grid`: rows, columns. `steps` are taken (None: all), with times beyond them left out: so one
+    program serves many numbers of steps.
 
     The entries of `top_k` serve equal shares of the steps, in order. With a `negative` text the
     velocity is v_negative + true_cfg · (v − v_negative): classifier-free guidance, at twice the

@@ -51,7 +51,7 @@ def check_options(**options: Any) -> None:
     top_k, steps = several(options.get("top_k")), options.get("steps")
     check(len(top_k) > 0, "top_k: found no number, expected at least one")
     check(
-        steps is None or len(top_k) <= steps,
+        steps is None or len(top_k) <= int(steps),
         f"top_k: found {len(top_k)} numbers, expected one per step at most, and steps = {steps}",
     )
 
@@ -64,21 +64,22 @@ def several(value: Any) -> tuple:
     return (value,) if one else tuple(value)
 
 
-def _check_number(name: str, value: Any, bounds: tuple[int, int | None], kind: type) -> None:
+def _check_number(name: str, value: Any, bounds: tuple, kind: type) -> None:
     low, high = bounds
     what = "a whole number" if kind is Integral else "a number"
-    expected = f"expected {what} {f'of at least {low}' if high is None else f'from {low} to {high}'}"
+    expected = (
+        f"expected {what} {f'of at least {low}' if high is None else f'from {low} to {high}'}"
+    )
     # To Python a truth value is a whole number.
     right = isinstance(value, kind) and not isinstance(value, bool)
     check(right, f"{name} = {value!r}: found {type(value).__name__}, {expected}")
     # NaN is neither finite nor within bounds.
     within = math.isfinite(value) and low <= value and (high is None or value <= high)
-    check(within, f"{name} = {value}: {expected}")
+    check(bool(within), f"{name} = {value}: {expected}")
 
 
-def captions_of(prompts: str | Iterable[str], name: str = "prompts") -> list[str]:
-    """One prompt, or those of any iterable, as a list. ConfigError names the first that is no
-    text."""
+def captions_of(prompts: Any, name: str = "prompts") -> list[str]:
+    """One prompt, or those of any iterable, as a list. ConfigError names what is no text."""
     if isinstance(prompts, np.ndarray):
         prompts = prompts.tolist()
     if isinstance(prompts, str):

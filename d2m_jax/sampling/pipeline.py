@@ -44,7 +44,8 @@ from d2m_jax.weights.encoders import is_pipeline, model_config, pipeline_folder
 
 BATCH_TOKENS = 2048  # image tokens of a batch where no size is asked for
 # Times are filled up to a multiple, so that one program serves all numbers of steps up to it. Of
-# steps that are not taken only the modulations are computed: all 31 take 0.003 of a step of FLUX.1's.
+# steps that are not taken only the modulations are computed: at FLUX.1's size, all 31 together
+# 0.003 of the FLOPs of one step.
 STEPS = 32
 SHOWN = 80  # characters of what was cut off a prompt
 
@@ -120,6 +121,7 @@ class Pipeline:
         options |= {"batch_size": batch_size, "tile": tile}
         check_options(**options, max_sequence_length=max_sequence_length)
         self._check(top_k, reuse, max_sequence_length, tile)
+        steps, seed = int(steps), int(seed)
         height = config.image.height if height is None else height
         width = config.image.width if width is None else width
         grid = rows, columns = config.grid(height, width)

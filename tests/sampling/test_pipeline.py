@@ -57,6 +57,9 @@ def test_seed_and_given_noise(pipe, images):
     given = noise(3, 5, 12, channels)
     np.testing.assert_array_equal(pipe(PROMPTS, latents=given, seed=9), images)
     assert np.abs(pipe(PROMPTS, seed=4) - images).max() > 0.05
+    # 32 bits of seed are 32 bits of noise
+    large = [noise(seed, 1, 12, channels) for seed in (0, 2**31 - 1, 2**31, 2**32 - 1)]
+    assert len({np.asarray(a).tobytes() for a in large}) == 4
     # noise of prompt i does not depend on how many there are
     np.testing.assert_array_equal(noise(3, 2, 12, channels), given[:2])
     assert np.std(given) == pytest.approx(1, abs=0.1)
