@@ -20,16 +20,13 @@ WRAPPERS = re.compile(
 )
 # In front of the transformer's parts, one after the other, where dots count as _.
 PREFIXES = (
-    "base_model_model_",
-    "model_diffusion_model_",
-    "diffusion_model_",
-    "lora_transformer_",
-    "transformer_",
-    "lora_unet_",
-    "unet_",
-    "lycoris_",
-    "lora_",
+    "base_model_",
     "model_",
+    "diffusion_model_",
+    "transformer_",
+    "unet_",
+    "lora_",
+    "lycoris_",
     "net_",
     "flux_",
 )
