@@ -18,7 +18,8 @@ import tyro
 
 from d2m_jax import command_line, weights
 from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check, suggestion
-from d2m_jax.evaluate import accounting, benchmark
+from d2m_jax.evaluate import benchmark
+from d2m_jax.models import accounting
 from d2m_jax.sampling.options import check_options
 
 

@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 
 from d2m_jax.config import StackConfig
-from d2m_jax.evaluate.accounting import account, amount
 from d2m_jax.kernels.quantized import quantized
 from d2m_jax.models import flux
+from d2m_jax.models.accounting import account
 from d2m_jax.models.parameters import unstacked
-from d2m_jax.models.size import summary
+from d2m_jax.models.size import amount, summary
 from tests.models import toy
 
 MIXED = replace(toy.SPARSE, single=(StackConfig(1, ffn="moe"), StackConfig(2, 3, 2)))

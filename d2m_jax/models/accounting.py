@@ -9,7 +9,7 @@ Activated are those that one token of one sample meets in a forward:
 
 FLOPs are those of the matrix products of one example's forward, two per multiply and add: every
 activated weight times the tokens that pass it (image, text, both, or one for what reads the global
-vector), and 4·N²·D per block for attention over N tokens. PAPER.md's table counts only attention
+vector), and 4·N²·D per block for attention over N tokens. The paper's table counts only attention
 and FFNs of the blocks, which is 24·D²·N + 4·N²·D for a dense one: `Account.paper_flops`.
 """
 
@@ -23,7 +23,7 @@ from d2m_jax.config import FluxConfig, ModelConfig
 from d2m_jax.models.flux import abstract
 from d2m_jax.models.size import activated_share, amount
 
-# PAPER.md's table by the names of the configs: activated parameters, FLOPs per forward.
+# The paper's table by the names of the configs: activated parameters, FLOPs per forward.
 PAPER = {
     "flux_dev": (11.90e9, 66.00e12),
     "flux_moe_l": (5.15e9, 43.42e12),
@@ -68,7 +68,7 @@ class Account:
 
     @property
     def paper_flops(self) -> int:
-        """FLOPs as PAPER.md counts them: attention and FFNs of the blocks."""
+        """FLOPs as the paper counts them: attention and FFNs of the blocks."""
         return self.parts["attention"].flops + self.parts["ffn"].flops
 
 
@@ -79,7 +79,7 @@ def account(
 ) -> Account:
     """Count a model over the tokens of one example.
 
-    Without numbers these are the ModelConfig's own, or for a bare FluxConfig those of PAPER.md's
+    Without numbers these are the ModelConfig's own, or for a bare FluxConfig those of the paper's
     table: 4096 for 1024 × 1024 pixels, and 77.
     """
     if isinstance(config, ModelConfig):
@@ -108,7 +108,7 @@ def flops_per_example(config: FluxConfig, image_tokens: int, text_tokens: int) -
 
 
 def table(name: str, account: Account) -> str:
-    """An account for people; figures of PAPER.md stand beside those of a model it names."""
+    """An account for people; the paper's figures stand beside those of a model it names."""
     n, image, text = account.tokens, account.image_tokens, account.text_tokens
     lines = [
         f"{name}, one forward of N = {n} tokens ({image} image, {text} text)",
@@ -136,7 +136,7 @@ def to_json(name: str, account: Account) -> dict[str, Any]:
 
 
 def comparison(name: str, account: Account) -> list[dict[str, Any]]:
-    """Ours beside PAPER.md's figures for the model of that name, counted its way; else empty."""
+    """Ours beside the paper's figures for the model of that name, counted its way; else empty."""
     activated, flops = PAPER.get(name, (None, None))
     rows = [
         ("activated parameters", account.total.activated, activated),
