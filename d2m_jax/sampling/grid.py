@@ -39,7 +39,7 @@ class Images(np.ndarray):
         return file.getvalue()
 
     def __array_wrap__(self, array, context=None, return_scalar=False):
-        return array[()] if return_scalar else np.asarray(array)
+        return array[()] if return_scalar else array
 
 
 def grid(images: Float[np.ndarray, "n h w 3"], columns: int | None = None) -> Image.Image:
