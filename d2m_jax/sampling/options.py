@@ -24,6 +24,7 @@ WHOLE = {
     "tile": (4, None),  # latents
 }
 REAL = {"guidance": (0, None), "true_cfg": (0, None)}
+NEEDED = ("seed", "reuse", "true_cfg")  # the others are the model's own where they are None
 # Byte-order marks; UTF-32's begins with UTF-16's.
 MARKS = {
     codecs.BOM_UTF8: "UTF-8",
@@ -36,9 +37,9 @@ MARKS = {
 
 def check_options(**options: Any) -> None:
     """Raise ConfigError for options of Pipeline that no model takes: another type, NaN, a number
-    out of bounds. None always passes."""
+    out of bounds. None passes where it is a default."""
     for name, value in options.items():
-        if value is None:
+        if value is None and name not in NEEDED:
             continue
         if name == "top_k":
             for k in several(value):

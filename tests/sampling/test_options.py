@@ -21,6 +21,7 @@ from d2m_jax.sampling.options import captions_of, check_options, read_prompts
         ({"guidance": -1}, "guidance = -1: expected"),
         ({"guidance": "3"}, "guidance = '3': found str, expected a number"),
         ({"true_cfg": np.float32("nan")}, "true_cfg = nan: expected"),
+        ({"seed": None}, "seed = None: found NoneType, expected a whole number"),
         ({"seed": -1}, "seed = -1: expected a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "seed = 4294967296: expected"),
         ({"batch_size": 0}, "batch_size = 0: expected a whole number of at least 1"),
