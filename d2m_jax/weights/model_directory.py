@@ -72,6 +72,9 @@ def load_config(path: Path | str) -> ModelConfig:
     where it is missing or damaged."""
     file = Path(path) / "config.json"
     if not file.is_file():
+        if Path(path).is_file() or (Path(path) / "transformer").is_dir():
+            found = "a file" if Path(path).is_file() else "a FluxPipeline of diffusers"
+            raise ConfigError(_convert(path, found))
         found = "no config.json in it" if Path(path).is_dir() else "no such directory"
         raise ConfigError(
             f"{path}: expected a model directory (config.json and params/), found {found}"
@@ -80,10 +83,19 @@ def load_config(path: Path | str) -> ModelConfig:
         value = json.loads(file.read_text())
     except ValueError as error:
         raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
+    if isinstance(value, dict) and "_class_name" in value:
+        raise ConfigError(_convert(path, "a folder of diffusers"))
     config = from_json(ModelConfig, value, str(file))
     if config.encoders is None:
         return config
     return replace(config, encoders=os.path.abspath(Path(path) / config.encoders))
+
+
+def _convert(path: Path | str, found: str) -> str:
+    return (
+        f"{path}: expected a model directory, found {found}; make one of it with: python"
+        f" convert_torch_weights.py {path} OUTPUT"
+    )
 
 
 def placement(

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, check
 from d2m_jax.models.flux import Flux, abstract, model_of
 from d2m_jax.weights import (
     flux_keys,
+    hub,
     key_table,
     model_directory,
     recognise,
@@ -26,7 +27,7 @@ from d2m_jax.weights.key_table import Entry, Parameter
 from d2m_jax.weights.named_arrays import names, restructure, sizes
 
 FILES = (".safetensors", ".sft")
-INDEX = ".safetensors.index.json"
+INDEX = r"\.safetensors\.index(\.[\w-]+)?\.json$"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def open_source(source: Path | str) -> Source:
     Raises ConfigError that says what is wrong with it, or what else it is; all tensors that do not
     fit are listed.
     """
-    path = local(source)
+    path = hub.local(source)
     if path.is_dir() and (path / "transformer").is_dir():
         path = path / "transformer"
     if torch_export.is_torch_export(path):
@@ -77,36 +78,12 @@ def _checked(source: Source) -> Source:
     return source
 
 
-def local(source: Path | str, patterns: Iterable[str] = ("transformer/*", "*.json")) -> Path:
-    """The path itself, or, where there is none, the folder into which the Hugging Face repository
-    `owner/name` was downloaded (of it, what fits the patterns)."""
-    path = Path(source)
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) or path.suffix in FILES:
-        raise ConfigError(f"{source}: no such file or folder")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ConfigError(
-            f"{source}: no such folder; to download such a repository of Hugging Face, install"
-            " huggingface_hub"
-        ) from None
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
-    except Exception as error:  # it has many, of many packages
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ConfigError(
-            f"{source}: no such folder, and not to be had from Hugging Face ({line})"
-        ) from None
-
-
 def read_tensors(path: Path) -> dict[str, Any]:
     """The floating-point tensors of a .safetensors file, an index of shards, or the only one of
     either in a folder; scaled fp8 is multiplied out when taken."""
     if path.is_dir():
         path = _weights_in(path)
-    if path.name.endswith(INDEX):
+    if re.search(INDEX, path.name):
         tensors = safetensors.read_sharded(path)
     else:
         recognise.refuse_pickle(path)
@@ -116,15 +93,17 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def _weights_in(folder: Path) -> Path:
-    files = sorted(folder.iterdir())
-    for ending in (INDEX, *FILES):
-        found = [file for file in files if file.name.endswith(ending)]
-        # Beside a diffusers model there may be lighter copies: NAME.fp16.safetensors.
-        plain = [file for file in found if file.name.removesuffix(ending).count(".") == 0]
-        found = plain or found
+    """The index or the only file of a folder's weights; lighter copies beside it do not count."""
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    whole = [f for f in files if re.search(r"\.(safetensors|sft)$", f.name, re.IGNORECASE)]
+    whole = [f for f in whole if not re.search(r"-\d{5}-of-\d{5}\.\w+$", f.name)]
+    indices = [f for f in files if re.search(INDEX, f.name)]
+    plain = [[f for f in some if not hub.variant(f.name)] for some in (indices, whole)]
+    for found in (*plain, indices, whole):
         if len(found) > 1:
+            names = ", ".join(file.name for file in found[:3])
             raise ConfigError(
-                f"{folder}: holds {len(found)} of *{ending}, expected one; name the file itself"
+                f"{folder}: holds {len(found)} models ({names}), expected one; name the file itself"
             )
         if found:
             return found[0]
