@@ -17,6 +17,9 @@ from d2m_jax import hosts
 from d2m_jax.config import ConfigError, RunConfig, differences, to_json
 from d2m_jax.weights.named_arrays import fingerprint, names, restructure
 
+# What a run directory holds once something was made in it.
+BEGUN = ("checkpoints", "metrics.jsonl", "models", "rivals", "model")
+
 
 @dataclass(frozen=True)
 class Restored:
@@ -186,14 +189,16 @@ def _appears(file: Path) -> bool:
 def _open_run(directory: Path, config: RunConfig) -> Path:
     file = directory / "config.json"
     mine = json.loads(json.dumps(to_json(config)))
-    if file.exists():
+    # A run that failed before its first training has nothing that another config would spoil.
+    begun = any((directory / name).exists() for name in BEGUN)
+    if file.exists() and begun:
         try:
             theirs = json.loads(file.read_text())
         except ValueError as error:
             raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
         free = ("mesh", "keep_checkpoints")
         refuse_other(file, *({k: v for k, v in c.items() if k not in free} for c in (theirs, mine)))
-    elif (directory / "checkpoints").exists() or (directory / "metrics.jsonl").exists():
+    elif begun:
         raise ConfigError(
             f"{directory}: holds a run without config.json; expected a free directory"
         )
