@@ -17,6 +17,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.evaluate import pictures, routing
 from d2m_jax.models.flux import initialise
+from tests.seed import generator
 
 MODEL = ModelConfig(
     FluxConfig(
@@ -43,7 +44,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def batches():
-    rng = np.random.default_rng(0)
+    rng = generator()
 
     def batch(start):
         return {

@@ -8,6 +8,7 @@ import pytest
 from d2m_jax.kernels import attention as kernels
 from d2m_jax.kernels import target
 from d2m_jax.kernels.attention import attention
+from tests.seed import generator
 
 
 def formula(q, k, v):
@@ -16,7 +17,7 @@ def formula(q, k, v):
 
 
 def draw(*shape, dtype=jnp.float32):
-    rng = np.random.default_rng(0)
+    rng = generator()
     return [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(4)]
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from d2m_jax.config import ConfigError
 from d2m_jax.kernels import grouped_matmul as gmm
 from d2m_jax.kernels import target, tuning
+from tests.seed import generator
 
 GROUPS, ROWS, D, F = 4, 300, 6, 5
 SIZES = {
@@ -38,7 +39,7 @@ def interpreted():
 
 
 def draw(rows=ROWS, dim=D, width=F):
-    rng = np.random.default_rng(0)
+    rng = generator()
     shapes = (rows, dim), (GROUPS, dim, width), (rows, width)
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 

@@ -13,6 +13,7 @@ from d2m_jax.config import AutoencoderConfig, ConfigError
 from d2m_jax.models.autoencoder import Attention, GroupNorm, initialise, model_of, spread
 from d2m_jax.weights import autoencoder_keys
 from tests.models.oracle import imported, operations, relative, shaken, tensors
+from tests.seed import generator
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -30,7 +31,7 @@ FACTOR = 4
 
 
 def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return generator(seed).normal(size=shape).astype(np.float32)
 
 
 def first(x):

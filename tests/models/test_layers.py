@@ -8,10 +8,11 @@ from flax import nnx
 
 from d2m_jax import flow
 from d2m_jax.models import layers
+from tests.seed import generator
 
 
 def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return generator(seed).normal(size=shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("offset", [0, 100, 1000])

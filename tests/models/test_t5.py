@@ -16,6 +16,7 @@ from d2m_jax.config import T5Config
 from d2m_jax.models.t5 import initialise, model_of, position_buckets
 from d2m_jax.weights.text_encoder_keys import t5_config, t5_keys, t5_tensors
 from tests.models import oracle
+from tests.seed import generator
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -63,7 +64,7 @@ def params(theirs):
 
 
 def draw(batch, length, vocab=TINY.vocab_size):
-    return np.random.default_rng(length).integers(0, vocab, (batch, length), np.int32)
+    return generator(length).integers(0, vocab, (batch, length), np.int32)
 
 
 def expect(model, ids, **mask):

@@ -18,6 +18,7 @@ from d2m_jax.weights.named_arrays import names
 from d2m_jax.weights.torch_export import export_bfl, export_diffusers
 from d2m_jax.weights.torch_import import load, load_model, open_source
 from tests.models.toy import inputs
+from tests.seed import generator
 from tests.weights import toy
 
 torch = pytest.importorskip("torch")
@@ -71,7 +72,7 @@ def test_diffusers_folder_and_back(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("layout", ["bfl", "diffusers"])
 def test_import_and_export_keep_every_bit(tmp_path, layout, dtype):
-    rng = np.random.default_rng(0)
+    rng = generator()
     state = toy.random_state(layout, CONFIG, dtype)
     # any bits: infinities, subnormal numbers, NaNs with a message in them
     state = {
