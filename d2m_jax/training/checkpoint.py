@@ -1,5 +1,6 @@
 """Checkpoints of one stage through Orbax: the last n and the best, bits verified on restore."""
 
+import gc
 import json
 import os
 import sys
@@ -103,6 +104,7 @@ class Checkpoints:
             for name, a in names(like).items()
         }
         state, damage = None, None
+        before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
         try:
             # Not by the manager: it would wait for a process whose part is damaged.
             named = ocp.StandardCheckpointHandler().restore(
@@ -111,6 +113,13 @@ class Checkpoints:
             state = restructure(like, named)
         except Exception as error:  # Orbax and tensorstore each have their own
             damage = _line(error)
+        finally:
+            if damage is not None:
+                # Orbax closes its event loop under the other reads, in threads and in objects not
+                # yet collected: Python would print pages of what becomes of each.
+                time.sleep(0.1)
+                gc.collect()
+            sys.unraisablehook = before
         damage = next(filter(None, hosts.gather(damage)), None)
         if damage is None:
             try:
