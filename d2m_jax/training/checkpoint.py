@@ -1,6 +1,5 @@
 """Checkpoints of one stage through Orbax: the last n and the best, bits verified on restore."""
 
-import gc
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, RunConfig, differences, to_json
+from d2m_jax.weights import blocks
 from d2m_jax.weights.named_arrays import fingerprint, names, restructure
 
 
@@ -104,22 +104,11 @@ class Checkpoints:
             for name, a in names(like).items()
         }
         state, damage = None, None
-        before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
         try:
             # Not by the manager: it would wait for a process whose part is damaged.
-            named = ocp.StandardCheckpointHandler().restore(
-                self.directory / str(step) / "state", args=ocp.args.StandardRestore(target)
-            )
-            state = restructure(like, named)
+            state = restructure(like, blocks.read(self.directory / str(step) / "state", target))
         except Exception as error:  # Orbax and tensorstore each have their own
             damage = _line(error)
-        finally:
-            if damage is not None:
-                # Orbax closes its event loop under the other reads, in threads and in objects not
-                # yet collected: Python would print pages of what becomes of each.
-                time.sleep(0.1)
-                gc.collect()
-            sys.unraisablehook = before
         damage = next(filter(None, hosts.gather(damage)), None)
         if damage is None:
             try:
