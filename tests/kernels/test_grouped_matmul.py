@@ -83,7 +83,7 @@ def compare(functions, sizes):
     for name, a, b in zip(("y", "dx", "dw"), fast, plain, strict=True):
         # float32 sums of up to 300 products in another order
         np.testing.assert_allclose(a, b, atol=5e-5, err_msg=name)
-    np.testing.assert_allclose(fast[0], loop(np.asarray(x), np.asarray(w), sizes), atol=1e-5)
+    np.testing.assert_allclose(fast[0], loop(np.asarray(x), np.asarray(w), sizes), atol=5e-5)
     used = sum(sizes)
     for a in fast[:2]:  # to the bit: what has no group adds nothing
         np.testing.assert_array_equal(a[used:], 0)

@@ -22,6 +22,7 @@ from d2m_jax.kernels.quantized import KINDS, dot, plain, quantized
 from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.models.moe import MoE
 from d2m_jax.models.parameters import unstacked
+from tests.half import needs_half
 from tests.models import toy
 from tests.seed import generator
 
@@ -34,7 +35,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=KINDS)
+HERE = ["int8", pytest.param("fp8", marks=needs_half)]
+
+
+@pytest.fixture(params=HERE)
 def kind(request):
     return request.param
 
@@ -71,8 +75,9 @@ def test_a_product_errs_by_rounding_at_most(kind):
     dx, dw = rounding(x, -1, kind), rounding(w, 0, kind)
     bound = dx @ np.abs(w) + np.abs(x) @ dw + dx @ dw + 1e-5 * np.abs(x) @ np.abs(w)
     assert y.dtype == jnp.float32 and (np.abs(y - true) <= bound).all()
-    error = np.linalg.norm(y - true) / np.linalg.norm(true)
-    assert 1e-3 < error < {"int8": 0.02, "fp8": 0.06}[kind]  # measured: 0.009, 0.036
+    # as large as errors that are even within their steps: their squares are a third of the bound's
+    mean = np.sqrt((dx**2 @ np.square(w) + np.square(x) @ dw**2) / 3)
+    assert 0.3 < np.linalg.norm(y - true) / np.linalg.norm(mean) < 1.5
 
 
 def test_the_largest_number_is_between_no_two_steps(kind):
@@ -88,9 +93,9 @@ def test_activations_keep_their_type(kind):
     x, w = draw(6, 16).astype(jnp.bfloat16), kernel(draw(16, 8).astype(jnp.bfloat16), kind)
     assert w.qvalue.dtype == KINDS[kind] and w.scale.dtype == jnp.float32
     assert dot(x, w).dtype == jnp.bfloat16
-    # only the result is rounded to bfloat16: 2^-9 of it
+    # only the result is rounded to bfloat16, by half a step at most; float32's own comes before it
     wide = dot(x.astype(jnp.float32), w)
-    np.testing.assert_allclose(dot(x, w).astype(jnp.float32), wide, rtol=2**-8)
+    np.testing.assert_allclose(dot(x, w).astype(jnp.float32), wide, rtol=2**-8 + 2**-18)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -123,19 +128,20 @@ def test_a_block_of_a_stack_is_that_block_quantised(kind):
 
 
 @pytest.mark.parametrize("name", ["dense", "tiled", "mob"])
-def test_a_model_is_near(name):
+def test_a_model_is_near(name, kind):
     config, inputs = MODELS[name], toy.inputs(MODELS[name])
     params = toy.params(config)
     run = jax.jit(lambda params: model_of(config, params)(*inputs))
     true = run(params)
-    # Random weights, where the router's choices are often close; measured at most 0.026 and 0.095.
-    for kind, most in (("int8", 0.05), ("fp8", 0.15)):
-        error = jnp.linalg.norm(run(quantized(params, kind)) - true) / jnp.linalg.norm(true)
-        assert 1e-3 < error < most, kind
-    # Blocks apart are the same numbers in another program, which may round them to other steps.
-    small = quantized(params, "int8")
-    difference = run(unstacked(small)) - run(small)
-    assert jnp.linalg.norm(difference) < 0.02 * jnp.linalg.norm(true)
+    # Random weights, where the router's choices are often close: 0.04 and 0.10 of other seeds, and
+    # three times that. Without scales it would be 1.
+    small = quantized(params, kind)
+    together, apart = run(small), run(unstacked(small))
+    error = jnp.linalg.norm(together - true) / jnp.linalg.norm(true)
+    assert 1e-3 < error < {"int8": 0.12, "fp8": 0.3}[kind]
+    # Blocks apart are the same numbers in another program, which may round them to other steps: no
+    # further from each other than from what is exact.
+    assert jnp.linalg.norm(apart - together) < 2 * jnp.linalg.norm(together - true)
 
 
 def test_routing_is_as_it_was(kind):
@@ -156,8 +162,10 @@ def test_routing_is_as_it_was(kind):
     np.testing.assert_array_equal(aux["load"], aux_masked["load"])
     np.testing.assert_array_equal(aux["probability"], aux_masked["probability"])
     assert 1e-3 < jnp.linalg.norm(masked - y) / jnp.linalg.norm(y) < 0.1
-    # the same rounded numbers, summed in another order
-    np.testing.assert_allclose(masked, tiled, atol=1e-4 * float(jnp.abs(y).max()))
+    # The same rounded numbers, summed in another order: but for one that this moves over the edge
+    # between two steps, of which a token has one in a hundred.
+    error = jnp.abs(masked - tiled).max(-1) / jnp.abs(y).max()
+    assert (error < 128 * 2**-24).mean() > 0.75 and error.max() < 0.1
 
 
 @pytest.mark.parametrize("way", ["megablox", "tokamax"])
@@ -228,6 +236,7 @@ def test_bytes_of_full_flux(kind):
 
 
 START = """
+import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
@@ -236,7 +245,7 @@ from dataclasses import replace
 from flax import nnx
 from d2m_jax.config import MeshConfig, StackConfig
 from d2m_jax.kernels import grouped_matmul as gmm
-from d2m_jax.kernels.quantized import KINDS, QArray, quantized
+from d2m_jax.kernels.quantized import QArray, quantized
 from d2m_jax.models.flux import model_of
 from d2m_jax.models.moe import MoE
 from d2m_jax.sharding import make_mesh, put_batch, put_parameters, whole
@@ -261,21 +270,20 @@ def run(way, params, x):
     module.config = replace(module.config, implementation=way)
     return module(x, x, x[:, 0])[0]
 
-for kind in KINDS:
-    small = quantized({"a": {"block": params}}, kind)["a"]["block"]
-    for way in ("reference", "tiled", "sorted"):
-        program = jax.jit(run, static_argnums=0)
-        alone = np.asarray(program(way, small, x))
-        for sizes in ((1, 2, 2, 2), (2, 1, 1, 4)):
-            mesh = make_mesh(MeshConfig(*sizes))
-            with jax.set_mesh(mesh):
-                together = program(way, put_parameters(mesh, small), put_batch(mesh, x))
-            error = np.abs(whole(together) - alone).max(-1) / np.abs(alone).max()
-            # Sums of up to 128 products in float32, in another order. That moves a number over the
-            # edge between two steps in at most 1 of 1000: of a token's 200, not in most tokens.
-            # (One scale per device: no token is the same.) Such a one is one step off.
-            same = (error < 128 * 2**-24).mean()
-            assert same > 0.75 and error.max() < 0.1, (kind, way, sizes, same, error.max())
+small = quantized({"a": {"block": params}}, sys.argv[1])["a"]["block"]
+for way in ("reference", "tiled", "sorted"):
+    program = jax.jit(run, static_argnums=0)
+    alone = np.asarray(program(way, small, x))
+    for sizes in ((1, 2, 2, 2), (2, 1, 1, 4)):
+        mesh = make_mesh(MeshConfig(*sizes))
+        with jax.set_mesh(mesh):
+            together = program(way, put_parameters(mesh, small), put_batch(mesh, x))
+        error = np.abs(whole(together) - alone).max(-1) / np.abs(alone).max()
+        # Sums of up to 128 products in float32, in another order. That moves a number over the edge
+        # between two steps in at most 1 of 1000: of a token's 200, not in most tokens. (One scale
+        # per device: no token is the same.) Such a one is one step off.
+        same = (error < 128 * 2**-24).mean()
+        assert same > 0.75 and error.max() < 0.1, (way, sizes, same, error.max())
 print("equal")
 """
 
@@ -323,10 +331,17 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("script", [LAYER, MODEL], ids=["layer", "model"])
-def test_on_a_mesh_it_is_as_on_one_device(script):
+def test_on_a_mesh_a_layer_is_as_on_one_device(kind):
+    assert_equal(START + LAYER, kind)
+
+
+def test_on_a_mesh_a_model_is_as_on_one_device():
+    assert_equal(START + MODEL)
+
+
+def assert_equal(*program):
     done = subprocess.run(
-        [sys.executable, "-c", START + script],
+        [sys.executable, "-c", *program],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -209,8 +209,11 @@ def test_group_norm_is_float32_in_half_precision():
     x = jnp.asarray(200 * normal(2, 32, 32, 8) + 100, jnp.bfloat16)
     result = GroupNorm(2, 8)(x)
     assert result.dtype == jnp.bfloat16
-    # one rounding at the end
-    np.testing.assert_allclose(np.asarray(result, np.float64), exact_norm(x), rtol=2**-8)
+    # one rounding at the end, by half a step at most, and float32's own before it: of numbers near
+    # the mean, whose difference from it has lost digits
+    np.testing.assert_allclose(
+        np.asarray(result, np.float64), exact_norm(x), rtol=2**-8 + 2**-18, atol=2**-18
+    )
 
 
 def test_full_size_has_the_published_parameters():

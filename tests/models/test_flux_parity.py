@@ -99,7 +99,8 @@ def test_forward_and_gradients(doubles, singles, guidance, batch, grid, text):
 
     (_, velocity), found = loss(jax.tree.map(jnp.asarray, ours(theirs.state_dict(), config)))
     # float32 sums in another order, and rotary tables in float32 where diffusers takes float64
-    assert relative(velocity, expected.detach().numpy()) < 1e-5
+    # (4e-6, and four times that for other orders)
+    assert relative(velocity, expected.detach().numpy()) < 1.6e-5
     # the backward pass doubles the chain; a wrong formula would be off by 1e-2 and more
     for path, gradient in jax.tree_util.tree_leaves_with_path(ours(gradients, config)):
         mine = found

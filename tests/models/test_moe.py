@@ -67,7 +67,8 @@ def test_tiled_is_the_reference_forward_and_gradient(k):
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(gradients2), strict=True
     ):
-        np.testing.assert_allclose(a, b, atol=2e-6, err_msg=jax.tree_util.keystr(path))
+        # float32 sums of all tokens, in another order: 1e-6, and room for other ones
+        np.testing.assert_allclose(a, b, atol=6e-6, err_msg=jax.tree_util.keystr(path))
     moving = jax.tree.map(lambda a: float(jnp.abs(a).max()) > 1e-6, gradients[0])
     still = [
         jax.tree_util.keystr(path)

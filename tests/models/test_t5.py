@@ -153,8 +153,8 @@ def test_half_precision_is_near(params):
     ids = draw(3, 7)
     full, half = run(TINY, params, ids), run(TINY, params, ids, jnp.bfloat16)
     assert half.dtype == jnp.float32
-    # three blocks of products with 8 bits of mantissa
-    assert 1e-4 < oracle.relative(half, full) < 0.03
+    # three blocks of products with 8 bits of mantissa: 0.014, times four for other weights
+    assert 1e-4 < oracle.relative(half, full) < 0.06
 
 
 def test_half_precision_does_not_round_the_stream(params):
@@ -167,7 +167,8 @@ def test_half_precision_does_not_round_the_stream(params):
     ids = draw(3, 7)
     half = run(TINY, large, ids, jnp.bfloat16)
     assert np.isfinite(half).all()
-    assert oracle.relative(half, run(TINY, large, ids)) < 4e-4
+    # 1.6e-4: what the blocks add, a hundredth, rounded as in the test above
+    assert oracle.relative(half, run(TINY, large, ids)) < 6e-4
 
 
 # Devices must be asked for before JAX starts, hence a process of its own.
