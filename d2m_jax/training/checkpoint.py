@@ -15,6 +15,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, RunConfig, differences, to_json
+from d2m_jax.weights import blocks
 from d2m_jax.weights.named_arrays import fingerprint, names, restructure
 
 # What a run directory holds once something was made in it.
@@ -108,10 +109,7 @@ class Checkpoints:
         state, damage = None, None
         try:
             # Not by the manager: it would wait for a process whose part is damaged.
-            named = ocp.StandardCheckpointHandler().restore(
-                self.directory / str(step) / "state", args=ocp.args.StandardRestore(target)
-            )
-            state = restructure(like, named)
+            state = restructure(like, blocks.read(self.directory / str(step) / "state", target))
         except Exception as error:  # Orbax and tensorstore each have their own
             damage = _line(error)
         damage = next(filter(None, hosts.gather(damage)), None)

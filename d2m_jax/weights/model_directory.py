@@ -130,8 +130,8 @@ def load(
     if not directory.is_dir():
         raise ConfigError(f"{path}: expected params/ beside config.json, found none")
     expected = abstract(config.transformer)
-    handler = ocp.StandardCheckpointHandler()
-    with ocp.Checkpointer(handler) as checkpointer, _told_by_all(directory):
+    reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    with reader as checkpointer, _told_by_all(directory):
         metadata = checkpointer.metadata(directory)
         stored, note = metadata.item_metadata, metadata.custom_metadata or {}
         if stored is None:
@@ -145,7 +145,7 @@ def load(
     }
     with _told_by_all(directory):
         # Not by the checkpointer: it would wait for a process whose part is damaged.
-        named = handler.restore(directory, args=ocp.args.StandardRestore(wanted))
+        named = blocks.read(directory, wanted)
     with _told_by_all(directory):
         whole = fingerprint(named) == note.get("fingerprint")
     if not whole:

@@ -35,7 +35,7 @@ def both(request, tmp_path_factory):
 def run(both, height, width, steps, latents=None, **options):
     theirs, ours = both
     tokens = (height // 4) * (width // 4)
-    latents = np.asarray(noise(0, len(PROMPTS), tokens, 64)) if latents is None else latents
+    latents = np.array(noise(0, len(PROMPTS), tokens, 64)) if latents is None else latents
     expected = theirs(
         PROMPTS,
         height=height,
