@@ -23,6 +23,8 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     # Where a file is damaged, Orbax and its tasks would tell so beside our one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda told: _is_orbax(told.exc_value) or before(told)
     try:
         main(arguments)
     except ConfigError as error:
@@ -31,7 +33,14 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        sys.unraisablehook = before
     return 0
+
+
+def _is_orbax(error: BaseException | None) -> bool:
+    """Whether it is what becomes of Orbax's other writes where one failed, of a full disk say."""
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def load_config(path: str | Path) -> Any:

@@ -1,5 +1,6 @@
-"""Configs to JSON and back, where a field may be one of several kinds."""
+"""Configs: what they refuse, and to JSON and back."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,15 @@ import pytest
 from d2m_jax.config import (
     AutoencoderConfig,
     ConfigError,
+    IconsConfig,
+    LossConfig,
     ModelConfig,
+    OptimizerConfig,
     PromptsConfig,
+    RunConfig,
+    SparsifyConfig,
+    StageConfig,
+    StudentConfig,
     WordsConfig,
     from_json,
     to_json,
@@ -44,6 +52,44 @@ def test_a_missing_field_is_told():
     del value["transformer"]["single"][0]["blocks"]  # has a default
     value["transformer"]["single"][0]["groups"] = 2
     assert from_json(ModelConfig, value).transformer.single[0].blocks == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "values"),
+    [
+        (StageConfig, "steps", (0, -1)),
+        (StageConfig, "batch_size", (0, -4)),
+        (StageConfig, "log_every", (-1,)),
+        (StageConfig, "checkpoint_every", (-1,)),
+        (StageConfig, "top_k", (-1,)),
+        (OptimizerConfig, "learning_rate", (-1e-3, math.nan, math.inf)),
+        (OptimizerConfig, "accumulate", (0,)),
+        (OptimizerConfig, "b2", (1.0, -0.1, math.nan)),
+        (OptimizerConfig, "ema", (1.0, 2.0)),
+        (LossConfig, "balance", (-1.0, math.nan)),
+        (SparsifyConfig, "batches", (0,)),
+        (SparsifyConfig, "mlp_ratio", (0.0, -1.0, math.nan)),
+        (IconsConfig, "workers", (-1,)),
+    ],
+)
+def test_numbers_that_can_only_fail_later(kind, field, values):
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"^{kind.__name__}.{field} = {value}: expected"):
+            kind(**{field: value})
+
+
+def test_names_and_kinds_of_stages():
+    stage, rival = StageConfig(), StudentConfig(stages={"flow": StageConfig(kind="flow")})
+
+    def refused(message, **fields):
+        with pytest.raises(ConfigError, match=message):
+            RunConfig("x", teacher="t", **({"stages": {"moe": stage}} | fields))
+
+    for name in ("start", "..", "a/b", "", ".a"):
+        refused(rf"RunConfig.stages.{name}: expected letters", stages={name: stage})
+        refused(rf"RunConfig.rivals.{name}: expected letters", rivals={name: StudentConfig()})
+    refused("RunConfig.rivals.a.stages.flow.kind = flow: a student", rivals={"a": rival})
+    refused("RunConfig.keep_checkpoints = 0: expected at least 1", keep_checkpoints=0)
 
 
 def test_grid_of_an_image():

@@ -282,7 +282,7 @@ def test_sample_answers_bad_input(error_of, model, tmp_path):
     assert "--output" in error_of("sample", model, "--prompt", "red")
     (tmp_path / "file").write_text("")
     said = error_of("sample", model, "--prompt", "red", "--output", tmp_path / "file")
-    assert "found a file" in said
+    assert "file is a file, expected a folder" in said
 
 
 @pytest.mark.parametrize(

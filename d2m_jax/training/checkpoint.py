@@ -187,16 +187,18 @@ def _appears(file: Path) -> bool:
 def _open_run(directory: Path, config: RunConfig) -> Path:
     file = directory / "config.json"
     mine = json.loads(json.dumps(to_json(config)))
-    # A run that failed before its first training has nothing that another config would spoil.
-    begun = any((directory / name).exists() for name in BEGUN)
-    if file.exists() and begun:
+    begun = [name for name in BEGUN if (directory / name).exists()]
+    if file.exists():
         try:
             theirs = json.loads(file.read_text())
         except ValueError as error:
             raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
-        free = ("mesh", "keep_checkpoints")
-        refuse_other(file, *({k: v for k, v in c.items() if k not in free} for c in (theirs, mine)))
-    elif begun:
+        # A run that failed before its first training left nothing that another would spoil.
+        if begun:
+            free = ("mesh", "keep_checkpoints")
+            both = ({k: v for k, v in c.items() if k not in free} for c in (theirs, mine))
+            refuse_other(file, *both)
+    elif {"checkpoints", "metrics.jsonl"} & set(begun):
         raise ConfigError(
             f"{directory}: holds a run without config.json; expected a free directory"
         )

@@ -100,10 +100,8 @@ def _wait(directory: Path, before: dict[str, Any]) -> None:
             return
         if not told:
             left = round(PATIENCE - age)
-            say(
-                f"{_in_use(directory, before)} {age:.0f} s ago; if it is gone, this run goes on in"
-                f" {left} s"
-            )
+            seen_ago = f"last seen {age:.0f} s ago; this run begins in {left} s unless it is again"
+            say(f"{_in_use(directory, before)}, {seen_ago}")
             told = True
         time.sleep(min(1.0, PATIENCE / 10))
         if not path.exists():

@@ -41,7 +41,7 @@ from d2m_jax.sparsify.groups import align, aligned, grouped, regroup, shapes
 from d2m_jax.sparsify.importance import Noisy
 from d2m_jax.sparsify.student import make_student, student_config
 from d2m_jax.training.checkpoint import open_run
-from d2m_jax.training.loop import train_stage
+from d2m_jax.training.loop import check_batch, train_stage
 from d2m_jax.training.metrics import say
 from d2m_jax.training.step import Loss
 from d2m_jax.weights import model_directory
@@ -90,6 +90,8 @@ def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
             vocabulary = icons.vocabulary(config.data, model.image)
             model = replace(model, text=replace(model.text, vocabulary=vocabulary))
         check_mesh(mesh, model.transformer)
+        for name, stage in config.stages.items():
+            check_batch(name, stage, mesh)
         params = initialise(model.transformer, config.seed)
         encoders = Encoders(model, mesh=mesh)
         _train(_Work(config, mesh, flops, encoders), run_directory, (model, params), config.stages)
@@ -115,19 +117,21 @@ def _check_students(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> None
     for student in (main, *config.rivals.values()):
         transformer = student_config(teacher.transformer, student.sparsify)
         check_mesh(mesh, transformer)
-        for stage in student.stages.values():
+        size, shards = student.sparsify.batch_size, batch_shards(mesh)
+        check(
+            size % shards == 0,
+            f"SparsifyConfig.batch_size = {size}: expected a multiple of the mesh's data · fsdp ·"
+            f" expert = {shards}",
+        )
+        for name, stage in student.stages.items():
+            check_batch(name, stage, mesh)
             if stage.groups is not None:
                 transformer = grouped(transformer, stage.groups)
 
 
 def _cut(work: _Work, teacher: tuple[ModelConfig, dict], sparsify: SparsifyConfig):
     """The student before any training."""
-    (model, params), size, shards = teacher, sparsify.batch_size, batch_shards(work.mesh)
-    check(
-        size % shards == 0,
-        f"SparsifyConfig.batch_size = {size}: expected a multiple of the mesh's data · fsdp ·"
-        f" expert = {shards}",
-    )
+    (model, params), size = teacher, sparsify.batch_size
     with jax.set_mesh(work.mesh):
         batches = (
             work.encoders.encode(put_batch(work.mesh, batch)) for batch in work.batches(model, size)

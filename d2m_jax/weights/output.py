@@ -2,13 +2,17 @@
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from d2m_jax.config import ConfigError
+
+LEFT_OVER = 3600  # seconds without a change after which a write has died
 
 
 class FullDisk(ConfigError):
@@ -49,6 +53,7 @@ def new_file(path: Path | str) -> Iterator[Path]:
     """
     path = Path(os.path.abspath(path))
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    _remove_left_over(path)
     try:
         with full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +76,7 @@ def new_directory(path: Path | str, replaces: Callable[[Path], bool], kind: str)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(new, ignore_errors=True)
+    _remove_left_over(path)
     try:
         with full_disk(path):
             new.mkdir(parents=True)
@@ -85,6 +91,30 @@ def new_directory(path: Path | str, replaces: Callable[[Path], bool], kind: str)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what processes that died while they wrote `path` have left beside it.
+
+    Of another host it cannot be told whether a process lives: what changed lately stays.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
+        process = left.name.split(".")[-2]
+        if not process.isdigit() or _lives(int(process)):
+            continue
+        changed = [p.lstat().st_mtime for p in (left, *left.rglob("*"))]
+        if time.time() - max(changed) > LEFT_OVER:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 @contextlib.contextmanager

@@ -147,9 +147,13 @@ def run_config(**changes):
 
 
 def test_run_directory_of_another_config(tmp_path):
-    directory = open_run(tmp_path / "run", run_config())
+    directory = open_run(tmp_path / "run", run_config(steps=50))
+    assert json.loads((directory / "config.json").read_text())["stages"]["dense"]["steps"] == 50
+    # nothing was made yet: a config that was mended takes its place
+    open_run(tmp_path / "run", run_config())
     before = (directory / "config.json").read_text()
     assert json.loads(before)["stages"]["dense"]["steps"] == 100
+    (directory / "models").mkdir()
     open_run(directory, run_config(mesh=MeshConfig(data=1), keep_checkpoints=5))
     before = (directory / "config.json").read_text()
     with pytest.raises(ConfigError, match="stages.dense.steps is 100 there and 200 here") as error:

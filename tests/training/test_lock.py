@@ -1,0 +1,119 @@
+"""One run at a time in a run directory, whatever becomes of the one that has it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from d2m_jax.config import ConfigError
+from d2m_jax.training import lock
+
+ROOT = Path(__file__).parents[2]
+HOLD = """
+import sys, time
+from d2m_jax.training import lock
+with lock.held(sys.argv[1]):
+    print("have it", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has the directory."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "have it\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_the_second_is_told_who_has_it(holder, tmp_path):
+    told = f"run: in use by process {holder.pid} on .* since 20"
+    with pytest.raises(ConfigError, match=told), lock.held(tmp_path / "run"):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    start = time.monotonic()
+    with lock.held(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / lock.FILE).read_text())["process"] == os.getpid()
+        (tmp_path / "run" / "metrics.jsonl").touch()
+    assert time.monotonic() - start < 5  # not lock.PATIENCE: a process that died here is known to
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_nothing_is_left_of_a_run_of_which_nothing_came(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock.held(tmp_path / "a" / "run"):
+        _ = 1 / 0
+    assert not (tmp_path / "a" / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file"), lock.held(tmp_path / "file" / "run"):
+        pass
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The lock file of a process of another host, and how to give it a heartbeat."""
+    monkeypatch.setattr(lock, "PATIENCE", 1.0)
+    file = tmp_path / lock.FILE
+    who = {"host": "node7", "process": 123, "since": "2026-11-25 20:00:00", "machine": "other"}
+    file.write_text(json.dumps(who))
+    return file
+
+
+def test_a_process_of_another_host_is_waited_for_while_it_may_live(elsewhere, tmp_path, capsys):
+    start = time.monotonic()
+    with lock.held(tmp_path):
+        assert 0.5 < time.monotonic() - start < 10
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "in use by process 123 on node7 since 2026-11-25 20:00:00, last seen" in line
+
+
+def test_one_that_died_long_ago_is_not_waited_for(elsewhere, tmp_path, capsys):
+    long_ago = time.time() - 100
+    os.utime(elsewhere, (long_ago, long_ago))
+    with lock.held(tmp_path):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_heartbeat_elsewhere_is_a_refusal(elsewhere, tmp_path, monkeypatch):
+    def sleep(_):
+        os.utime(elsewhere, (time.time() + 1, time.time() + 1))
+
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    with pytest.raises(ConfigError, match="in use by process 123 on node7"), lock.held(tmp_path):
+        pass
+    assert json.loads(elsewhere.read_text())["process"] == 123
+
+
+def test_a_heart_beats(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    with lock.held(tmp_path):
+        before = (tmp_path / lock.FILE).stat().st_mtime_ns
+        for _ in range(100):
+            time.sleep(0.05)
+            if (tmp_path / lock.FILE).stat().st_mtime_ns > before:
+                break
+        else:
+            raise AssertionError("no heartbeat in five seconds")
+
+
+def test_without_locks_of_the_operating_system(elsewhere, tmp_path, monkeypatch):
+    """The heartbeat alone tells then, of a process on this machine too."""
+
+    def none(*_):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    who = json.loads(elsewhere.read_text()) | {"machine": lock._machine()}
+    elsewhere.write_text(json.dumps(who))
+    start = time.monotonic()
+    with lock.held(tmp_path):
+        assert time.monotonic() - start > 0.5
