@@ -75,7 +75,7 @@ def convert(
                 torch_export.export_torch(target, config, params, advance, beside)
             elif export == "bfl":
                 check(
-                    target.suffix in torch_import.FILES,
+                    target.suffix.lower() in torch_import.FILES,
                     f"{target}: expected a name that ends in .safetensors",
                 )
                 torch_export.export_bfl(target, config.transformer, params, advance)
@@ -86,7 +86,9 @@ def convert(
                     if folder is not None:
                         copy_encoders(folder, new)
     except FloatingPointError as error:
-        raise ConfigError(f"{source}: {error}: damaged weights, or a type too narrow") from None
+        raise ConfigError(
+            f"{source}: {error}: damaged weights or LoRA, or a type too narrow"
+        ) from None
 
 
 def _is_diffusers(folder: Path) -> bool:
