@@ -18,7 +18,9 @@ import tyro
 
 from d2m_jax import command_line, weights
 from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check, suggestion
-from d2m_jax.evaluate import accounting, benchmark
+from d2m_jax.evaluate import benchmark
+from d2m_jax.models import accounting
+from d2m_jax.sampling.options import check_options
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def icons(arguments: Sequence[str]) -> None:
     check(len(parsed.models) > 0, "MODEL: expected at least one model directory, found none")
     check(parsed.prompts > 0, f"--prompts {parsed.prompts}: expected at least 1")
     options = {"steps": parsed.steps, "top_k": parsed.top_k, "reuse": parsed.reuse}
+    check_options(seed=parsed.seed, **options)
     scores = {
         str(path): benchmark.evaluate(path, parsed.prompts, parsed.seed, parsed.quantize, **options)
         for path in parsed.models

@@ -11,16 +11,26 @@ import tyro
 from d2m_jax import command_line
 from d2m_jax.config import MeshConfig, check
 from d2m_jax.sampling import grid, pipeline
+from d2m_jax.sampling.options import captions_of, check_options, read_prompts
 from d2m_jax.sharding import make_mesh
+
+# Of Arguments, what Pipeline takes under the same name.
+OPTIONS = (
+    *("height", "width", "steps", "guidance", "seed", "top_k", "reuse", "true_cfg"),
+    *("max_sequence_length", "batch_size", "tile"),
+)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    # a model directory, a diffusers FluxPipeline folder or its Hugging Face repository
+    # a model directory, a diffusers FluxPipeline folder or its Hugging Face repository; with
+    # --encoders also a transformer alone: a file of BFL or ComfyUI, a folder of diffusers
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     output: Path  # folder for 0000.png, 0001.png, … and grid.png
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # may be repeated
-    prompts: Path | None = None  # a text file with one prompt a line
+    prompts: Path | None = None  # a text file in UTF-8 with one prompt a line
+    # A FluxPipeline, folder or repository, whose text encoders and autoencoder serve.
+    encoders: str | None = None
     height: int | None = None  # pixels; what is None here is the model's own
     width: int | None = None
     steps: int | None = None
@@ -45,41 +55,29 @@ def main(arguments: Sequence[str]) -> None:
     parsed = command_line.parse(
         Arguments, arguments, usage="sample.py", description="Write images for prompts."
     )
-    prompts = read_prompts(parsed)
+    prompts = prompts_of(parsed)
+    options = {name: getattr(parsed, name) for name in OPTIONS}
+    check_options(**options)
     mesh = make_mesh(parsed.mesh)
-    pipe = pipeline.load_pipeline(parsed.model, parsed.dtype, mesh, parsed.quantize)
-    negative = parsed.negative_prompt
-    images = pipe(
-        prompts,
-        height=parsed.height,
-        width=parsed.width,
-        steps=parsed.steps,
-        guidance=parsed.guidance,
-        seed=parsed.seed,
-        top_k=parsed.top_k,
-        reuse=parsed.reuse,
-        max_sequence_length=parsed.max_sequence_length,
-        negative_prompts=None if negative is None else [negative] * len(prompts),
-        true_cfg=parsed.true_cfg,
-        batch_size=parsed.batch_size,
-        tile=parsed.tile,
+    pipe = pipeline.load_pipeline(
+        parsed.model, parsed.dtype, mesh, parsed.quantize, encoders=parsed.encoders
     )
+    images = pipe(prompts, negative_prompts=parsed.negative_prompt, **options)
     grid.write(images, parsed.output)
     print(f"{len(images)} images and grid.png in {parsed.output}")
 
 
-def read_prompts(parsed: Arguments) -> list[str]:
+def prompts_of(parsed: Arguments) -> list[str]:
     """Prompts of the command line and of the file; what is wrong is found before sampling."""
-    file, prompts = parsed.prompts, list(parsed.prompt)
-    if file is not None:
-        check(file.is_file(), f"--prompts {file}: no such file, expected one prompt a line")
-        prompts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    prompts = list(parsed.prompt)
+    if parsed.prompts is not None:
+        prompts += read_prompts(parsed.prompts)
     check(len(prompts) > 0, "--prompt, --prompts: expected at least one prompt, found none")
     check(
         parsed.output.is_dir() or not parsed.output.exists(),
         f"--output {parsed.output}: expected a folder, found a file",
     )
-    return prompts
+    return captions_of(prompts, "--prompt")
 
 
 if __name__ == "__main__":

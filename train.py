@@ -52,15 +52,16 @@ def main(arguments: Sequence[str]) -> None:
     )
     # Imported once the arguments are right: help and errors need not wait for jax.
     if parsed.plan:
-        from d2m_jax.evaluate.accounting import flops_per_example
-        from d2m_jax.training.dry_run import dry_run
+        from d2m_jax.models.accounting import flops_per_example
+        from d2m_jax.planning.dry_run import dry_run
 
         load = command_line.load_config
         dry_run(parsed.config, parsed.topology, flops_per_example, load, parsed.output)
         return
     from d2m_jax import hosts
     from d2m_jax.config import to_json
-    from d2m_jax.evaluate import accounting, report
+    from d2m_jax.models import accounting
+    from d2m_jax.report import write
     from d2m_jax.sharding import use_cores
     from d2m_jax.training import run
 
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
         hosts.agree({"config": to_json(parsed.config), "run_dir": str(run_directory)})
         run.run(parsed.config, run_directory, accounting.flops_per_example)
         if parsed.config.teacher is not None:
-            hosts.by_first(lambda: report.write(run_directory, command))
+            hosts.by_first(lambda: write.write(run_directory, command))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from timing import finish, parser, table
 
 from d2m_jax import command_line
 from d2m_jax.models import flux, layers, moe, parameters
-from d2m_jax.training import hardware, hlo
+from d2m_jax.planning import hardware, hlo
 
 MODELS = {
     "FLUX.1 [dev]": "flux_dev",

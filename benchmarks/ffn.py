@@ -26,7 +26,7 @@ from d2m_jax.kernels.target import target
 from d2m_jax.models import moe
 from d2m_jax.models.layers import FFN
 
-ACTIVATED = 1.5  # r_a = r_s + k · r_n of PAPER.md, in widths D
+ACTIVATED = 1.5  # r_a = r_s + k · r_n of docs/method.md, in widths D
 LAYERS = 8
 PARTS = ("shared expert", "routing", "sorting", "grouped matmuls", "combining")
 TILED = ("shared expert", "routing", "sorting", "tiles")  # whose products add as they go

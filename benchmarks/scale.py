@@ -26,11 +26,11 @@ from timing import machine
 
 from d2m_jax import command_line
 from d2m_jax.config import AutoencoderConfig, MeshConfig, ModelConfig, PromptsConfig
-from d2m_jax.evaluate.accounting import flops_per_example
+from d2m_jax.models.accounting import flops_per_example
+from d2m_jax.planning import hardware
+from d2m_jax.planning.dry_run import Lowered, lower
+from d2m_jax.planning.plan import Assumptions, plan
 from d2m_jax.sharding import make_mesh
-from d2m_jax.training import hardware
-from d2m_jax.training.dry_run import Lowered, lower
-from d2m_jax.training.plan import Assumptions, plan
 
 SHAPES = {
     "v5p": ["4x4x4", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16"],

@@ -20,9 +20,9 @@ from timing import finish, limits, measure, on_cpu, parser, table, usual_dtype
 
 from d2m_jax.command_line import load_config
 from d2m_jax.config import ROOT, AutoencoderConfig, GroupsConfig, ModelConfig, PromptsConfig
-from d2m_jax.evaluate.accounting import flops_per_example
+from d2m_jax.models.accounting import flops_per_example
+from d2m_jax.planning.dry_run import Lowered, lower
 from d2m_jax.sharding import make_mesh
-from d2m_jax.training.dry_run import Lowered, lower
 
 
 def teacher(options) -> ModelConfig:

@@ -25,7 +25,7 @@ from models import LOADS, NAMES, config_of, inputs, random_params, routing
 from timing import Times, finish, limits, measure, on_cpu, parser, table, usual_dtype
 
 from d2m_jax.config import FluxConfig
-from d2m_jax.evaluate.accounting import account
+from d2m_jax.models.accounting import account
 from d2m_jax.models.flux import model_of
 from d2m_jax.models.parameters import unstacked
 

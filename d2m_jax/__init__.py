@@ -1,6 +1,14 @@
-"""Dense2MoE in JAX: from a dense diffusion transformer to a sparse one, and what that bought."""
+"""Dense2MoE in JAX: from a dense diffusion transformer to a sparse one, and what that bought.
+
+    pipe = d2m_jax.load_pipeline("teachers/icons")  # a model directory, a diffusers FluxPipeline
+    images = pipe("two green anchor", seed=1)  # float32 [b, h, w, 3] in [0, 1]; images.pil: PIL's
+    model = d2m_jax.load_model("flux1-dev.safetensors")  # the transformer alone
+
+The scripts train.py, convert_torch_weights.py, sample.py and evaluate.py do the rest.
+"""
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "load_model", "load_pipeline"]
 
 
 def __getattr__(name: str):
@@ -13,4 +21,11 @@ def __getattr__(name: str):
         from d2m_jax.weights.torch_import import load_model
 
         return load_model
-    raise AttributeError(f"module 'd2m_jax' has no attribute {name!r}")
+    from d2m_jax.config import suggestion
+
+    near = suggestion(name, __dir__())
+    raise AttributeError(f"module 'd2m_jax' has no attribute {name!r}{near}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

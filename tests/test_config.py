@@ -36,6 +36,16 @@ def test_bad_kinds_are_told():
         from_json(ModelConfig, value | {"image": 3})
 
 
+def test_a_missing_field_is_told():
+    value = to_json(ModelConfig())
+    del value["transformer"]["single"][0]["groups"]
+    with pytest.raises(ConfigError, match=r"^ModelConfig.transformer.single\[0\].groups: missing$"):
+        from_json(ModelConfig, value)
+    del value["transformer"]["single"][0]["blocks"]  # has a default
+    value["transformer"]["single"][0]["groups"] = 2
+    assert from_json(ModelConfig, value).transformer.single[0].blocks == 1
+
+
 def test_grid_of_an_image():
     assert FLUX.grid() == (64, 64) and FLUX.grid(768, 1360) == (48, 85)
     assert ModelConfig().grid(8, 12) == (2, 3)

@@ -13,7 +13,7 @@ from d2m_jax.config import (
     SparsifyConfig,
     StageConfig,
 )
-from d2m_jax.evaluate import accounting
+from d2m_jax.models import accounting
 from d2m_jax.sampling.pipeline import load_pipeline, noise
 from d2m_jax.training import run
 from d2m_jax.weights import convert, load_config

@@ -255,7 +255,7 @@ def test_evaluate_answers_bad_input(script, error_of, model, tmp_path):
 
 
 def test_sample_writes_images_and_a_grid(script, model, tmp_path):
-    (tmp_path / "prompts.txt").write_text("green heart\n\nred\n")
+    (tmp_path / "prompts.txt").write_bytes("\ufeffgreen heart\r\n\r\nred\r\n".encode())
     done = script(
         *("sample", model, "--prompt", "red heart", "--prompts", tmp_path / "prompts.txt"),
         *("--height", "8", "--width", "12", "--steps", "1", "--top-k", "1"),
@@ -283,3 +283,30 @@ def test_sample_answers_bad_input(error_of, model, tmp_path):
     (tmp_path / "file").write_text("")
     said = error_of("sample", model, "--prompt", "red", "--output", tmp_path / "file")
     assert "found a file" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--guidance", "nan", "guidance = nan: expected a number of at least 0"),
+        ("--true-cfg", "inf", "true_cfg = inf: expected a number"),
+        ("--height", "-64", "height = -64: expected a whole number from 1"),
+        ("--batch-size", "-1", "batch_size = -1: expected a whole number of at least 1"),
+        ("--tile", "2", "tile = 2: expected a whole number of at least 4"),
+        ("--seed", "-1", "seed = -1: expected a whole number from 0"),
+    ],
+)
+def test_options_are_checked_before_a_model_is_opened(error_of, tmp_path, option, value, message):
+    said = error_of(
+        *("sample", tmp_path / "no_model", "--output", tmp_path, "--prompt", "red", option, value)
+    )
+    assert message in said
+    if option == "--seed":
+        assert message in error_of("evaluate", "icons", tmp_path / "no_model", option, value)
+
+
+def test_a_model_that_needs_no_encoders_says_so(error_of, model, tmp_path):
+    said = error_of(
+        *("sample", model, "--output", tmp_path / "new", "--prompt", "red", "--encoders", model)
+    )
+    assert "reads words and draws pixels by itself, expected none" in said

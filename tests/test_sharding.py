@@ -1,6 +1,9 @@
 """Meshes over one device here; tests/training/test_loop.py trains on four."""
 
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,8 @@ from d2m_jax.config import ConfigError, MeshConfig
 from d2m_jax.sharding import AXES, batch_sharding, batch_shards, make_mesh, replicated
 
 DEVICES = jax.device_count()
+NAMES = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
 
 
 def test_rest_is_filled():
@@ -29,7 +34,11 @@ def test_arrays_on_the_mesh():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(data=1, fsdp=4 * DEVICES), f"needs {4 * DEVICES} devices, found {DEVICES}"),
+        (
+            MeshConfig(data=1, fsdp=4 * DEVICES),
+            f"needs {4 * DEVICES} devices, found {DEVICES}; on a CPU, JAX_NUM_CPU_DEVICES="
+            f"{4 * DEVICES} in the environment makes so many",
+        ),
         (MeshConfig(data=-1, tensor=3 * DEVICES), "needs"),
         (MeshConfig(data=-1, fsdp=-1), "expected one axis of -1, found data, fsdp"),
         (MeshConfig(expert=0), "MeshConfig.expert = 0: expected at least 1"),
@@ -44,3 +53,28 @@ def test_mesh_that_does_not_divide():
     devices = jax.devices() * 8
     with pytest.raises(ConfigError, match=r"MeshConfig \(data = -1, fsdp = 3\): 3 devices do not"):
         make_mesh(MeshConfig(fsdp=3), devices[:8])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"JAX_NUM_CPU_DEVICES": "3"},
+        {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
+        {},
+    ],
+)
+def test_the_number_of_devices_is_the_user_s(asked):
+    """Without a wish of theirs it is that of the cores, a power of two up to 8."""
+    clean = {name: value for name, value in os.environ.items() if name not in NAMES}
+    code = (
+        "import jax; from d2m_jax.sharding import use_cores; use_cores(); print(jax.device_count())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean | {"JAX_PLATFORMS": "cpu"} | asked,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert int(done.stdout) == (3 if asked else 2 ** min(3, int(math.log2(len(CORES)))))

@@ -53,6 +53,9 @@ def from_json(kind: Any, value: Any, where: str = "") -> Any:
         hints = typing.get_type_hints(kind)
         for key in value:
             check(key in hints, f"{where}.{key}: unknown field{suggestion(key, hints)}")
+        for field in dataclasses.fields(kind):
+            needed = field.default is field.default_factory is dataclasses.MISSING
+            check(field.name in value or not needed, f"{where}.{field.name}: missing")
         return kind(
             **{key: from_json(hints[key], item, f"{where}.{key}") for key, item in value.items()}
         )

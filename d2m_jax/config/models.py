@@ -39,7 +39,8 @@ class StackConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The MoE FFN of PAPER.md: a shared expert and `experts` normal ones, `top_k` per token."""
+    """The MoE FFN (docs/method.md): a shared expert and `experts` normal ones, `top_k` per
+    token."""
 
     shared_ratio: float = 1.0  # r_s
     experts: int = 12  # n; the rest of mlp_ratio is divided among them, so r_n is derived

@@ -38,7 +38,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of a stage's losses (PAPER.md, pipeline); 0 leaves a loss out of the program."""
+    """Weights of a stage's losses (docs/method.md); 0 leaves a loss out of the program."""
 
     output: float = 1.0
     feature: float = 1.0
@@ -82,7 +82,7 @@ class GroupsConfig:
 
 @dataclass(frozen=True)
 class SparsifyConfig:
-    """How a student is made from the teacher, before any training (RECIPE.md)."""
+    """How a student is made from the teacher, before any training (docs/recipe.md)."""
 
     method: Literal["moe", "prune"] = "moe"
     moe: MoEConfig = MoEConfig()

@@ -1,6 +1,6 @@
 """Teacher and student through the same scan: a step runs a group of both and compares them.
 
-No features are stored, so memory does not grow with depth (DESIGN.md, decision 4).
+No features are stored, so memory does not grow with depth (docs/method.md).
 """
 
 from functools import partial

@@ -1,4 +1,5 @@
-"""The losses of PAPER.md's pipeline, all float32, and the health of routing that they rest on."""
+"""The losses of the pipeline (docs/method.md), all float32, and the health of routing that they
+rest on."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ def feature_weights(
     distill: Float[Array, ""], feature: Float[Array, " l"], norm: Float[Array, " l"]
 ) -> Float[Array, " l"]:
     """w_l = |L_distill| / |L_feature^l| · Σ_j ‖f_tea^j‖ / (L · ‖f_tea^l‖), constants for the
-    gradient (PAPER.md).
+    gradient (docs/method.md).
 
     A feature that is already right to 0.1 % of its norm gains no more weight from being better.
     """

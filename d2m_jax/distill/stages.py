@@ -31,8 +31,8 @@ def flow_loss(config: ModelConfig, stage: StageConfig) -> Loss:
 
 
 def distill_loss(teacher: ModelConfig, student: ModelConfig, stage: StageConfig) -> Loss:
-    """Output distillation, block or group features, balance of experts and of blocks (PAPER.md,
-    pipeline).
+    """Output distillation, block or group features, balance of experts and of blocks
+    (docs/method.md).
 
     The loop's constants are the teacher's parameters. Raises ConfigError where the two bodies do
     not align.

@@ -1,1 +1,1 @@
-"""What a model is worth and what it costs: scores, accounting, routing, the report."""
+"""What a model is worth: scores on the embedded task, errors, latency, routing."""

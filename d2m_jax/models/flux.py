@@ -21,6 +21,7 @@ from d2m_jax.models.layers import (
     timestep_embedding,
 )
 from d2m_jax.models.mob import BlockRouter, choose, run_chosen
+from d2m_jax.models.size import summary
 from d2m_jax.sharding import constrain, gathered, sent
 
 
@@ -146,6 +147,15 @@ class Flux(nnx.Module):
             [Stack(SingleStreamBlock, config, s, rngs=rngs) for s in config.single]
         )
         self.final_layer = LastLayer(dim, config.in_channels, rngs=rngs)
+
+    def __repr__(self) -> str:
+        # By vars: it may be asked for before there is a config, where an error is told.
+        if "final_layer" not in vars(self):
+            return object.__repr__(self)
+        params = nnx.to_pure_dict(nnx.state(self))
+        return f"Flux: {summary(self.config, params)}; computes in {jnp.dtype(self.dtype)}"
+
+    __str__ = __repr__
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""Mixture of Blocks (PAPER.md): per sample κ of a group's m blocks run, picked by a router."""
+"""Mixture of Blocks (docs/method.md): per sample a router picks κ of a group's m blocks to run."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The MoE FFN of PAPER.md: y = MLP_s(x) + scale · Σ_TopK g_i · MLP_i(x), dropless."""
+"""The MoE FFN (docs/method.md): y = MLP_s(x) + scale · Σ_TopK g_i · MLP_i(x), dropless."""
 
 from functools import partial
 
@@ -103,7 +103,7 @@ class MoE(nnx.Module):
         """Probabilities over experts (for balance), the chosen experts, and their weights.
 
         "renormalised": k·s_i / Σ_TopK s with s = softmax, so that a uniform gate gives every weight
-        1 (PAPER.md); "softmax": n·s_i, "sigmoid": 2·sigmoid, scaled likewise to 1 at zero logits.
+        1; "softmax": n·s_i, "sigmoid": 2·sigmoid, scaled likewise to 1 at zero logits.
         """
         probability = jax.nn.softmax(logits, axis=-1)
         top, chosen = jax.lax.top_k(logits, k)

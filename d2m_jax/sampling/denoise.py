@@ -1,4 +1,4 @@
-"""The denoising loop: Euler steps along the flow, all in one scan."""
+"""The denoising loop: Euler steps along the flow, all in one compiled loop."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from d2m_jax import flow
 from d2m_jax.models.flux import Flux, routed_of
@@ -25,16 +25,19 @@ def denoise(
     negative: Text | None = None,
     true_cfg: float | Float[Array, ""] = 1.0,
     reuse: int = 1,
+    steps: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "b n c"]:
-    """From noise at times[0] to data at times[-1]: x += (t_next − t)·v, in float32. `grid`: rows,
-    columns.
+    """From noise at times[0] to data at times[steps]: x += (t_next − t)·v, in float32.
+
+    `grid`: rows, columns. `steps` are taken (None: all), with times beyond them left out: so one
+    program serves many numbers of steps.
 
     The entries of `top_k` serve equal shares of the steps, in order. With a `negative` text the
     velocity is v_negative + true_cfg · (v − v_negative): classifier-free guidance, at twice the
     cost. What the normal experts add is computed in every `reuse`-th step and added again in those
     between.
     """
-    batch, steps = noise.shape[0], len(times) - 1
+    batch, steps = noise.shape[0], len(times) - 1 if steps is None else steps
     if negative is not None:
         text = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text, negative)
     txt, y = text
@@ -56,21 +59,26 @@ def denoise(
     conditions = jax.vmap(lambda t: model.condition(jnp.full(len(txt), t), y, strength)[1])
     modulations = model.modulations(conditions(times[:-1]))
 
-    schedule = [(top_k[i * len(top_k) // steps], i % reuse == 0) for i in range(steps)]
-    kinds = sorted(set(schedule), key=str)
-    which = np.array([kinds.index(kind) for kind in schedule], np.int32)
-    branches = [partial(velocity, *kind) for kind in kinds]
+    # A branch for each number of experts and, last, one that adds what they added before.
+    kinds = sorted(set(top_k), key=str)
+    branches = [partial(velocity, k, True) for k in kinds]
+    if reuse > 1:
+        branches.append(partial(velocity, kinds[0], False))
+    branch_of = jnp.array([kinds.index(k) for k in top_k])
 
-    def step(carry, now):
+    def step(i, carry):
         x, routed = carry
-        t, t_next, i, modulations = now
-        v, routed = jax.lax.switch(i, branches, x, t, modulations, routed)
-        return (x + (t_next - t) * v, routed), None
+        branch = branch_of[i * len(top_k) // steps]
+        if reuse > 1:
+            branch = jnp.where(i % reuse == 0, branch, len(kinds))
+        t, t_next = times[i], times[i + 1]
+        now = jax.tree.map(lambda a: a[i], modulations)
+        v, routed = jax.lax.switch(branch, branches, x, t, now, routed)
+        return x + (t_next - t) * v, routed
 
     routed = None
     if reuse > 1:
         first = jax.tree.map(lambda a: a[0], modulations)
-        shapes = jax.eval_shape(partial(velocity, *schedule[0]), noise, times[0], first, None)[1]
+        shapes = jax.eval_shape(branches[0], noise, times[0], first, None)[1]
         routed = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    inputs = times[:-1], times[1:], which, modulations
-    return jax.lax.scan(step, (noise, routed), inputs)[0][0]
+    return jax.lax.fori_loop(0, steps, step, (noise, routed))[0]

@@ -85,4 +85,6 @@ def _images(config: ModelConfig, dtype, size, tile, params, latents):
         shrink = config.image.stride // 2
         latents = flow.unpack(latents, *(side // shrink for side in size))
         pixels = model.decode(latents) if tile is None else model.decode_tiled(latents, tile)
+    # Infinity would become black or white: as NaN it is seen.
+    pixels = jnp.where(jnp.isfinite(pixels), pixels, jnp.nan)
     return jnp.clip(pixels / 2 + 0.5, 0, 1)

@@ -1,5 +1,6 @@
-"""Images on disk: one PNG each, and all of them in one picture."""
+"""Images for people: in a notebook, in one picture, on disk."""
 
+import io
 import math
 import os
 from pathlib import Path
@@ -8,8 +9,37 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from d2m_jax.config import check
+
 GAP = 2  # pixels of white between the images of a grid
 VISIBLE = 72  # pixels; smaller images are enlarged in a grid
+
+
+class Images(np.ndarray):
+    """An array of images in [0, 1], [n, h, w, 3], or of one, [h, w, 3], that a notebook displays.
+
+    What is computed from it is a plain array.
+    """
+
+    @property
+    def pil(self) -> list[Image.Image] | Image.Image:
+        """As PIL's, to save or to edit: a list, of one image the image."""
+        plain = np.asarray(self)
+        return [to_image(image) for image in plain] if self.ndim == 4 else to_image(plain)
+
+    def _repr_png_(self) -> bytes | None:
+        # A slice may be something else: it is printed as numbers.
+        if self.ndim not in (3, 4) or self.shape[-1] != 3 or self.dtype != np.float32:
+            return None
+        if not self.size:
+            return None
+        picture = grid(np.asarray(self)[None] if self.ndim == 3 else np.asarray(self))
+        file = io.BytesIO()
+        picture.save(file, format="PNG")
+        return file.getvalue()
+
+    def __array_wrap__(self, array, context=None, return_scalar=False):
+        return array[()] if return_scalar else array
 
 
 def grid(images: Float[np.ndarray, "n h w 3"], columns: int | None = None) -> Image.Image:
@@ -31,15 +61,22 @@ def grid(images: Float[np.ndarray, "n h w 3"], columns: int | None = None) -> Im
 
 
 def to_image(image: Float[np.ndarray, "h w 3"]) -> Image.Image:
-    """One image in [0, 1], rounded to 8 bits."""
+    """One image in [0, 1], rounded to 8 bits. ConfigError for NaN, of which it would make black."""
+    check_finite(image)
     return Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
+
+
+def check_finite(images: Float[np.ndarray, "..."], why: str = "") -> None:
+    """Raise ConfigError for what is no image: NaN or infinity."""
+    check(bool(np.isfinite(images).all()), f"images: found NaN or infinity, expected 0 to 1{why}")
 
 
 def write(images: Float[np.ndarray, "n h w 3"], directory: Path) -> None:
     """Write 0000.png, 0001.png, … and grid.png; each file appears whole."""
-    directory.mkdir(parents=True, exist_ok=True)
     pictures = {f"{i:04}": to_image(image) for i, image in enumerate(images)}
-    for name, picture in (pictures | {"grid": grid(images)}).items():
+    pictures |= {"grid": grid(images)}
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
         temporary = directory / f".{name}.png"
         picture.save(temporary, format="PNG")
         os.replace(temporary, directory / f"{name}.png")

@@ -1,22 +1,34 @@
 """From prompts to images."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from d2m_jax import flow
-from d2m_jax.config import ModelConfig, PromptsConfig, check
+from d2m_jax import flow, hosts
+from d2m_jax.config import (
+    AutoencoderConfig,
+    ModelConfig,
+    PixelsConfig,
+    PromptsConfig,
+    WordsConfig,
+    check,
+)
 from d2m_jax.kernels.quantized import check_kind, quantized
 from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.models.parameters import unstacked
+from d2m_jax.models.size import summary
 from d2m_jax.sampling.denoise import denoise
 from d2m_jax.sampling.encoders import Encoders
+from d2m_jax.sampling.grid import Images, check_finite
+from d2m_jax.sampling.options import captions_of, check_options, several
 from d2m_jax.sharding import (
     batch_shards,
     check_mesh,
@@ -28,9 +40,14 @@ from d2m_jax.sharding import (
     whole,
 )
 from d2m_jax.weights import model_directory, torch_import
-from d2m_jax.weights.encoders import model_config, pipeline_folder
+from d2m_jax.weights.encoders import is_pipeline, model_config, pipeline_folder
 
 BATCH_TOKENS = 2048  # image tokens of a batch where no size is asked for
+# Times are filled up to a multiple, so that one program serves all numbers of steps up to it. Of
+# steps that are not taken only the modulations are computed: at FLUX.1's size, all 31 together
+# 0.003 of the FLOPs of one step.
+STEPS = 32
+SHOWN = 80  # characters of what was cut off a prompt
 
 
 class Pipeline:
@@ -57,118 +74,210 @@ class Pipeline:
             self.params = quantized(self.params, quantize)
         self.encoders = encoders or Encoders(config, dtype, self.mesh)
 
+    def __repr__(self) -> str:
+        text, image = self.config.text, self.config.image
+        words = f"{len(text.vocabulary)} words" if isinstance(text, WordsConfig) else "T5 and CLIP"
+        made = "pixels" if isinstance(image, PixelsConfig) else "autoencoder"
+        size = f"{image.height} × {image.width}, {self.config.sample_steps} steps"
+        return (
+            f"Pipeline: {summary(self.config.transformer, self.params)}\n"
+            f"  computes in {self.encoders.dtype}; text: {words}; images: {made}, {size}"
+        )
+
     def __call__(
         self,
-        prompts: list[str],
+        prompts: str | Iterable[str],
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         seed: int = 0,
         latents: Float[Array | np.ndarray, "b n c"] | None = None,
-        top_k: int | Sequence[int] | None = None,
+        top_k: int | Iterable[int] | None = None,
         reuse: int = 1,
         max_sequence_length: int | None = None,
-        negative_prompts: list[str] | None = None,
+        negative_prompts: str | Iterable[str] | None = None,
         true_cfg: float = 1.0,
         batch_size: int | None = None,
         tile: int | None = None,
-    ) -> Float[np.ndarray, "b H W 3"]:
-        """Images in [0, 1], float32. What is None comes from the model's config; `latents` is
-        packed noise.
+    ) -> Images:
+        """Images in [0, 1], float32 [b, H, W, 3], b = 1 for one string. What is None comes from the
+        model's config; `latents` is packed noise.
 
         `top_k` as a sequence serves equal shares of the steps; normal experts are computed in every
         `reuse`-th step, and what they added then is added again in those between. Negative prompts,
-        one per prompt, count where true_cfg > 1: it multiplies the distance from them. `tile`, in
-        latents, makes an autoencoder decode in tiles of that side. The noise of prompt i depends on
-        the seed and i alone, and a batch never changes a sample. ConfigError for unknown words,
-        sizes that tokens do not divide, latents of another shape, top_k outside 0 to n, reuse
-        without MoE layers.
+        one for all or one per prompt, count where true_cfg > 1: it multiplies the distance from
+        them. `tile`, in latents, makes an autoencoder decode in tiles of that side. The noise of
+        prompt i depends on the seed and i alone, and a batch never changes a sample. What is cut
+        off a prompt, or ignored by this model, is told in a line on stderr. ConfigError for unknown
+        words, sizes that tokens do not divide, latents of another shape, top_k outside 0 to n,
+        reuse without MoE layers, whatever check_options finds, and images of NaN.
         """
-        config, encoders = self.config, self.encoders
+        config = self.config
+        top_k = several(top_k)
+        steps = config.sample_steps if steps is None else steps
+        options = {"height": height, "width": width, "steps": steps, "guidance": guidance}
+        options |= {"seed": seed, "top_k": top_k, "reuse": reuse, "true_cfg": true_cfg}
+        options |= {"batch_size": batch_size, "tile": tile}
+        check_options(**options, max_sequence_length=max_sequence_length)
+        self._check(top_k, reuse, max_sequence_length, tile)
+        steps, seed = int(steps), int(seed)
         height = config.image.height if height is None else height
         width = config.image.width if width is None else width
         grid = rows, columns = config.grid(height, width)
-        top_k = tuple(top_k) if isinstance(top_k, Sequence) else (top_k,)
-        steps = config.sample_steps if steps is None else steps
-        self._check(steps, top_k, reuse)
-        check(len(prompts) > 0, "prompts: found none, expected at least one")
-        lists = [list(prompts)]
-        if negative_prompts is not None and true_cfg > 1:
-            found, expected = len(negative_prompts), len(prompts)
-            check(
-                found == expected, f"negative_prompts: found {found}, expected {expected}, as many"
-            )
-            lists.append(list(negative_prompts))
-        ids = [self._ids(captions, max_sequence_length) for captions in lists]
-        shape = len(prompts), rows * columns, config.transformer.in_channels
-        latents = noise(seed, *shape) if latents is None else latents
-        check(latents.shape == shape, f"latents: found shape {latents.shape}, expected {shape}")
-        times = flow.schedule(steps, rows * columns, config.shift)
-        guidance = config.guidance if guidance is None else guidance
-        # The last batch is filled up, so that one compiled program serves all, and every batch so
-        # far that each device has samples.
-        size = min(batch_size or max(1, BATCH_TOKENS // (rows * columns)), len(prompts))
-        shards = batch_shards(self.mesh)
-        size = -(-size // shards) * shards
-        filled = np.arange(-(-len(prompts) // size) * size) % len(prompts)
-        everything, images = (ids, np.asarray(latents)), []
-        for part in filled.reshape(-1, size):
-            part = part[own_rows(self.mesh, size)]
-            inputs = put_batch(self.mesh, jax.tree.map(lambda a, part=part: a[part], everything))
+        captions = captions_of(prompts)
+        count, tokens = len(captions), rows * columns
+        shape = count, tokens, config.transformer.in_channels
+        latents = latents if latents is None else _checked(latents, shape)
+        lists = {"prompts": captions}
+        if negative_prompts is not None:
+            negative = captions_of(negative_prompts, "negative_prompts")
+            negative = negative * count if isinstance(negative_prompts, str) else negative
+            found = len(negative)
+            check(found == count, f"negative_prompts: found {found}, expected {count}, as many")
+            if true_cfg > 1:
+                lists["negative_prompts"] = negative
+        self._tell(guidance, true_cfg, negative_prompts is not None)
+        ids = [self._ids(name, texts, max_sequence_length) for name, texts in lists.items()]
+        guidance = float(config.guidance if guidance is None else guidance)
+        times = flow.schedule(steps, tokens, config.shift)
+        times = np.pad(times, (0, -steps % STEPS))
+        images = []
+        for part in _batches(count, self._batch_size(count, tokens, batch_size)):
+            part = part[own_rows(self.mesh, len(part))]
+            start = noise_of(seed, part, *shape[1:]) if latents is None else latents[part]
+            inputs = jax.tree.map(lambda a, part=part: a[part], ids), np.asarray(start)
+            ids_here, start = put_batch(self.mesh, inputs)
             with jax.set_mesh(self.mesh):
-                texts = [encoders.text(ids) for ids in inputs[0]]
-                arguments = config, encoders.dtype, grid, top_k, self.params, inputs[1], texts
-                x = _denoise(*arguments, times, guidance, true_cfg, reuse)
-                images.append(whole(encoders.images(x, height, width, tile)))
-        return np.concatenate(images)[: len(prompts)]
+                texts = [self.encoders.text(ids) for ids in ids_here]
+                fixed = config, self.encoders.dtype, grid, top_k, reuse
+                x = _denoise(
+                    *fixed, self.params, start, texts, times, steps, guidance, float(true_cfg)
+                )
+                images.append(whole(self.encoders.images(x, height, width, tile)))
+            check_finite(images[-1], f"; has the model such weights? It ran in {fixed[1]}")
+        return np.concatenate(images)[:count].view(Images)
 
-    def _ids(self, captions: list[str], length: int | None):
-        if length is None:
-            return self.encoders.tokenizer.ids(captions)
+    def _batch_size(self, count: int, tokens: int, batch_size: int | None) -> int:
+        """Images at a time, so that one compiled program serves many numbers of prompts."""
+        # Batches are equal, and filled up: to a power of two, above 8 to a multiple of 8, never
+        # above what goes together. Images that fill up take time, another program takes more.
+        # FLUX.1's full size goes one by one, and nothing is filled.
+        most = batch_size or max(1, BATCH_TOKENS // tokens)
+        size = -(-count // -(-count // most))
+        size = min(most, 2 ** (size - 1).bit_length(), -(-size // 8) * 8)
+        shards = batch_shards(self.mesh)  # each device has samples
+        return -(-size // shards) * shards
+
+    def _ids(self, name: str, captions: list[str], length: int | None):
+        tokenizer = self.encoders.tokenizer
+        if isinstance(self.config.text, WordsConfig):
+            return tokenizer.ids(captions)
+        _tell_lost(name, tokenizer.lost(captions, length), self.config.text, length)
+        return tokenizer.ids(captions, length)
+
+    def _check(
+        self, top_k: tuple[int | None, ...], reuse: int, length: int | None, tile: int | None
+    ) -> None:
+        """What is wrong for this model."""
         prompts = isinstance(self.config.text, PromptsConfig)
-        check(prompts, f"max_sequence_length = {length}: this model has no T5, expected none")
-        check(length >= 1, f"max_sequence_length = {length}: expected at least 1")
-        return self.encoders.tokenizer.ids(captions, length)
-
-    def _check(self, steps: int, top_k: tuple[int | None, ...], reuse: int) -> None:
-        check(steps >= 1, f"steps = {steps}: expected at least 1")
-        expected = f"expected 1 to {steps} numbers, one per step at most"
-        check(1 <= len(top_k) <= steps, f"top_k: found {len(top_k)}, {expected}")
+        message = f"max_sequence_length = {length}: this model has no T5, expected none"
+        check(length is None or prompts, message)
+        pixels = isinstance(self.config.image, PixelsConfig)
+        message = f"tile = {tile}: this model has no autoencoder, expected none"
+        check(tile is None or not pixels, message)
         moe = any(stack.ffn == "moe" for stack in self.config.transformer.stacks)
         experts = self.config.transformer.moe.experts
-        check(reuse >= 1, f"reuse = {reuse}: expected at least 1")
         check(moe or reuse == 1, f"reuse = {reuse}: this model has no MoE layers, expected 1")
         for k in top_k:
             if k is not None:
                 check(moe, f"top_k = {k}: this model has no MoE layers, expected none")
                 expected = f"expected 0 to {experts}, the number of normal experts"
-                check(0 <= k <= experts, f"top_k = {k}: {expected}")
+                check(k <= experts, f"top_k = {k}: {expected}")
+
+    def _tell(self, guidance: float | None, true_cfg: float, negative: bool) -> None:
+        """Of options that change nothing, one line each."""
+        if guidance is not None and not self.config.transformer.guidance_embed:
+            _say(f"guidance = {guidance}: ignored, this model has no guidance embedding")
+        if negative and true_cfg <= 1:
+            _say(f"negative_prompts: ignored, expected true_cfg above 1, found {true_cfg}")
+        if not negative and true_cfg > 1:
+            _say(f"true_cfg = {true_cfg}: ignored, expected negative_prompts (one may be empty)")
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 10))
+def _batches(count: int, size: int) -> Int[np.ndarray, "batches size"]:
+    """The numbers of the prompts of each batch; the last is filled up with the first prompts."""
+    return np.arange(-(-count // size) * size).reshape(-1, size) % count
+
+
+def _checked(latents: Any, shape: tuple[int, ...]) -> Float[np.ndarray, "b n c"]:
+    found = np.shape(latents)
+    check(found == shape, f"latents: found shape {found}, expected {shape}")
+    latents = whole(latents).astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(latents).all((1, 2)))
+    check(len(bad) == 0, f"latents{bad[:1].tolist()}: found NaN or infinity, expected numbers")
+    return latents
+
+
+def _tell_lost(
+    name: str, lost: dict[str, dict[int, str]], text: PromptsConfig, length: int | None
+) -> None:
+    """Of prompts that were cut, one line per encoder, with the first that was lost."""
+    length = text.length if length is None else length
+    for encoder, rest in lost.items():
+        if not rest:
+            continue
+        clip = encoder == "clip"
+        reads = f"CLIP reads {text.clip.max_position_embeddings}" if clip else f"T5 reads {length}"
+        i, cut = next(iter(rest.items()))
+        cut = cut if len(cut) <= SHOWN else f"{cut[: SHOWN // 2]} … {cut[-SHOWN // 2 :]}"
+        more = f" (and of {len(rest) - 1} more)" if len(rest) > 1 else ""
+        hint = "; max_sequence_length can be up to 512" if not clip and length < 512 else ""
+        hint = "; T5 reads all of it" if clip and i not in lost["t5"] else hint
+        _say(f"{name}[{i}] is cut off, {reads} tokens; lost: {cut!r}{more}{hint}")
+
+
+def _say(line: str) -> None:
+    if hosts.first():
+        print(line, file=sys.stderr, flush=True)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _denoise(
     config: ModelConfig,
     dtype,
     grid,
     top_k,
+    reuse,
     params,
     latents,
     texts,
     times,
+    steps,
     guidance,
     true_cfg,
-    reuse,
 ):
     model = model_of(config.transformer, params, dtype)
     negative = texts[1] if len(texts) > 1 else None
-    options = top_k, negative, true_cfg, reuse
+    options = top_k, negative, true_cfg, reuse, steps
     return denoise(model, latents, texts[0], grid, times, guidance, *options)
 
 
 def noise(seed: int, count: int, tokens: int, channels: int) -> Float[Array, "b n c"]:
     """Packed noise for `count` prompts, each from its own key."""
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(count))
+    return noise_of(seed, np.arange(count), tokens, channels)
+
+
+def noise_of(
+    seed: int, numbers: Int[np.ndarray, " b"], tokens: int, channels: int
+) -> Float[Array, "b n c"]:
+    """The same for the prompts of these numbers."""
+    return _noise(jax.random.key(seed), numbers, tokens, channels)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _noise(key, numbers, tokens: int, channels: int):
+    keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
     return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
 
 
@@ -178,24 +287,29 @@ def load_pipeline(
     mesh: Mesh | None = None,
     quantize: str | None = None,
     unrolled: bool | None = None,
+    encoders: str | Path | None = None,
 ) -> Pipeline:
     """The pipeline of a model directory, an export for torch, or a diffusers FluxPipeline (its
     folder, or the name of its Hugging Face repository).
 
     `dtype`, `mesh` and `quantize` as in Pipeline; parameters as stored. `unrolled`: a program that
     has no loop over blocks takes longer to compile, and saves copies of weights: on a GPU of all
-    of them in every step, in a Mixture of Blocks everywhere (None: for these two). ConfigError for
-    whatever else is there.
+    of them in every step, in a Mixture of Blocks everywhere (None: for these two). `encoders` is
+    the FluxPipeline whose text encoders and autoencoder serve, for whatever else load_model takes:
+    a transformer alone. ConfigError for whatever else is there.
     """
     check_kind(quantize)
     mesh = mesh or local_mesh()
     place = partial(parameter_sharding, mesh)
     if model_directory.is_model_directory(path):
-        config, params = model_directory.load(path, dtype=None, sharding=place)
+        config = _with_encoders(path, model_directory.load_config(path), encoders)
+        params = model_directory.load(path, dtype=None, sharding=place)[1]
     else:
         folder = pipeline_folder(path)
         source = torch_import.open_source(folder)
-        config = source.model or model_config(source.config, folder)
+        whole = folder if is_pipeline(folder) else None
+        config = source.model or model_config(source.config, whole)
+        config = _with_encoders(path, config, encoders)
         params = torch_import.load(source.parameters(), abstract(source.config), place)
     if quantize is not None:
         params = quantized(params, quantize, release=True)
@@ -206,3 +320,40 @@ def load_pipeline(
     if unrolled:
         pipe.params = unstacked(pipe.params, release=True)
     return pipe
+
+
+def _with_encoders(
+    path: str | Path, config: ModelConfig, encoders: str | Path | None
+) -> ModelConfig:
+    """The config with the encoders asked for, if any; the schedule stays the transformer's."""
+    text, image = config.text, config.image
+    if isinstance(text, WordsConfig) and isinstance(image, PixelsConfig):
+        check(
+            encoders is None,
+            f"encoders = {encoders}: {path} reads words and draws pixels by itself, expected none",
+        )
+        return config
+    if encoders is not None:
+        other = model_config(config.transformer, pipeline_folder(encoders, transformer=False))
+        text, image = other.text, other.image
+        config = replace(config, text=text, image=image, encoders=other.encoders)
+    lacks = "no such folder"
+    if config.encoders is None:
+        lacks = "a transformer without text encoders, tokenizers and autoencoder"
+    check(
+        config.encoders is not None and Path(config.encoders).is_dir(),
+        f"{config.encoders or path}: {lacks}; name a FluxPipeline that has them with --encoders"
+        " FLUXPIPELINE (in Python encoders=…)",
+    )
+    sizes = []
+    if isinstance(text, PromptsConfig):
+        sizes.append(("text_encoder_2", text.t5.d_model, "context_in_dim"))
+        sizes.append(("text_encoder", text.clip.hidden_size, "vec_in_dim"))
+    if isinstance(image, AutoencoderConfig):
+        sizes.append(("vae", 4 * image.latent_channels, "in_channels"))
+    for part, found, name in sizes:
+        expected = getattr(config.transformer, name)
+        where = f"{config.encoders}/{part}"
+        message = f"{where}: gives {found} channels, expected the transformer's {name}, {expected}"
+        check(found == expected, message)
+    return config

@@ -35,16 +35,12 @@ class Tokenizers:
         self, captions: list[str], length: int | None = None
     ) -> dict[str, Int[np.ndarray, "b l"]]:
         """Ids for CLIP and T5, padded and cut to their lengths; T5's is `length` where given."""
-        lengths = {
-            "clip": self.config.clip.max_position_embeddings,
-            "t5": self.config.length if length is None else length,
-        }
         return {
             name: np.asarray(
                 tokenizer(
                     captions,
                     padding="max_length",
-                    max_length=lengths[name],
+                    max_length=self._length(name, length),
                     truncation=True,
                     return_tensors="np",
                 ).input_ids,
@@ -52,3 +48,23 @@ class Tokenizers:
             )
             for name, tokenizer in self.loaded.items()
         }
+
+    def lost(self, captions: list[str], length: int | None = None) -> dict[str, dict[int, str]]:
+        """What `ids` cuts off: by encoder, the rest of each caption that is too long, by its
+        index."""
+        found: dict[str, dict[int, str]] = {}
+        for name, tokenizer in self.loaded.items():
+            # The last id that is kept ends the text, whatever was cut.
+            kept = self._length(name, length) - 1
+            whole = tokenizer(captions, truncation=False, verbose=False).input_ids
+            found[name] = {
+                i: tokenizer.decode(ids[kept:], skip_special_tokens=True)
+                for i, ids in enumerate(whole)
+                if len(ids) > kept + 1
+            }
+        return found
+
+    def _length(self, name: str, length: int | None) -> int:
+        if name == "clip":
+            return self.config.clip.max_position_embeddings
+        return self.config.length if length is None else length

@@ -1,4 +1,4 @@
-"""An FFN as shared expert, normal experts and gate: the same neurons, dealt out (RECIPE.md)."""
+"""An FFN as shared expert, normal experts and gate: the same neurons dealt out (docs/recipe.md)."""
 
 import jax
 import jax.numpy as jnp

@@ -43,7 +43,7 @@ def calibrate(
 ) -> Calibration:
     """One pass over the batches, forward and backward; about `tokens` inputs are kept of every FFN.
 
-    Taylor scores (PAPER.md, step 0) are Σ |∂L/∂w · w| over a neuron's in-row, in-bias and
+    Taylor scores (docs/method.md, step 0) are Σ |∂L/∂w · w| over a neuron's in-row, in-bias and
     out-column, L the flow matching loss, averaged over the batches, which give equally many inputs.
     """
     params, count = jax.tree.map(jnp.asarray, params), -(-tokens // len(batches))

@@ -1,4 +1,7 @@
-"""Low-rank modulation: one basis for all blocks, a small factor and a bias for each (PAPER.md)."""
+"""Low-rank modulation: one basis for all blocks, a small factor and a bias for each.
+
+See docs/method.md.
+"""
 
 from dataclasses import replace
 

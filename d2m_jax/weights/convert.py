@@ -1,6 +1,7 @@
 """From torch's files to a model directory and back, holding few bytes at a time."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -150,11 +151,16 @@ def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
 
 
 def lora_of(argument: str) -> tuple[Path, float]:
-    """FILE or FILE:SCALE as the command line has it."""
+    """FILE or FILE:SCALE as the command line has it. ConfigError for a SCALE that is no finite
+    number."""
     file, colon, scale = argument.rpartition(":")
-    if not colon:
+    if not colon or Path(argument).exists():  # a colon in the file's name
         return Path(argument), 1.0
     try:
-        return Path(file), float(scale)
+        number = float(scale)
     except ValueError:
-        return Path(argument), 1.0  # a colon in the file's name
+        number = math.nan
+    check(
+        math.isfinite(number), f"--lora {argument}: SCALE = {scale}, expected a number such as 0.8"
+    )
+    return Path(file), number

@@ -223,7 +223,7 @@ def config_of(
     check(any(depths.values()), f"{where}: expected blocks of a transformer, found none")
     shape = {n: tuple(tensors[called[n]].shape) for n in needed}
     dim, channels = shape["img_in"]
-    _refuse_variant(where, channels, shape["final_layer"][0])
+    refuse_variant(where, channels, shape["final_layer"][0])
     kind = "double" if depths["double"] else "single"
     head = shape[f"{kind} norm"][0]
     check(
@@ -263,7 +263,8 @@ def _depth(where: Any, start: str, tensors: Mapping[str, Any]) -> int:
     return depth
 
 
-def _refuse_variant(where: Any, channels: int, out: int) -> None:
+def refuse_variant(where: Any, channels: int, out: int) -> None:
+    """Raise ConfigError for what reads more channels than it writes: the model's, or a LoRA's."""
     if channels == out:
         return
     variant = {384: "FLUX.1 Fill", 128: "FLUX.1 Depth or Canny"}.get(channels, "a FLUX.1 variant")

@@ -1,14 +1,12 @@
-"""LoRA files merged into a dense transformer: W + scale · alpha / rank · up · down, in float32.
-
-Files name a linear as kohya (`lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`), diffusers
-and PEFT (`transformer.transformer_blocks.0.attn.to_q.lora_A.weight`) or BFL and ComfyUI
-(`diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight`) do, whatever layout the model has.
+"""LoRA files of all tools merged into a transformer: W + strength · alpha / rank · up · down, and
+its kin (lora_differences.py), in float32 and with one rounding at the end.
 """
 
-import json
+import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,151 +14,397 @@ import numpy as np
 
 from d2m_jax.config import ConfigError, FluxConfig, check, suggestion
 from d2m_jax.models.flux import abstract
-from d2m_jax.weights import flux_keys, key_table, recognise, safetensors
+from d2m_jax.weights import (
+    flux_keys,
+    key_table,
+    lora_names,
+    lora_strength,
+    recognise,
+    safetensors,
+    sparse_keys,
+)
 from d2m_jax.weights.key_table import SHOWN, Entry, Parameter, listed, overlap, relative
+from d2m_jax.weights.lora_differences import (
+    Decomposed,
+    Difference,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Replacement,
+    Whole,
+)
+from d2m_jax.weights.lora_strength import Stated
 from d2m_jax.weights.named_arrays import sizes
 
-PREFIXES = re.compile(
-    r"^(base_model\.model\.)?(model\.diffusion_model\.|diffusion_model\.|transformer\.|unet\."
-    r"|lora_unet_|lora_transformer_)?"
-)
-ROLES = {
-    "lora_A.weight": "down",
-    "lora_down.weight": "down",
-    "lora_A.default.weight": "down",
-    "lora_B.weight": "up",
-    "lora_up.weight": "up",
-    "lora_B.default.weight": "up",
-    "lora_B.bias": "bias",
-    "alpha": "alpha",
-}
+FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's and diffusers'
+# The roles of lora_names that change a weight, by the start that those of one kind share.
+KINDS = {"up": "LoRA", "down": "LoRA", "hada": "LoHa", "lokr": "LoKr", "diff": "diff"}
+KINDS["weight"] = "weight"
 
 
 @dataclass(frozen=True)
-class Delta:
-    """What a LoRA adds to one torch tensor, times `factor`."""
+class Tensor:
+    """A tensor of one of torch's layouts, and where it lies in our parameters."""
 
-    parts: tuple[Any, ...]  # (up, down) of a weight, (bias,) of a bias
-    factor: float
-
-    def array(self) -> np.ndarray:
-        """The sum's second term, float32, in torch's shape."""
-        first, *rest = (np.asarray(part).astype(np.float32) for part in self.parts)
-        return np.float32(self.factor) * (first @ rest[0] if rest else first)
+    name: str
+    entries: tuple[Entry, ...]
+    shape: tuple[int, ...]
+    absent: bool  # from a sparse model, which has no such FFN or modulation
 
 
-def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[tuple[Entry, Delta]]:
-    """What a LoRA file adds to which part of our parameters.
+@dataclass(frozen=True)
+class Linear:
+    """A linear, or a norm, of one of torch's layouts."""
 
-    Raises ConfigError that lists all names that are unknown, incomplete or misshapen.
+    name: str
+    layout: str
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a LoRA file does to one tensor."""
+
+    tensor: Tensor
+    difference: Difference
+
+    def array(self, exact: Mapping[str, Parameter]) -> np.ndarray:
+        """What is added to the tensor, float32, in torch's layout; `exact` is the whole model in
+        float32."""
+        entries, shape = self.tensor.entries, self.tensor.shape
+        return self.difference.array(lambda: key_table.write(entries, exact, shape, np.float32))
+
+
+def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Change]:
+    """What a LoRA, a file or PEFT's folder of one, changes in a model, at a strength of `scale`.
+
+    Raises ConfigError for a file that is something else, and one that lists all names that are
+    unknown, incomplete or misshapen, or that change what a sparse model does not have. What is of
+    text encoders is left out, with one line on stderr.
     """
-    path = Path(path)
-    check(path.is_file(), f"{path}: no such file, expected a LoRA (.safetensors)")
+    path = _file(Path(path))
+    check(math.isfinite(scale), f"{path}: a strength of {scale}, expected a finite number")
     recognise.refuse_pickle(path)
-    tensors = safetensors.read(path)
-    alphas = _stated_alphas(path)
-    tables = [entry for layout in flux_keys.SHAPES for entry in flux_keys.keys(layout, config)]
-    entries = key_table.by_name(tables, "theirs")
-    # kohya's names have _ for every dot, so all are looked up in that form.
-    known = {
-        name.removesuffix(".weight").replace(".", "_"): name.removesuffix(".weight")
-        for name in entries
-        if name.endswith(".weight")
+    tensors, said = safetensors.read(path), lora_strength.stated(path)
+    mine = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not lora_names.of_text_encoder(lora_names.unwrapped(name))
     }
-    linears: dict[str, dict[str, Any]] = {}
-    wrong = []
-    for name, tensor in tensors.items():
-        role = next((role for role in ROLES if name.endswith("." + role)), None)
-        bare = PREFIXES.sub("", name)
-        linear = known.get(bare.removesuffix(f".{role}").replace(".", "_"))
-        if role is None or linear is None:
-            near = suggestion(bare.replace(".", "_"), known) if len(wrong) < SHOWN else ""
-            wrong.append(f"{name} is unknown{near}")
-        else:
-            linears.setdefault(linear, {})[ROLES[role]] = tensor
-    shapes = key_table.their_shapes(tables, sizes(abstract(config)))
-    found = []
-    for linear, parts in linears.items():
-        complaint = _misfit(parts, shapes[f"{linear}.weight"])
-        if complaint:
-            wrong.append(f"{linear} {complaint}")
-            continue
-        rank = parts["down"].shape[0]
-        stated = alphas.get(linear, alphas.get("", rank))
-        alpha = float(np.asarray(parts["alpha"]).reshape(())) if "alpha" in parts else stated
-        weight = Delta((parts["up"], parts["down"]), scale * alpha / rank)
-        found += [(entry, weight) for entry in entries[f"{linear}.weight"]]
-        if "bias" in parts:
-            bias = Delta((parts["bias"],), scale)
-            found += [(entry, bias) for entry in entries[f"{linear}.bias"]]
+    encoders = [name for name in tensors if name not in mine]
+    check(len(tensors) > 0, f"{path}: expected a LoRA, found no tensors of one")
+    check(
+        len(mine) > 0,
+        f"{path}: a LoRA of text encoders alone ({listed(encoders)}), expected one of the"
+        " transformer",
+    )
+    parts, wrong = _sorted_out(path, mine, _linears(config))
+    for linear, roles in parts:
+        if linear.weight.entries[0].ours == "img_in.kernel" and "down" in roles:
+            flux_keys.refuse_variant(path, roles["down"].shape[-1], config.in_channels)
+    changes = []
+    for linear, roles in parts:
+        try:
+            changes += _changes(linear, roles, said, scale)
+        except ConfigError as error:
+            wrong.append(f"{linear.name} {error}")
     check(not wrong, f"{path}: {len(wrong)} tensors do not fit this model: {listed(wrong)}")
-    check(len(found) > 0, f"{path}: expected a LoRA, found no tensors of one")
-    return found
+    differences = [c for c in changes if not isinstance(c.difference, Replacement)]
+    check(len(differences) > 0, f"{path}: holds no differences of weights, expected a LoRA")
+    absent = [change.tensor.name for change in changes if change.tensor.absent]
+    check(
+        not absent,
+        f"{path}: this LoRA cannot be merged into a sparse model as a whole: it changes"
+        f" {listed(absent)}, which this model has in another form; merge it into the dense model"
+        " before that is cut, or take a LoRA of the attention alone",
+    )
+    if encoders:
+        _say(f"{path}: {len(encoders)} tensors of text encoders left out ({encoders[0]}, …)")
+    return changes
 
 
-def _misfit(parts: Mapping[str, Any], shape: tuple[int, ...]) -> str:
-    """What is wrong with the tensors of one linear; empty for nothing."""
-    if not {"up", "down"} <= parts.keys():
-        return f"has {' and '.join(parts)}, expected down and up"
-    up, down = tuple(parts["up"].shape), tuple(parts["down"].shape)
-    if len(up) != 2 or len(down) != 2 or up[1] != down[0] or (up[0], down[1]) != shape:
-        return f"has up {list(up)} and down {list(down)}, expected them for {list(shape)}"
-    if "bias" in parts and tuple(parts["bias"].shape) != shape[:1]:
-        return f"has a bias {list(parts['bias'].shape)}, expected {list(shape[:1])}"
-    if "alpha" in parts and np.prod(parts["alpha"].shape, dtype=int) != 1:
-        return f"has alpha {list(parts['alpha'].shape)}, expected one number"
-    return ""
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
-def _stated_alphas(path: Path) -> dict[str, float]:
-    """The alphas that diffusers writes beside its tensors: by linear, and "" for all others."""
-    text = safetensors.read_metadata(path).get("lora_adapter_metadata")
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-        alphas = dict(value.get("transformer.alpha_pattern") or {})
-        if "transformer.lora_alpha" in value:
-            alphas[""] = value["transformer.lora_alpha"]
-        return {name: float(alpha) for name, alpha in alphas.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}: lora_adapter_metadata is damaged ({error})") from None
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        check(path.is_file(), f"{path}: no such file, expected a LoRA (.safetensors)")
+        return path
+    found = [path / name for name in FILES if (path / name).is_file()]
+    found = found[:1] or sorted(path.glob("*.safetensors"))
+    check(
+        len(found) == 1,
+        f"{path}: holds {len(found)} of *.safetensors, expected one LoRA; name the file itself",
+    )
+    return found[0]
+
+
+def _linears(config: FluxConfig) -> dict[str, Linear]:
+    """All linears and norms by their flat names: those of the dense model that this is, or was
+    before it was cut, as BFL and diffusers call them, and those of --export torch, experts too."""
+
+    def dense(stacks):
+        return tuple(replace(stack, ffn="dense", active=stack.blocks) for stack in stacks)
+
+    doubles, singles = dense(config.double), dense(config.single)
+    was = replace(config, double=doubles, single=singles, modulation_rank=None)
+    there, before = sizes(abstract(config)), sizes(abstract(was))
+    tables = [(layout, before, flux_keys.keys(layout, was)) for layout in flux_keys.SHAPES]
+    tables.append(("torch", there, sparse_keys.keys(config)))
+    known: dict[str, Linear] = {}
+    for layout, ours, table in tables:
+        shapes = key_table.their_shapes(table, ours)
+        tensors = {
+            name: Tensor(
+                name,
+                tuple(entries),
+                shapes[name],
+                any(there.get(entry.ours) != ours[entry.ours] for entry in entries),
+            )
+            for name, entries in key_table.by_name(table, "theirs").items()
+        }
+        for name, tensor in tensors.items():
+            part, _, kind = name.rpartition(".")
+            if kind in ("weight", "scale"):
+                linear = Linear(part, layout, tensor, tensors.get(f"{part}.bias"))
+                known.setdefault(lora_names.flat(part), linear)
+                known.setdefault(lora_names.flat(name), linear)  # ComfyUI: ….norm.scale.diff
+    depths = (sum(stack.depth for stack in stacks) for stacks in (doubles, singles))
+    for alias, name in lora_names.aliases(*depths):
+        known[lora_names.flat(alias)] = known[lora_names.flat(name)]
+    return known
+
+
+Parts = list[tuple[Linear, dict[str, Any]]]  # tensors by their roles
+
+
+def _sorted_out(
+    path: Path, tensors: Mapping[str, Any], linears: Mapping[str, Linear]
+) -> tuple[Parts, list[str]]:
+    """The tensors by linear and role, and what is wrong with their names."""
+    parts: dict[str, tuple[Linear, dict[str, Any]]] = {}
+    unknown, ignored, wrong, adapters = [], [], [], set()
+    for name, tensor in tensors.items():
+        named = lora_names.taken_apart(lora_names.unwrapped(name))
+        linear = named and lora_names.look_up(named.part, linears)
+        if linear is None:
+            (ignored if 0 in tensor.shape else unknown).append(name)
+            continue
+        adapters.add(named.adapter)
+        roles = parts.setdefault(linear.name, (linear, {}))[1]
+        if named.role in roles and not _same(roles[named.role], tensor):
+            wrong.append(f"{linear.name} has two of {named.role}, the other is {name}")
+        roles[named.role] = tensor
+        kind = np.dtype(tensor.dtype).name
+        if "float" not in kind:
+            wrong.append(f"{name} is {kind}, expected floating point")
+        elif named.role != "alpha" and not np.isfinite(np.asarray(tensor, np.float32)).all():
+            wrong.append(f"{name} holds a NaN or an infinity")
+    found = lora_names.foreign(unknown)
+    if found is not None:
+        raise ConfigError(f"{path}: {found[0]} (it holds {found[1]}), expected a LoRA of FLUX.1")
+    several = sorted(adapters - {""})
+    check(len(several) < 2, f"{path}: holds the adapters {' and '.join(several)}, expected one")
+    for name in unknown:
+        named = lora_names.taken_apart(lora_names.unwrapped(name))
+        flat = lora_names.flat(name if named is None else named.part)
+        near = "" if len(wrong) >= SHOWN else _depth(flat, linears) or suggestion(flat, linears)
+        wrong.append(f"{name} is unknown{near}")
+    if ignored:
+        _say(f"{path}: empty tensors ignored: {listed(ignored)}")
+    return _once(path, list(parts.values())), wrong
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a.shape == b.shape and np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def _depth(flat: str, linears: Mapping[str, Linear]) -> str:
+    """For the name of a block that is not there: how many such blocks there are."""
+    found = re.search(r"((?:single_transformer|transformer|double|single)_blocks_)(\d+)_", flat)
+    if found is None:
+        return ""
+    numbers = (re.match(rf"{found[1]}(\d+)_", name) for name in linears)
+    depth = 1 + max((int(m[1]) for m in numbers if m), default=-1)
+    return f", this model has {depth} such blocks" if int(found[2]) >= depth else ""
+
+
+def _once(path: Path, parts: Parts) -> Parts:
+    """Without the linears by BFL's names whose places the file changes by diffusers' names too.
+
+    Such files hold one LoRA twice. diffusers reads them in this way
+    (lora_conversion_utils.py, _convert_kohya_flux_lora_to_diffusers).
+    """
+
+    def places(linear: Linear) -> set[tuple]:
+        return {(entry.ours, entry.index) for entry in linear.weight.entries}
+
+    of_diffusers = [places(linear) for linear, _ in parts if linear.layout == "diffusers"]
+    taken = set().union(*of_diffusers)
+    twice = {
+        linear.name
+        for linear, _ in parts
+        if linear.layout != "diffusers" and places(linear) & taken
+    }
+    if twice:
+        first = f"{len(twice)} linears by BFL's names ({min(twice)}, …)"
+        _say(f"{path}: {first} left out, which it holds by diffusers' names too")
+    return [(linear, roles) for linear, roles in parts if linear.name not in twice]
+
+
+def _changes(linear: Linear, roles: dict[str, Any], said: Stated, scale: float) -> list[Change]:
+    """What the tensors of one linear do to its weight and its bias. ConfigError, without the
+    linear's name, where they do not fit it."""
+    difference, factor = _difference(linear, roles, said, scale)
+    changes = []
+    if difference is not None:
+        changes.append(Change(linear.weight, difference))
+    for role, make, strength in (
+        ("bias", Whole, factor),
+        ("diff_b", Whole, scale),
+        ("whole_bias", Replacement, scale),
+    ):
+        if role in roles:
+            check(linear.bias is not None, "has a bias, expected none")
+            found, expected = tuple(roles[role].shape), linear.bias.shape
+            check(found == expected, f"has a bias {list(found)}, expected {list(expected)}")
+            changes.append(Change(linear.bias, make(roles[role], strength)))
+    check(len(changes) > 0, f"has {' and '.join(roles)} alone, expected a difference")
+    return changes
+
+
+def _difference(
+    linear: Linear, roles: dict[str, Any], said: Stated, scale: float
+) -> tuple[Difference | None, float]:
+    """The change of the weight, and what a bias beside it is multiplied by."""
+    kinds = {kind for start, kind in KINDS.items() for role in roles if _of(role, start)}
+    check(len(kinds) < 2, f"is changed in {len(kinds)} ways at once ({', '.join(sorted(kinds))})")
+    kind, factor = next(iter(kinds), None), scale
+    if kind == "LoRA":
+        up, down = _pair(roles, "up", "down")
+        factor = scale * _strength(linear, roles, said, down.shape[0])
+        difference = LowRank(up, down, factor)
+    elif kind == "LoHa":
+        pairs = [_pair(roles, f"hada_{w}_a", f"hada_{w}_b") for w in ("w1", "w2")]
+        factor = scale * _strength(linear, roles, said, pairs[0][1].shape[0])
+        difference = Hadamard(*pairs, factor)
+        first, second = (LowRank(*pair, 1.0).shape for pair in pairs)
+        check(
+            first == second, f"has products {list(first)} and {list(second)}, expected equal ones"
+        )
+    elif kind == "LoKr":
+        factors = [_factor_of_lokr(roles, w) for w in ("lokr_w1", "lokr_w2")]
+        ranks = [parts[1].shape[0] for parts in factors if len(parts) == 2]
+        factor = scale * _strength(linear, roles, said, ranks[-1] if ranks else None)
+        difference = Kronecker(*factors, factor)
+    elif kind is not None:
+        make = {"diff": Whole, "weight": Replacement}[kind]
+        difference = make(roles[kind], scale)
+    else:
+        difference = None
+    if difference is not None:
+        found, expected = difference.shape, linear.weight.shape
+        check(found == expected, f"changes {list(found)}, expected {list(expected)}")
+    if "magnitude" in roles or (said.dora and kind == "LoRA"):
+        check("magnitude" in roles, "lacks the magnitude of a DoRA, which its settings promise")
+        check(kind in ("LoRA", "LoHa", "LoKr"), "has the magnitude of a DoRA alone")
+        difference = Decomposed(difference, roles["magnitude"])
+        found = list(roles["magnitude"].shape)
+        check(
+            difference.fits, f"has a magnitude {found}, expected one for {list(difference.shape)}"
+        )
+    return difference, factor
+
+
+def _of(role: str, start: str) -> bool:
+    return role == start or role.startswith(f"{start}_w")
+
+
+def _pair(roles: Mapping[str, Any], first: str, second: str) -> tuple[Any, Any]:
+    """Two matrices to multiply."""
+    absent = [role for role in (first, second) if role not in roles]
+    check(not absent, f"has {' and '.join(roles)}, expected {' and '.join(absent)} too")
+    a, b = (tuple(roles[role].shape) for role in (first, second))
+    fit = len(a) == len(b) == 2 and a[1] == b[0] > 0
+    check(fit, f"has {first} {list(a)} and {second} {list(b)}, expected two matrices to multiply")
+    return roles[first], roles[second]
+
+
+def _factor_of_lokr(roles: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+    if name not in roles:
+        return _pair(roles, f"{name}_a", f"{name}_b")
+    check(f"{name}_a" not in roles, f"has {name} and {name}_a, expected one of them")
+    shape = list(roles[name].shape)
+    check(len(shape) == 2, f"has {name} {shape}, expected a matrix")
+    return (roles[name],)
+
+
+def _strength(linear: Linear, roles: Mapping[str, Any], said: Stated, rank: int | None) -> float:
+    """alpha / rank of a linear, 1 where nothing says otherwise; rank None: a LoKr of two whole
+    factors, where alpha counts in PEFT's files only (LyCORIS, modules/lokr.py)."""
+    stated, alpha = said.alpha_of(linear.name), None
+    if rank is not None:
+        ranks = said.ranks_of(linear.name)
+        check(
+            not ranks or rank in ranks,
+            f"has rank {rank}, {said.where} says {' or '.join(map(str, ranks))}",
+        )
+        if "alpha" in roles:
+            shape = list(roles["alpha"].shape)
+            check(math.prod(shape) == 1, f"has alpha {shape}, expected one number")
+            alpha = float(np.asarray(roles["alpha"]).astype(np.float32).reshape(()))
+    elif stated is not None:
+        rank = said.ranks_of(linear.name)[0]
+    both = alpha is not None and stated is not None
+    check(not both or alpha == stated, f"has alpha {alpha}, {said.where} says {stated}")
+    alpha = stated if alpha is None else alpha
+    if alpha is None:
+        return 1.0
+    check(math.isfinite(alpha) and alpha != 0, f"has alpha {alpha}, expected a number other than 0")
+    return alpha / said.divisor(rank)
 
 
 def merge(
     params: Mapping[str, Parameter],
     exact: Mapping[str, Parameter],
-    loras: Sequence[list[tuple[Entry, Delta]]],
+    loras: Sequence[list[Change]],
 ) -> dict[str, Parameter]:
     """`params` with LoRAs added; `exact` are the same in float32: there is one rounding, at the
-    end."""
-    by_name: dict[str, list[tuple[Entry, Delta]]] = {}
-    for lora in loras:
-        for entry, delta in lora:
-            by_name.setdefault(entry.ours, []).append((entry, delta))
+    end. Each is computed from the model as it is in `exact`, so that their order does not count."""
+    by_name: dict[str, list[tuple[Entry, Change]]] = {}
+    for change in (change for lora in loras for change in lora):
+        for entry in change.tensor.entries:
+            by_name.setdefault(entry.ours, []).append((entry, change))
     return dict(params) | {
-        name: _merged(params[name], exact[name], deltas) for name, deltas in by_name.items()
+        name: _merged(params[name], name, exact, changes) for name, changes in by_name.items()
     }
 
 
-def _merged(param: Parameter, exact: Parameter, deltas: list[tuple[Entry, Delta]]) -> Parameter:
-    by_index: dict[tuple[int, ...], list[tuple[Entry, Delta]]] = {}
-    for entry, delta in deltas:
-        by_index.setdefault(entry.index, []).append((entry, delta))
+def _merged(
+    param: Parameter,
+    name: str,
+    exact: Mapping[str, Parameter],
+    changes: list[tuple[Entry, Change]],
+) -> Parameter:
+    by_index: dict[tuple[int, ...], list[tuple[Entry, Change]]] = {}
+    for entry, change in changes:
+        by_index.setdefault(entry.index, []).append((entry, change))
 
     def take(region):
-        out = param[region]
+        out = np.array(param[region])  # a model directory's arrays cannot be written to
         for index, some in by_index.items():
             block = tuple(slice(i, i + 1) for i in index) + region[len(index) :]
             block = overlap(block, region)
             if block is None:
                 continue
-            total = exact[block]
-            for entry, delta in some:
+            total = np.array(exact[name][block])
+            for entry, change in some:
                 box = entry.box(param.shape)
                 common = overlap(box, block)
                 if common is not None:
-                    piece = entry.piece_of_theirs(delta.array())
+                    piece = entry.piece_of_theirs(change.array(exact))
                     piece = piece[relative(common, box)[len(index) :]]
                     total[relative(common, block)] += piece
             out[relative(block, region)] = total.astype(out.dtype)

@@ -1,4 +1,4 @@
-"""The losses against PAPER.md's formulas in NumPy, and what the health numbers say."""
+"""The losses against docs/method.md's formulas in NumPy, and what the health numbers say."""
 
 import jax
 import jax.numpy as jnp

@@ -15,8 +15,9 @@ from d2m_jax.config import (
     StackConfig,
     WordsConfig,
 )
-from d2m_jax.evaluate import pictures, routing
+from d2m_jax.evaluate import routing
 from d2m_jax.models.flux import initialise
+from d2m_jax.report import pictures
 
 MODEL = ModelConfig(
     FluxConfig(

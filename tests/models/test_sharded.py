@@ -24,7 +24,7 @@ from d2m_jax.models.flux import initialise
 from d2m_jax.sharding import (
     make_mesh, parameter_shardings, put_batch, put_parameters, replicated, whole
 )
-from d2m_jax.training.collectives import collectives
+from d2m_jax.planning.collectives import collectives
 
 moe.SPARSE_TOKENS = 16  # the sparse path at a test's size
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,6 +91,17 @@ def test_true_guidance_goes_away_from_the_negative_text():
     result = sample(model, [1.0, 0.5, 0.0], negative=negative, true_cfg=3.0)
     # v = 0.2 + 3 · (0 − 0.2)
     np.testing.assert_allclose(result, NOISE + 0.4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": (4, 1, 2)}, {"top_k": (3, 1), "reuse": 2}])
+def test_times_that_fill_up_change_nothing(options):
+    """Not even where they are NaN: steps beyond those asked for are not taken."""
+    times = np.float32([1.0, 0.9, 0.7, 0.4, 0.3, 0.0])
+    model = Recorder(lambda x, t, txt, k: x * (k or 1) + t, adds=True)
+    filled = np.append(times, np.full(3, np.nan, np.float32))
+    taken = jax.jit(lambda steps: sample(model, filled, steps=steps, **options))(5)
+    # float32 in another order
+    np.testing.assert_allclose(taken, sample(model, times, **options), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

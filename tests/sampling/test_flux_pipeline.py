@@ -1,10 +1,14 @@
 """A whole FluxPipeline against diffusers': prompts and latents in, pixels out, all in float32."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from d2m_jax.config import ConfigError
+from d2m_jax.config import ConfigError, ModelConfig, PromptsConfig
+from d2m_jax.models import flux
 from d2m_jax.sampling.pipeline import load_pipeline, noise
+from d2m_jax.weights import convert, model_directory
 from tests.sampling.flux_oracle import tiny_pipeline
 
 torch = pytest.importorskip("torch")
@@ -32,7 +36,7 @@ def run(both, height, width, steps, latents=None, **options):
         height=height,
         width=width,
         num_inference_steps=steps,
-        latents=torch.from_numpy(latents),
+        latents=torch.from_numpy(np.array(latents)),
         max_sequence_length=12,
         output_type="np",
         guidance_scale=options.get("guidance", 3.5),
@@ -71,8 +75,56 @@ def test_what_the_folder_says_is_what_the_pipeline_uses(both):
     assert ours.config.transformer.axes_dim == (8, 12, 12)
 
 
-def test_a_folder_that_lacks_a_part_is_told(both, tmp_path):
-    theirs, _ = both
-    theirs.transformer.save_pretrained(tmp_path / "flux" / "transformer")
-    with pytest.raises(ConfigError, match="expected a folder text_encoder in it"):
-        load_pipeline(tmp_path / "flux")
+def test_a_transformer_alone_takes_the_encoders_of_a_pipeline(both, tmp_path):
+    """Diffusers' folder, and a model directory made of it; a single file is told the same."""
+    theirs, ours = both
+    theirs.transformer.save_pretrained(tmp_path / "alone" / "transformer")
+    convert.convert(tmp_path / "alone", tmp_path / "model")
+    convert.convert(tmp_path / "alone", tmp_path / "file.sft", export="bfl")
+    with pytest.raises(ConfigError, match="file.sft: .* with --encoders FLUXPIPELINE"):
+        load_pipeline(tmp_path / "file.sft")
+    folder = ours.config.encoders
+    expected = ours(PROMPTS, height=16, width=16, steps=2)
+    for bare in ("alone", "alone/transformer", "model"):
+        with pytest.raises(ConfigError, match=f"{bare}: .* with --encoders FLUXPIPELINE"):
+            load_pipeline(tmp_path / bare)
+        found = load_pipeline(tmp_path / bare, encoders=folder)
+        assert found.config.shift == ours.config.shift
+        images = found(PROMPTS, height=16, width=16, steps=2)
+        np.testing.assert_allclose(images, expected, atol=1e-5)  # float32 in another order
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        load_pipeline(tmp_path / "alone", encoders=tmp_path / "nothing")
+    other = ModelConfig(replace(ours.config.transformer, context_in_dim=20), PromptsConfig())
+    model_directory.save(tmp_path / "other", other, flux.initialise(other.transformer, 0))
+    with pytest.raises(ConfigError, match="text_encoder_2: gives 24 channels, expected .* 20"):
+        load_pipeline(tmp_path / "other", encoders=folder)
+
+
+def test_what_is_cut_off_a_prompt_is_told(both, capsys):
+    _, ours = both
+    small = {"height": 8, "width": 8, "steps": 1}
+    long = " ".join(["red anchor"] * 20 + ["left of blue earth"])
+    ours(["red", long, long], **small)
+    clip = "prompts[1] is cut off, CLIP reads 77 tokens; lost: "
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(clip) and said.endswith(
+        "blue earth' (and of 1 more); T5 reads all of it"
+    )
+    ours(["red", long], max_sequence_length=42, **small)
+    of_clip, of_t5 = capsys.readouterr().err.splitlines()
+    assert of_clip.startswith(clip) and "T5 reads" not in of_clip
+    # 40 words, two of the last four, and the end of the text
+    expected = "T5 reads 42 tokens; lost: 'of blue earth'; max_sequence_length can be up to 512"
+    assert of_t5 == f"prompts[1] is cut off, {expected}"
+    ours("red", negative_prompts=long, true_cfg=2.0, **small)
+    assert capsys.readouterr().err.startswith("negative_prompts[0] is cut off, CLIP reads 77")
+    ours(["red", ""], **small)
+    assert capsys.readouterr().err == ""
+
+
+def test_guidance_that_a_model_does_not_know_is_told(both, capsys):
+    theirs, ours = both
+    ours("red", height=8, width=8, steps=1, guidance=2.0)
+    dev = theirs.transformer.config.guidance_embeds
+    said = "guidance = 2.0: ignored, this model has no guidance embedding\n"
+    assert capsys.readouterr().err == ("" if dev else said)

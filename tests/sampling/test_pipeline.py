@@ -1,5 +1,6 @@
 """From prompts to images: independence of the batch, given noise, errors in one line."""
 
+import logging
 from dataclasses import replace
 
 import jax
@@ -56,6 +57,9 @@ def test_seed_and_given_noise(pipe, images):
     given = noise(3, 5, 12, channels)
     np.testing.assert_array_equal(pipe(PROMPTS, latents=given, seed=9), images)
     assert np.abs(pipe(PROMPTS, seed=4) - images).max() > 0.05
+    # 32 bits of seed are 32 bits of noise
+    large = [noise(seed, 1, 12, channels) for seed in (0, 2**31 - 1, 2**31, 2**32 - 1)]
+    assert len({np.asarray(a).tobytes() for a in large}) == 4
     # noise of prompt i does not depend on how many there are
     np.testing.assert_array_equal(noise(3, 2, 12, channels), given[:2])
     assert np.std(given) == pytest.approx(1, abs=0.1)
@@ -76,11 +80,17 @@ def test_options_reach_the_model(pipe, images):
         (["red red red red"], {}, "4 words, expected at most 3"),
         ([], {}, "prompts: found none"),
         (["red"], {"height": 7}, "image size 7 × 8: expected multiples of 2"),
-        (["red"], {"width": -2}, "image size 6 × -2"),
-        (["red"], {"steps": 0}, "steps = 0: expected at least 1"),
+        (["red"], {"width": -2}, "width = -2: expected a whole number from 1 to"),
+        (["red"], {"steps": 0}, "steps = 0: expected a whole number from 1 to 1000"),
         (["red"], {"top_k": 7}, "top_k = 7: expected 0 to 6"),
-        (["red"], {"top_k": -1}, "top_k = -1: expected 0 to 6"),
-        (["red"], {"reuse": 0}, "reuse = 0: expected at least 1"),
+        (["red"], {"top_k": -1}, "top_k = -1: expected a whole number of at least 0"),
+        (["red"], {"top_k": (1, 2, 3)}, "top_k: found 3 numbers, expected one per step at most"),
+        (["red"], {"reuse": 0}, "reuse = 0: expected a whole number of at least 1"),
+        (["red"], {"guidance": float("nan")}, "guidance = nan: expected a number of at least 0"),
+        (["red"], {"max_sequence_length": 3}, "this model has no T5"),
+        (["red"], {"tile": 8}, "tile = 8: this model has no autoencoder, expected none"),
+        (["red"], {"negative_prompts": ["blue"] * 2}, "negative_prompts: found 2, expected 1"),
+        (["red"], {"latents": np.full((1, 12, 12), np.nan)}, "latents[0]: found NaN or infinity"),
         (["red"], {"latents": np.zeros((1, 5, 12), np.float32)}, "latents: found shape"),
         (["red"], {"latents": np.zeros((2, 12, 12), np.float32)}, "latents: found shape"),
     ],
@@ -89,6 +99,90 @@ def test_bad_input_is_one_line(pipe, prompts, options, message):
     with pytest.raises(ConfigError) as error:
         pipe(prompts, **options)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_prompts_come_in_any_form(pipe, images):
+    one = pipe("red anchor", seed=3)
+    assert one.shape == (1, 6, 8, 3)
+    # another batch is another program: float rounding
+    np.testing.assert_allclose(one, images[:1], atol=1e-5)
+    for same in (tuple(PROMPTS), np.array(PROMPTS), (prompt for prompt in PROMPTS)):
+        np.testing.assert_array_equal(pipe(same, seed=3), images)
+    options = {"seed": 3, "true_cfg": 2.0}
+    each = pipe(PROMPTS, negative_prompts=["earth"] * 5, **options)
+    np.testing.assert_array_equal(pipe(PROMPTS, negative_prompts="earth", **options), each)
+    assert np.abs(each - images).max() > 1e-3
+
+
+def test_what_is_ignored_is_said_once(pipe, images, capsys):
+    found = pipe(PROMPTS, seed=3, negative_prompts="earth")
+    np.testing.assert_array_equal(found, images)
+    pipe("red", true_cfg=3.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "negative_prompts: ignored, expected true_cfg above 1, found 1.0",
+        "true_cfg = 3.0: ignored, expected negative_prompts (one may be empty)",
+    ]
+    pipe("red", guidance=2)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_images_of_nan_are_refused(params, bad):
+    broken = params | {"final_layer": jax.tree.map(lambda a: a * bad, params["final_layer"])}
+    with pytest.raises(ConfigError, match="images: found NaN or infinity.* ran in float32"):
+        Pipeline(CONFIG, broken)(["red"])
+
+
+PROGRAMS = ("_text", "_denoise", "_images", "_noise")
+
+
+def test_other_numbers_of_prompts_and_steps_are_the_same_program(pipe, caplog):
+    """Three and four prompts, up to 32 steps, with experts by a schedule and reused."""
+
+    def compiled():
+        lines = [record.getMessage() for record in caplog.records]
+        done = [line for line in lines if line.startswith("Finished XLA compilation of")]
+        return [name for name in PROGRAMS for line in done if f"jit({name})" in line]
+
+    options = {"top_k": (4, 1), "reuse": 2, "seed": 1}
+    jax.clear_caches()
+    caplog.set_level(logging.DEBUG, "jax._src.dispatch")
+    whole = pipe(PROMPTS[:4], steps=5, **options)
+    assert sorted(compiled()) == sorted(PROGRAMS)
+    caplog.clear()
+    np.testing.assert_array_equal(pipe(PROMPTS[:3], steps=5, **options), whole[:3])
+    pipe(PROMPTS[:4], steps=32, guidance=2, **options)
+    pipe(PROMPTS, steps=2, batch_size=4, **options)  # in two batches
+    assert compiled() == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "asked", "sizes"),
+    [
+        *[(1, None, [1]), (3, None, [4]), (5, None, [8]), (17, None, [24]), (56, None, [56])],
+        *[(5, 6, [6]), (7, 4, [4, 4]), (7, 6, [4, 4]), (169, None, [170]), (171, None, [88] * 2)],
+    ],
+)
+def test_batches_are_equal_and_filled_up(pipe, monkeypatch, prompts, asked, sizes):
+    """To a power of two or a multiple of 8, never above what was asked for or 2048 tokens."""
+    if jax.device_count() > 1:
+        pytest.skip("each device has samples")
+    seen = []
+
+    def none(*arguments):
+        seen.append(len(arguments[6]))
+        return arguments[6]
+
+    monkeypatch.setattr("d2m_jax.sampling.pipeline._denoise", none)
+    assert len(pipe(["red"] * prompts, batch_size=asked)) == prompts
+    assert seen == sizes
+
+
+def test_it_says_what_it_is(pipe):
+    said = repr(pipe)
+    total = sum(a.size for a in jax.tree.leaves(pipe.params))
+    assert f"Pipeline: {total / 1e3:.3f} k parameters" in said and said.count("\n") == 3
+    assert "2 of 6 normal ones" in said and "float32" in said and "4 words" in said
 
 
 def test_a_dense_model_has_no_top_k():

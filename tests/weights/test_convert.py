@@ -58,9 +58,14 @@ def test_types_and_loras(bfl, tmp_path):
     for model in ("bare", "merged"):
         lora = () if model == "bare" else ("--lora", f"{file}:0.5", "--lora", file)
         assert run(bfl, tmp_path / model, "--dtype", "float32", *lora) == 0
-    bare, merged = (
-        names(model_directory.load(tmp_path / model, dtype=None)[1]) for model in ("bare", "merged")
+    # from a model directory too
+    assert run(tmp_path / "bare", tmp_path / "later", *lora) == 0
+    bare, merged, later = (
+        names(model_directory.load(tmp_path / model, dtype=None)[1])
+        for model in ("bare", "merged", "later")
     )
+    for name, array in merged.items():
+        np.testing.assert_array_equal(later[name], array)
     for name, array in bare.items():
         expected = 1.5 * 2**-12 if name == "double.0.block.img_attn.proj.kernel" else 0
         assert array.dtype == np.float32
@@ -140,8 +145,3 @@ def test_full_disk(bfl, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="out: needs .* GB on the disk of .*, found 0.0 GB free"):
         convert.convert(bfl, tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_lora_arguments():
-    assert convert.lora_of("a.safetensors:0.125") == (convert.Path("a.safetensors"), 0.125)
-    assert convert.lora_of("a:b") == (convert.Path("a:b"), 1.0)

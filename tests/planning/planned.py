@@ -1,7 +1,7 @@
 """Small programs for the planner's tests, compiled in a process of its own: devices must be asked
 for before JAX starts.
 
-    python -m tests.training.planned TOPOLOGY collectives | plan [dim=64 …]
+    python -m tests.planning.planned TOPOLOGY collectives | plan [dim=64 …]
 """
 
 import importlib.util
@@ -19,9 +19,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from d2m_jax.training import hardware
-from d2m_jax.training.collectives import collectives
-from d2m_jax.training.plan import plan
+from d2m_jax.planning import hardware
+from d2m_jax.planning.collectives import collectives
+from d2m_jax.planning.plan import plan
 
 
 def skip_without_compiler(name):

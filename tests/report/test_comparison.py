@@ -7,10 +7,10 @@ import pytest
 
 from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, StackConfig, StageConfig
 from d2m_jax.data.icons import Scene
-from d2m_jax.evaluate.comparison import compare, note, rival_at, verdicts
 from d2m_jax.evaluate.icons import Score
-from d2m_jax.evaluate.measure import Measured
-from d2m_jax.evaluate.rows import Row, Run, Student
+from d2m_jax.report.comparison import compare, note, rival_at, verdicts
+from d2m_jax.report.measure import Measured
+from d2m_jax.report.rows import Row, Run, Student
 
 MODEL = ModelConfig(FluxConfig(double=(StackConfig(1, ffn="moe"),)))
 SCENES = tuple(Scene("single", f"{i}", ()) for i in range(10))

@@ -22,6 +22,8 @@ from d2m_jax.config import (
     StageConfig,
 )
 from d2m_jax.models.flux import abstract
+from d2m_jax.planning import hardware
+from d2m_jax.planning.plan import plan, table
 from d2m_jax.sharding import (
     batch_sharding,
     check_mesh,
@@ -31,10 +33,8 @@ from d2m_jax.sharding import (
 )
 from d2m_jax.sparsify.groups import aligned, grouped, shapes
 from d2m_jax.sparsify.student import student_config
-from d2m_jax.training import hardware
 from d2m_jax.training.loop import check_batch
 from d2m_jax.training.optimizer import split
-from d2m_jax.training.plan import plan, table
 from d2m_jax.training.run import Flops, objective
 from d2m_jax.training.step import Step
 from d2m_jax.weights import model_directory

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from d2m_jax.training.hlo import CALLED, Computation, Instruction, bytes_of, parse, trips
+from d2m_jax.planning.hlo import CALLED, Computation, Instruction, bytes_of, parse, trips
 
 KINDS = (
     "all-gather",

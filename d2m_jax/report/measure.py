@@ -19,7 +19,7 @@ from d2m_jax.data import icons
 from d2m_jax.evaluate.benchmark import Scores
 from d2m_jax.evaluate.held_out import SPLITS, Inputs, noisy_batches, velocities
 from d2m_jax.evaluate.icons import Score, score
-from d2m_jax.evaluate.rows import Run
+from d2m_jax.report.rows import Run
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.grid import to_image
 from d2m_jax.sampling.pipeline import Pipeline

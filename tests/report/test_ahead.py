@@ -7,7 +7,8 @@ from dataclasses import replace
 import jax
 import pytest
 
-from d2m_jax.evaluate import ahead, held_out, latency, routing, rows
+from d2m_jax.evaluate import held_out, latency, routing
+from d2m_jax.report import ahead, rows
 from d2m_jax.sampling.encoders import Encoders
 
 

@@ -8,12 +8,12 @@ import rich.table
 from rich.text import Text
 
 from d2m_jax.data.icons import CATEGORIES
-from d2m_jax.evaluate.comparison import note
-from d2m_jax.evaluate.findings import Findings
 from d2m_jax.evaluate.held_out import BATCH
 from d2m_jax.evaluate.icons import Estimate
-from d2m_jax.evaluate.page import Table
-from d2m_jax.evaluate.rows import Row
+from d2m_jax.report.comparison import note
+from d2m_jax.report.findings import Findings
+from d2m_jax.report.page import Table
+from d2m_jax.report.rows import Row
 
 
 def costs(findings: Findings) -> Table:

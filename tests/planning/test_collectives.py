@@ -2,8 +2,8 @@
 
 import pytest
 
-from d2m_jax.training.collectives import collectives
-from tests.training import planned
+from d2m_jax.planning.collectives import collectives
+from tests.planning import planned
 
 
 @pytest.mark.parametrize("name", ["cpu", "v6e:2x4", "h100:8"])

@@ -6,8 +6,8 @@ from typing import Literal
 
 from d2m_jax.evaluate.held_out import BATCH
 from d2m_jax.evaluate.icons import Estimate, paired_difference
-from d2m_jax.evaluate.measure import Measured
-from d2m_jax.evaluate.rows import Row, Run
+from d2m_jax.report.measure import Measured
+from d2m_jax.report.rows import Row, Run
 
 SCORE_AIM, ERROR_AIM = 0.9, 0.8  # of the teacher's score, at least; of the rival's error, at most
 

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from d2m_jax import flow, weights
-from d2m_jax.evaluate import findings, held_out, latency, report, rows
-from d2m_jax.evaluate.accounting import account
-from d2m_jax.evaluate.measure import Bench
+from d2m_jax.evaluate import held_out, latency
+from d2m_jax.models.accounting import account
 from d2m_jax.models.flux import model_of
+from d2m_jax.report import findings, rows, write
+from d2m_jax.report.measure import Bench
 from d2m_jax.sampling.encoders import Encoders
 
 ROWS = [
@@ -42,7 +43,7 @@ def scores_of(directory) -> list:
 
 def test_report_of_a_run(make_run, capsys):
     directory = make_run()
-    report.write(directory, "train.py my_config.py")
+    write.write(directory, "train.py my_config.py")
     said = capsys.readouterr().out
     assert str(directory / "report.html") in said and "fitted, after mob" in said
 
@@ -108,7 +109,7 @@ def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch):
 
     monkeypatch.setattr(Bench, "_measure", dies)
     with pytest.raises(Killed):
-        report.write(directory)
+        write.write(directory)
     assert not (directory / "report.json").exists()
 
     def counts(self, config, params, prompts):
@@ -116,7 +117,7 @@ def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch):
         return measure(self, config, params, prompts)
 
     monkeypatch.setattr(Bench, "_measure", counts)
-    report.write(directory)
+    write.write(directory)
     assert len(measured) == len(ROWS) + 3  # and the top-k sweep's
     uninterrupted = scores_of(directory)
 
@@ -126,7 +127,7 @@ def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch):
     params["img_in"]["bias"] += jnp.float32(0.5)
     weights.save(directory / "models" / "mob", config, params)
     measured.clear()
-    report.write(directory)
+    write.write(directory)
     assert len(measured) == 2
     assert scores_of(directory)[:-1] == uninterrupted[:-1]
     assert scores_of(directory)[-1] != uninterrupted[-1]

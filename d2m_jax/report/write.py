@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from d2m_jax.config import ROOT
-from d2m_jax.evaluate import pictures, tables
-from d2m_jax.evaluate.findings import Findings, gather, to_json
 from d2m_jax.evaluate.held_out import BATCH
-from d2m_jax.evaluate.measure import Bench, write_whole
-from d2m_jax.evaluate.page import Picture, Table, page
-from d2m_jax.evaluate.rows import Row, read
+from d2m_jax.report import pictures, tables
+from d2m_jax.report.findings import Findings, gather, to_json
+from d2m_jax.report.measure import Bench, write_whole
+from d2m_jax.report.page import Picture, Table, page
+from d2m_jax.report.rows import Row, read
 
 
 def write(run_directory: Path | str, command: str | None = None) -> None:

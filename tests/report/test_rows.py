@@ -5,7 +5,7 @@ import json
 import pytest
 
 from d2m_jax.config import ConfigError
-from d2m_jax.evaluate import rows
+from d2m_jax.report import rows
 
 
 def test_history_goes_on_through_the_stages(tmp_path):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from d2m_jax.evaluate import routing
 from d2m_jax.evaluate.held_out import Inputs, compile_forward
-from d2m_jax.evaluate.rows import Run
+from d2m_jax.report.rows import Run
 
 THREADS = 2  # beside the one that measures: tracing holds Python's lock, compiling does not
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from d2m_jax.config import ModelConfig
 from d2m_jax.evaluate import benchmark, latency, routing
-from d2m_jax.evaluate.accounting import Account, account
-from d2m_jax.evaluate.ahead import compiled_ahead
-from d2m_jax.evaluate.comparison import By, Comparison, Verdict, compare, verdicts
 from d2m_jax.evaluate.held_out import BATCH
-from d2m_jax.evaluate.measure import Bench, Measured
-from d2m_jax.evaluate.rows import Row, Run
+from d2m_jax.models.accounting import Account, account
+from d2m_jax.report.ahead import compiled_ahead
+from d2m_jax.report.comparison import By, Comparison, Verdict, compare, verdicts
+from d2m_jax.report.measure import Bench, Measured
+from d2m_jax.report.rows import Row, Run
 
 FEWEST = 12  # prompts: two of each category, for a standard error
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from d2m_jax.training.hardware import parse
+from d2m_jax.planning.hardware import parse
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -9,9 +9,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from d2m_jax.data.icons import CATEGORIES, Scene
-from d2m_jax.evaluate.measure import Measured
 from d2m_jax.evaluate.routing import BINS, Group, Layer
-from d2m_jax.evaluate.rows import Row, Run
+from d2m_jax.report.measure import Measured
+from d2m_jax.report.rows import Row, Run
 
 COLOURS = ("#d62728", "#ff7f0e", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#e377c2")
 MARKERS = "osD^vPX*"

@@ -9,21 +9,21 @@ Activated are those that one token of one sample meets in a forward:
 
 FLOPs are those of the matrix products of one example's forward, two per multiply and add: every
 activated weight times the tokens that pass it (image, text, both, or one for what reads the global
-vector), and 4·N²·D per block for attention over N tokens. PAPER.md's table counts only attention
+vector), and 4·N²·D per block for attention over N tokens. The paper's table counts only attention
 and FFNs of the blocks, which is 24·D²·N + 4·N²·D for a dense one: `Account.paper_flops`.
 """
 
 import math
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from typing import Any
 
 import jax
 
 from d2m_jax.config import FluxConfig, ModelConfig
 from d2m_jax.models.flux import abstract
+from d2m_jax.models.size import activated_share, amount
 
-# PAPER.md's table by the names of the configs: activated parameters, FLOPs per forward.
+# The paper's table by the names of the configs: activated parameters, FLOPs per forward.
 PAPER = {
     "flux_dev": (11.90e9, 66.00e12),
     "flux_moe_l": (5.15e9, 43.42e12),
@@ -68,7 +68,7 @@ class Account:
 
     @property
     def paper_flops(self) -> int:
-        """FLOPs as PAPER.md counts them: attention and FFNs of the blocks."""
+        """FLOPs as the paper counts them: attention and FFNs of the blocks."""
         return self.parts["attention"].flops + self.parts["ffn"].flops
 
 
@@ -79,7 +79,7 @@ def account(
 ) -> Account:
     """Count a model over the tokens of one example.
 
-    Without numbers these are the ModelConfig's own, or for a bare FluxConfig those of PAPER.md's
+    Without numbers these are the ModelConfig's own, or for a bare FluxConfig those of the paper's
     table: 4096 for 1024 × 1024 pixels, and 77.
     """
     if isinstance(config, ModelConfig):
@@ -90,7 +90,7 @@ def account(
     parts = dict.fromkeys(PARTS, Cost())
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)):
         names = [key.key for key in path]
-        activated = int(leaf.size * _share(config, names))
+        activated = int(leaf.size * activated_share(config, names))
         tokens = _tokens(names, image_tokens, text_tokens) if "kernel" in names[-1] else 0
         parts[_part(names)] += Cost(leaf.size, activated, 2 * activated * tokens)
     blocks = sum(stack.groups * stack.active for stack in config.stacks)
@@ -108,17 +108,17 @@ def flops_per_example(config: FluxConfig, image_tokens: int, text_tokens: int) -
 
 
 def table(name: str, account: Account) -> str:
-    """An account for people; figures of PAPER.md stand beside those of a model it names."""
+    """An account for people; the paper's figures stand beside those of a model it names."""
     n, image, text = account.tokens, account.image_tokens, account.text_tokens
     lines = [
         f"{name}, one forward of N = {n} tokens ({image} image, {text} text)",
         f"{'':12}{'parameters':>12}{'activated':>12}{'FLOPs':>12}",
     ]
     for part, cost in [*account.parts.items(), ("total", account.total)]:
-        amounts = _amount(cost.parameters), _amount(cost.activated), _amount(cost.flops, "G")
+        amounts = amount(cost.parameters), amount(cost.activated), amount(cost.flops, "G")
         lines.append(f"{part:12}" + "".join(f"{amount:>12}" for amount in amounts))
     for row in comparison(name, account):
-        ours, paper = _amount(row["ours"]), _amount(row["paper"])
+        ours, paper = amount(row["ours"]), amount(row["paper"])
         lines.append(f"{row['what']}: {ours}, paper {paper} ({100 * row['difference']:+.1f} %)")
     return "\n".join(lines)
 
@@ -136,7 +136,7 @@ def to_json(name: str, account: Account) -> dict[str, Any]:
 
 
 def comparison(name: str, account: Account) -> list[dict[str, Any]]:
-    """Ours beside PAPER.md's figures for the model of that name, counted its way; else empty."""
+    """Ours beside the paper's figures for the model of that name, counted its way; else empty."""
     activated, flops = PAPER.get(name, (None, None))
     rows = [
         ("activated parameters", account.total.activated, activated),
@@ -147,23 +147,6 @@ def comparison(name: str, account: Account) -> list[dict[str, Any]]:
         for what, ours, paper in rows
         if paper is not None
     ]
-
-
-def _amount(value: float, giga: str = "B") -> str:
-    """1234567890 as 1.235 B."""
-    for unit, size in (("T", 1e12), (giga, 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3f} {unit}"
-    return str(value)
-
-
-def _share(config: FluxConfig, names: list) -> Fraction:
-    """The activated share of a parameter."""
-    if names[0] not in ("double", "single") or names[2] == "router":
-        return Fraction(1)
-    stack = getattr(config, names[0])[names[1]]
-    share = Fraction(stack.active, stack.blocks)
-    return share * Fraction(config.moe.top_k, config.moe.experts) if "experts" in names else share
 
 
 def _part(names: list) -> str:

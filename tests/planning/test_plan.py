@@ -2,8 +2,8 @@
 
 import pytest
 
-from d2m_jax.training.plan import needed_bytes
-from tests.training import planned
+from d2m_jax.planning.plan import needed_bytes
+from tests.planning import planned
 
 GIB = 2**30
 DIM, DEPTH = 64, 4

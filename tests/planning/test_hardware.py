@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from d2m_jax.config import ConfigError
-from d2m_jax.training.hardware import devices, link, parse
+from d2m_jax.planning.hardware import devices, link, parse
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from d2m_jax.config import (
     StackConfig,
     WordsConfig,
 )
-from d2m_jax.evaluate.accounting import (
+from d2m_jax.models.accounting import (
     PAPER,
     account,
     comparison,

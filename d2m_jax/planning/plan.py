@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from d2m_jax.training.collectives import Collective, collectives
-from d2m_jax.training.hardware import GIB, Topology, link
+from d2m_jax.planning.collectives import Collective, collectives
+from d2m_jax.planning.hardware import GIB, Topology, link
 
 # By default XLA's CPU compiler moves casts of whole stacks of parameters out of a scan.
 CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}

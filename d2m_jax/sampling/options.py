@@ -1,0 +1,137 @@
+"""What a user asks of a pipeline, checked before any work: numbers, lists of prompts, files."""
+
+import codecs
+import math
+import re
+from collections.abc import Iterable
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2m_jax.config import ConfigError, check
+
+# The least and the most that any model takes, both included.
+WHOLE = {
+    "height": (1, 16_384),  # pixels
+    "width": (1, 16_384),
+    "steps": (1, 1000),  # as many as diffusers' schedulers have times
+    "seed": (0, 2**32 - 1),  # JAX would cut a larger one to its last 32 bits
+    "reuse": (1, None),
+    "max_sequence_length": (1, 512),  # tokens of T5: FLUX.1 saw no more, and diffusers takes none
+    "batch_size": (1, None),
+    "tile": (4, None),  # latents
+}
+REAL = {"guidance": (0, None), "true_cfg": (0, None)}
+NEEDED = ("seed", "reuse", "true_cfg")  # the others are the model's own where they are None
+# Byte-order marks; UTF-32's begins with UTF-16's.
+MARKS = {
+    codecs.BOM_UTF8: "UTF-8",
+    codecs.BOM_UTF32_LE: "UTF-32-LE",
+    codecs.BOM_UTF32_BE: "UTF-32-BE",
+    codecs.BOM_UTF16_LE: "UTF-16-LE",
+    codecs.BOM_UTF16_BE: "UTF-16-BE",
+}
+
+
+def check_options(**options: Any) -> None:
+    """Raise ConfigError for options of Pipeline that no model takes: another type, NaN, a number
+    out of bounds. None passes where it is a default."""
+    for name, value in options.items():
+        if value is None and name not in NEEDED:
+            continue
+        if name == "top_k":
+            for k in several(value):
+                if k is not None:
+                    _check_number(name, k, (0, None), Integral)
+        elif name in WHOLE:
+            _check_number(name, value, WHOLE[name], Integral)
+        else:
+            _check_number(name, value, REAL[name], Real)
+    top_k, steps = several(options.get("top_k")), options.get("steps")
+    check(len(top_k) > 0, "top_k: found no number, expected at least one")
+    check(
+        steps is None or len(top_k) <= int(steps),
+        f"top_k: found {len(top_k)} numbers, expected one per step at most, and steps = {steps}",
+    )
+
+
+def several(value: Any) -> tuple:
+    """One number, or those of a sequence, as a tuple."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    one = isinstance(value, str | bytes) or not isinstance(value, Iterable)
+    return (value,) if one else tuple(value)
+
+
+def _check_number(name: str, value: Any, bounds: tuple, kind: type) -> None:
+    low, high = bounds
+    what = "a whole number" if kind is Integral else "a number"
+    expected = (
+        f"expected {what} {f'of at least {low}' if high is None else f'from {low} to {high}'}"
+    )
+    # To Python a truth value is a whole number.
+    right = isinstance(value, kind) and not isinstance(value, bool)
+    check(right, f"{name} = {value!r}: found {type(value).__name__}, {expected}")
+    # NaN is neither finite nor within bounds.
+    within = math.isfinite(value) and low <= value and (high is None or value <= high)
+    check(bool(within), f"{name} = {value}: {expected}")
+
+
+def captions_of(prompts: Any, name: str = "prompts") -> list[str]:
+    """One prompt, or those of any iterable, as a list. ConfigError names what is no text."""
+    if isinstance(prompts, np.ndarray):
+        prompts = prompts.tolist()
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    found = type(prompts).__name__
+    check(
+        isinstance(prompts, Iterable) and not isinstance(prompts, bytes | dict),
+        f"{name}: found {found}, expected a string or a list of strings",
+    )
+    captions = list(prompts)
+    check(len(captions) > 0, f"{name}: found none, expected at least one")
+    for i, caption in enumerate(captions):
+        found = type(caption).__name__
+        check(isinstance(caption, str), f"{name}[{i}]: found {found}, expected a string")
+        # What a terminal could not decode.
+        damaged = re.search("[\ud800-\udfff]", caption)
+        check(not damaged, f"{name}[{i}] = {caption!r}: expected text, found a byte that is none")
+    return [str(caption) for caption in captions]
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a text file, one a line; what is blank is no prompt.
+
+    UTF-8, with a byte-order mark or without; UTF-16 and UTF-32 with one. ConfigError names the line
+    that is something else: to guess at its encoding would change words without a word.
+    """
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file, expected one prompt a line") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
+    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
+    encoding, data = MARKS.get(mark, "UTF-8"), data[len(mark) :]
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode(encoding)
+        byte = f"byte 0x{data[error.start]:02x}"
+        raise ConfigError(
+            f"{file}, line {len(_lines(before))}: {byte} is not {encoding}; save the file as UTF-8"
+        ) from None
+    lines = _lines(text)
+    for i, line in enumerate(lines, 1):
+        what = "a NUL byte, as in UTF-16 without its byte-order mark"
+        check("\0" not in line, f"{file}, line {i}: {what}; save the file as UTF-8")
+    # Files that were joined have marks within.
+    lines = [line.replace("\ufeff", "").strip() for line in lines]
+    return [line for line in lines if line]
+
+
+def _lines(text: str) -> list[str]:
+    # Not str.splitlines, to which U+2028 and others within a prompt are ends of lines too.
+    return re.split("\r\n|\r|\n", text)
