@@ -153,14 +153,13 @@ def _without_start(where: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
         if short in found:
             raise ConfigError(f"{where}: holds {short} twice, as {names[short]} and as {name}")
         found[short], names[short] = tensor, name
-        before = unwrapped(name)[0]
-        before = before if _plain(before) == start else ""
-        cut |= dict.fromkeys([before] if before else [])
-        inside = name.removeprefix(before).split(".")
-        cut |= dict.fromkeys(f"{part}." for part in inside if part in WRAPPERS)
-    cut = [part for part in cut if part not in USUAL]
+        before, rest = unwrapped(name)
+        if rest == short:
+            inside = name.removeprefix(before).split(".")
+            parts = [before, *(f"{part}." for part in inside if part in WRAPPERS)]
+            cut |= dict.fromkeys(part for part in parts if part not in ("", *USUAL))
     if cut:
-        hosts.say(f"{where}: read without what a tool put into its names: {listed(cut)}")
+        hosts.say(f"{where}: read without what a tool put into its names: {listed(list(cut))}")
     if outside:
         hosts.say(f"{where}: ignored {len(outside)} tensors beside {start}…: {listed(outside)}")
     return found
