@@ -137,15 +137,17 @@ def test_damaged_numbers(tmp_path, export):
             convert.convert(file, out, export=export)
         assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     # Finite numbers of which a LoRA makes infinities have no other name than the output's.
+    # BFL's layout has it in one tensor with others that are finite.
+    layer = "single_transformer_blocks.0.attn.to_q"
     safetensors.write(file, state)
     safetensors.write(
         tmp_path / "lora.safetensors",
         {
-            "transformer.proj_out.lora_A.weight": np.full((1, 32), 1e30, np.float32),
-            "transformer.proj_out.lora_B.weight": np.full((12, 1), 1e30, np.float32),
+            f"transformer.{layer}.lora_A.weight": np.full((1, 32), 1e30, np.float32),
+            f"transformer.{layer}.lora_B.weight": np.full((32, 1), 1e30, np.float32),
         },
     )
-    with pytest.raises(ConfigError, match="(final_layer.linear|proj_out).* not finite"):
+    with pytest.raises(ConfigError, match="(linear1|qkv|to_q).* is not finite"):
         convert.convert(file, out, export=export, loras=[(tmp_path / "lora.safetensors", 1.0)])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "lora.safetensors"]
 
