@@ -13,6 +13,7 @@ from d2m_jax.config import MeshConfig, check
 from d2m_jax.sampling import grid, pipeline
 from d2m_jax.sampling.options import captions_of, check_options, read_prompts
 from d2m_jax.sharding import make_mesh
+from d2m_jax.weights.output import check_writable
 
 # Of Arguments, what Pipeline takes under the same name.
 OPTIONS = (
@@ -73,10 +74,7 @@ def prompts_of(parsed: Arguments) -> list[str]:
     if parsed.prompts is not None:
         prompts += read_prompts(parsed.prompts)
     check(len(prompts) > 0, "--prompt, --prompts: expected at least one prompt, found none")
-    check(
-        parsed.output.is_dir() or not parsed.output.exists(),
-        f"--output {parsed.output}: expected a folder, found a file",
-    )
+    check_writable(parsed.output / "grid.png")
     return captions_of(prompts, "--prompt")
 
 

@@ -54,6 +54,10 @@ def main(arguments: Sequence[str]) -> None:
     if parsed.plan:
         from d2m_jax.models.accounting import flops_per_example
         from d2m_jax.planning.dry_run import dry_run
+        from d2m_jax.weights.output import check_writable
+
+        if parsed.output is not None:
+            check_writable(parsed.output)
 
         load = command_line.load_config
         dry_run(parsed.config, parsed.topology, flops_per_example, load, parsed.output)
@@ -63,7 +67,8 @@ def main(arguments: Sequence[str]) -> None:
     from d2m_jax.models import accounting
     from d2m_jax.report import write
     from d2m_jax.sharding import use_cores
-    from d2m_jax.training import run
+    from d2m_jax.training import lock, run
+    from d2m_jax.weights.output import full_disk
 
     use_cores(parsed.config.quick_compilation)
     run_directory = parsed.run_dir or Path("runs") / parsed.config.name
@@ -71,9 +76,10 @@ def main(arguments: Sequence[str]) -> None:
     who = parsed.coordinator, parsed.processes, parsed.process, parsed.host_timeout
     with hosts.joined(*who):
         hosts.agree({"config": to_json(parsed.config), "run_dir": str(run_directory)})
-        run.run(parsed.config, run_directory, accounting.flops_per_example)
-        if parsed.config.teacher is not None:
-            hosts.by_first(lambda: write.write(run_directory, command))
+        with lock.held(run_directory), full_disk(run_directory, run.KEPT):
+            run.run(parsed.config, run_directory, accounting.flops_per_example)
+            if parsed.config.teacher is not None:
+                hosts.by_first(lambda: write.write(run_directory, command))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import pytest
 from einops import rearrange
 
 from d2m_jax import flow
+from tests.seed import generator
 
 
 def test_path_runs_from_data_to_noise_at_the_velocity():
-    rng = np.random.default_rng(0)
+    rng = generator()
     data, noise = (jnp.asarray(rng.normal(size=(3, 4, 2)), jnp.float32) for _ in range(2))
     t = jnp.asarray([0.0, 0.25, 1.0])
     x = flow.mix(data, noise, t)
@@ -58,7 +59,7 @@ def test_pack_has_bfl_layout_and_unpack_undoes_it():
 
 
 def test_pack_with_a_larger_patch():
-    image = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 12, 3)), jnp.float32)
+    image = jnp.asarray(generator().normal(size=(1, 8, 12, 3)), jnp.float32)
     assert flow.pack(image, 4).shape == (1, 6, 48)
     np.testing.assert_array_equal(flow.unpack(flow.pack(image, 4), 8, 12, 4), image)
 

@@ -1,10 +1,12 @@
 """A run: data, stages, losses, how a student is cut, the mesh."""
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from d2m_jax.config.errors import check
+from d2m_jax.config.errors import check, check_at_least
 from d2m_jax.config.models import ModelConfig, MoEConfig
 
 
@@ -17,6 +19,10 @@ class IconsConfig:
     seed: int = 0
     train_size: int = 10_000_000  # scenes per epoch: each is rendered from its index
     workers: int = 0  # grain worker processes; 0 renders in threads of this process
+
+    def __post_init__(self):
+        check_at_least(self, 1, "glyphs", "train_size")
+        check_at_least(self, 0, "seed", "workers")
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,16 @@ class OptimizerConfig:
     ema: float = 0.0  # decay of the running average that is evaluated and saved; 0 turns it off
     rates: Mapping[str, float] = field(default_factory=dict)  # name pattern → factor on the rate
 
+    def __post_init__(self):
+        check_at_least(self, 0, "learning_rate", "warmup", "final_rate", "weight_decay", "clip")
+        check_at_least(self, 1, "accumulate")
+        for name in ("b1", "b2", "ema"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"OptimizerConfig.{name} = {value}: expected 0 to less than 1")
+        for pattern, rate in self.rates.items():
+            finite = 0 <= rate < math.inf
+            check(finite, f"OptimizerConfig.rates[{pattern!r}] = {rate}: expected at least 0")
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -45,6 +61,9 @@ class LossConfig:
     balance: float = 1e-2
     block_balance: float = 1e-2
     timesteps: Literal["uniform", "logit_normal"] = "uniform"  # before the model's shift
+
+    def __post_init__(self):
+        check_at_least(self, 0, "output", "feature", "balance", "block_balance")
 
 
 @dataclass(frozen=True)
@@ -62,10 +81,16 @@ class StageConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; the rest stays float32
     remat: bool = True
-    log_every: int = 10
+    log_every: int = 10  # 0: with evaluations only
     evaluate_every: int = 250  # held-out loss; decides the best checkpoint
     checkpoint_every: int = 250
     sample_every: int = 0  # sample grids of fixed prompts; 0 turns them off
+
+    def __post_init__(self):
+        check_at_least(self, 1, "steps", "batch_size")
+        check_at_least(self, 0, "log_every", "evaluate_every", "checkpoint_every", "sample_every")
+        top_k = self.top_k
+        check(top_k is None or top_k >= 0, f"StageConfig.top_k = {top_k}: expected at least 0")
 
 
 @dataclass(frozen=True)
@@ -97,6 +122,10 @@ class SparsifyConfig:
     batches: int = 16  # calibration
     batch_size: int = 64
     tokens: int = 4096  # calibration tokens per FFN for clusters and gates
+
+    def __post_init__(self):
+        check_at_least(self, 1, "batches", "batch_size", "tokens")
+        check(self.mlp_ratio > 0, f"SparsifyConfig.mlp_ratio = {self.mlp_ratio}: expected above 0")
 
 
 @dataclass(frozen=True)
@@ -144,13 +173,25 @@ class RunConfig:
             " train from scratch), " + ("found neither" if self.teacher is None else "found both"),
         )
         check(len(self.stages) > 0, "RunConfig.stages: expected at least one stage, found none")
-        for name, stage in self.stages.items():
-            check(
-                stage.kind == ("flow" if self.teacher is None else "distill"),
-                f"RunConfig.stages.{name}.kind = {stage.kind}: "
-                + (
-                    "training from scratch is 'flow'"
-                    if self.teacher is None
-                    else "a student is trained by 'distill'"
-                ),
-            )
+        check_at_least(self, 0, "seed")
+        check_at_least(self, 1, "keep_checkpoints", "evaluate_prompts", "held_out_batches")
+        for name in self.rivals:
+            _check_name(f"rivals.{name}", name)
+        students = {"": self.stages} | {f"rivals.{n}.": r.stages for n, r in self.rivals.items()}
+        kind = "flow" if self.teacher is None else "distill"
+        why = (
+            "training from scratch is 'flow'"
+            if self.teacher is None
+            else "a student is trained by 'distill'"
+        )
+        for where, stages in students.items():
+            for name, stage in stages.items():
+                field = f"{where}stages.{name}"
+                _check_name(field, name)
+                check(stage.kind == kind, f"RunConfig.{field}.kind = {stage.kind}: {why}")
+
+
+def _check_name(field: str, name: str) -> None:
+    """Stages and rivals name folders; `start` is the model before the first stage."""
+    fits = re.fullmatch(r"\w[\w.-]*", name) is not None and name != "start"
+    check(fits, f"RunConfig.{field}: expected letters, digits, _, - and ., and not start")

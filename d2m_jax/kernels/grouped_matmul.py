@@ -36,35 +36,39 @@ def reference(
     return jnp.einsum("rd,gdf,rg->rf", x, w, chosen)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_matmul(
-    x: Float[Array, "r d"], w: Float[Array | QArray, "g d f"], sizes: Int[Array, " g"], way: str
+    x: Float[Array, "r d"],
+    w: Float[Array | QArray, "g d f"],
+    sizes: Int[Array, " g"],
+    way: str,
+    cut: str | None = None,
 ) -> Float[Array, "r f"]:
     """The rows of group i times w[i], in a way of WAYS (see `choose`).
 
     The first sizes[0] rows are those of group 0, and so on. Rows past the last group cost no work
     and give exactly zero; so does their gradient. With a quantised w there is none, and rows are
-    quantised too where the way takes that.
+    quantised too where the way takes that; `cut` as in kernels/quantized.py's per_token.
     """
-    a, b = _operands(x, w, way)
+    a, b = _operands(x, w, way, cut)
     return _only_rows(_alone(WAYS[way].rows, transpose=False)(a, b, sizes), sizes).astype(x.dtype)
 
 
-def _operands(x, w, way: str):
+def _operands(x, w, way: str, cut: str | None):
     if not isinstance(w, QArray):
         return x, w
     if WAYS[way].quantized:
-        return per_token(x, w), w
+        return per_token(x, w, cut), w
     cost = "their kernels are made wide again before each product: saves memory, not time"
     log_once(__name__, f"quantised experts: {way} takes none; {cost}", logging.WARNING)
     return x, plain(w, x.dtype)
 
 
-def _forward_rule(x, w, sizes, way):
-    return grouped_matmul(x, w, sizes, way), (x, w, sizes)
+def _forward_rule(x, w, sizes, way, cut):
+    return grouped_matmul(x, w, sizes, way, cut), (x, w, sizes)
 
 
-def _backward_rule(way, residuals, dy):
+def _backward_rule(way, cut, residuals, dy):
     x, w, sizes = residuals
     dx = _only_rows(_alone(WAYS[way].rows, transpose=True)(dy, w, sizes), sizes)
     dw = _alone(WAYS[way].weights)(x, dy, sizes)

@@ -7,6 +7,7 @@ int32 or float32, and scaled after. There are no gradients: train first, then qu
 
 import logging
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -66,13 +67,29 @@ def quantized(params: Any, kind: str, release: bool = False) -> Any:
 @partial(jax.jit, static_argnums=1)
 def _quantized(w, dtype) -> QArray:
     kept = [axis for axis in range(w.ndim) if axis != w.ndim - 2]
-    return qwix.quantize(w.astype(jnp.float32), dtype, channelwise_axes=kept)
+    return _symmetric(w.astype(jnp.float32), dtype, kept)
 
 
-def per_token(x: Float[Array, "*n i"], w: QArray) -> QArray:
-    """Activations in the type of the kernel that they will meet, with one scale per token."""
-    kept = range(x.ndim - 1)
-    return qwix.quantize(x.astype(jnp.float32), w.qtype, channelwise_axes=kept)
+def _symmetric(x, dtype, kept) -> QArray:
+    # qwix puts the largest number of int8 half way between two steps, 127.5, where the last bit of
+    # a float32 decides between -127 and -128: so would every device and every order of sums.
+    factor = 127.5 / 127 if dtype == jnp.int8 else 1
+    return qwix.quantize(x, dtype, channelwise_axes=kept, calibration_method=f"absmax,{factor}")
+
+
+def per_token(x: Float[Array, "*n i"], w: QArray, cut: str | None = None) -> QArray:
+    """Activations in the type of the kernel that they will meet, with one scale per token.
+
+    Inside shard_map, `cut` is the mesh axis that cuts the last axis of x, or None: a token has the
+    same scale on all of its devices, as on one device.
+    """
+    x, kept = x.astype(jnp.float32), range(x.ndim - 1)
+    if cut is None:
+        return _symmetric(x, w.qtype, kept)
+    # qwix takes no scale: the largest number of all devices lies beside those of this one.
+    largest = jax.lax.pmax(jnp.abs(x).max(-1, keepdims=True), cut)
+    y = _symmetric(jnp.append(x, largest, -1), w.qtype, kept)
+    return replace(y, qvalue=y.qvalue[..., :-1])
 
 
 def product(x: Array | QArray, w: Array | QArray) -> Array:
@@ -84,10 +101,12 @@ def product(x: Array | QArray, w: Array | QArray) -> Array:
     return qwix.dot_general(x, w, axes, preferred_element_type=jnp.float32)
 
 
-def dot(x: Float[Array, "*n i"], w: Float[Array | QArray, "i ..."]) -> Array:
-    """x w in the dtype of x, over the last axis of x and the first of w."""
+def dot(
+    x: Float[Array, "*n i"], w: Float[Array | QArray, "i ..."], cut: str | None = None
+) -> Array:
+    """x w in the dtype of x, over the last axis of x and the first of w; `cut` as in per_token."""
     if isinstance(w, QArray):
-        return product(per_token(x, w), w).astype(x.dtype)
+        return product(per_token(x, w, cut), w).astype(x.dtype)
     return product(x, w.astype(x.dtype))
 
 

@@ -129,32 +129,42 @@ def run_own_experts(implementation: str, whole: tuple[int, int], x, chosen, weig
         )
         chosen = chosen - jax.lax.axis_index("expert") * mine
         chosen = jnp.where((chosen >= 0) & (chosen < mine), chosen, mine)
-    y = run_experts(implementation, (x, chosen, weight), own, experts)
+    cut = "tensor" if neurons < width else None
+    y = run_experts(implementation, (x, chosen, weight), own, experts, cut)
     if mine < experts:
         y = jax.lax.psum_scatter(y, "expert", tiled=True)
-    return jax.lax.psum(y, "tensor") if neurons < width else y
+    return jax.lax.psum(y, cut) if cut else y
 
 
 def run_experts(
-    implementation: str, samples: tuple, experts: tuple, among: int | None = None
+    implementation: str,
+    samples: tuple,
+    experts: tuple,
+    among: int | None = None,
+    cut: str | None = None,
 ) -> Float[Array, "b n d"]:
     """Σ_k weight · expert(x) of samples (x, chosen, weight), in the way asked for or fit.
 
     Where these are some `among` more experts, the id after the last marks a choice of another
-    device's expert: it adds exactly zero, to gradients too, and costs no matmul.
+    device's expert: it adds exactly zero, to gradients too, and costs no matmul. `cut` is the mesh
+    axis over which devices have other neurons of them, or None.
     """
     x, chosen, weight = samples
     tokens, k = x.shape[0] * x.shape[1], chosen.shape[-1]
     # A short sequence is cheaper with all experts masked (benchmarks/ffn.py).
     few = tokens < SPARSE_TOKENS or k >= (among or experts[0].shape[0])
     way = "reference" if implementation == "auto" and few else choose(implementation)
-    plain = {"reference": reference_experts, "tiled": partial(tiled_experts, among)}
-    function = plain.get(way) or partial(sorted_experts, way)
+    plain = {
+        "reference": partial(reference_experts, cut),
+        "tiled": partial(tiled_experts, among, cut),
+    }
+    function = plain.get(way) or partial(sorted_experts, way, cut)
     flat = x.reshape(tokens, -1), chosen.reshape(tokens, k), weight.reshape(tokens, k)
     return function(*flat, *experts).reshape(x.shape)
 
 
 def reference_experts(
+    cut: str | None,
     x: Float[Array, "t d"],
     chosen: Int[Array, "t k"],
     weight: Float[Array, "t k"],
@@ -167,7 +177,7 @@ def reference_experts(
     masked = (jax.nn.one_hot(chosen, in_kernel.shape[0]) * weight[..., None]).sum(1)
     if isinstance(in_kernel, QArray):  # whose scales differ by expert: summed over them after
         hidden = jax.nn.gelu(jax.vmap(dot, (None, 0), 1)(x, in_kernel) + in_bias, approximate=True)
-        out = jax.vmap(dot, (1, 0), 1)(hidden, out_kernel)
+        out = jax.vmap(partial(dot, cut=cut), (1, 0), 1)(hidden, out_kernel)
         return jnp.einsum("ted,te->td", out, masked.astype(x.dtype))
     hidden = jax.nn.gelu(jnp.einsum("td,edf->tef", x, in_kernel) + in_bias, approximate=True)
     return jnp.einsum("tef,efd->td", hidden * masked[..., None].astype(x.dtype), out_kernel)
@@ -175,22 +185,24 @@ def reference_experts(
 
 def tiled_experts(
     among: int | None,
+    cut: str | None,
     x: Float[Array, "t d"],
     chosen: Int[Array, "t k"],
     weight: Float[Array, "t k"],
     *experts: Array | QArray,
 ) -> Float[Array, "t d"]:
     """The same with only the chosen experts' work, for a CPU: tiles of each one's tokens."""
-    return chosen_experts(_expert, x, chosen, weight, experts, among)
+    return chosen_experts(partial(_expert, cut), x, chosen, weight, experts, among)
 
 
-def _expert(x, weight, in_kernel, in_bias, out_kernel):
+def _expert(cut, x, weight, in_kernel, in_bias, out_kernel):
     hidden = jax.nn.gelu(dot(x, in_kernel) + in_bias, approximate=True)
-    return dot(hidden * weight[:, None].astype(x.dtype), out_kernel)
+    return dot(hidden * weight[:, None].astype(x.dtype), out_kernel, cut)
 
 
 def sorted_experts(
     way: str,
+    cut: str | None,
     x: Float[Array, "t d"],
     chosen: Int[Array, "t k"],
     weight: Float[Array, "t k"],
@@ -204,7 +216,7 @@ def sorted_experts(
     hidden = grouped_matmul(spread(x, order, row), in_kernel, sizes, way) + one_hot @ in_bias
     weights = take(weight.reshape(-1), order)[:, None].astype(x.dtype)
     hidden = jax.nn.gelu(hidden, approximate=True) * weights
-    return collect(grouped_matmul(hidden, out_kernel, sizes, way), order, row)
+    return collect(grouped_matmul(hidden, out_kernel, sizes, way, cut), order, row)
 
 
 def sort(

@@ -40,7 +40,7 @@ from d2m_jax.sharding import (
     whole,
 )
 from d2m_jax.weights import model_directory, torch_import
-from d2m_jax.weights.encoders import is_pipeline, model_config, pipeline_folder
+from d2m_jax.weights.encoders import FOLDERS, is_pipeline, model_config, pipeline_folder
 
 BATCH_TOKENS = 2048  # image tokens of a batch where no size is asked for
 # Times are filled up to a multiple, so that one program serves all numbers of steps up to it. Of
@@ -307,7 +307,9 @@ def load_pipeline(
     else:
         folder = pipeline_folder(path)
         source = torch_import.open_source(folder)
-        whole = folder if is_pipeline(folder) else None
+        # Of a FluxPipeline that lacks a part, model_config says which.
+        part = any((folder / name).is_dir() for name in FOLDERS) and encoders is None
+        whole = folder if part or is_pipeline(folder) else None
         config = source.model or model_config(source.config, whole)
         config = _with_encoders(path, config, encoders)
         params = torch_import.load(source.parameters(), abstract(source.config), place)

@@ -1,12 +1,18 @@
 """Prompts to token ids, by transformers' tokenizers of CLIP and T5 (no torch needed)."""
 
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from d2m_jax.config import ConfigError, PromptsConfig
+from d2m_jax.config import ConfigError, PromptsConfig, check
+
+SPIECE = "spiece.model"
+# Any of these sets of files is the vocabulary of CLIP or T5.
+VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {SPIECE})
 
 
 class Tokenizers:
@@ -19,17 +25,11 @@ class Tokenizers:
     def loaded(self) -> dict:
         """Both, by the names of their encoders. ConfigError where they cannot be read."""
         # It takes a second, and only those who have prompts need it.
-        from transformers import AutoTokenizer
+        from transformers import CLIPTokenizer, T5Tokenizer
 
-        found = {}
-        for name, part in (("clip", "tokenizer"), ("t5", "tokenizer_2")):
-            try:
-                found[name] = AutoTokenizer.from_pretrained(self.folder / part)
-            except Exception as error:  # each tokenizer has its own
-                line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-                where = self.folder / part
-                raise ConfigError(f"{where}: expected a tokenizer, found none ({line})") from None
-        return found
+        # Named as a FluxPipeline does, for tokenizer.json alone does not say how to pad.
+        kinds = {"clip": (CLIPTokenizer, "tokenizer"), "t5": (T5Tokenizer, "tokenizer_2")}
+        return {name: _load(kind, self.folder / part) for name, (kind, part) in kinds.items()}
 
     def ids(
         self, captions: list[str], length: int | None = None
@@ -68,3 +68,19 @@ class Tokenizers:
         if name == "clip":
             return self.config.clip.max_position_embeddings
         return self.config.length if length is None else length
+
+
+def _load(kind: Any, folder: Path) -> Any:
+    files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    whole = any(names <= files for names in VOCABULARIES)
+    check(whole, f"{folder}: expected a tokenizer (tokenizer.json), found none")
+    if "tokenizer.json" not in files and SPIECE in files and not find_spec("sentencepiece"):
+        raise ConfigError(
+            f"{folder}: {SPIECE} without tokenizer.json needs a package that is not here: pip"
+            " install sentencepiece protobuf"
+        )
+    try:
+        return kind.from_pretrained(folder)
+    except Exception as error:  # each tokenizer has its own
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise ConfigError(f"{folder}: the tokenizer cannot be read ({line})") from None

@@ -15,7 +15,11 @@ from orbax.checkpoint import checkpoint_managers
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, RunConfig, differences, to_json
+from d2m_jax.weights import blocks
 from d2m_jax.weights.named_arrays import fingerprint, names, restructure
+
+# What a run directory holds once something was made in it.
+BEGUN = ("checkpoints", "metrics.jsonl", "models", "rivals", "model")
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,7 @@ class Checkpoints:
         state, damage = None, None
         try:
             # Not by the manager: it would wait for a process whose part is damaged.
-            named = ocp.StandardCheckpointHandler().restore(
-                self.directory / str(step) / "state", args=ocp.args.StandardRestore(target)
-            )
-            state = restructure(like, named)
+            state = restructure(like, blocks.read(self.directory / str(step) / "state", target))
         except Exception as error:  # Orbax and tensorstore each have their own
             damage = _line(error)
         damage = next(filter(None, hosts.gather(damage)), None)
@@ -186,14 +187,16 @@ def _appears(file: Path) -> bool:
 def _open_run(directory: Path, config: RunConfig) -> Path:
     file = directory / "config.json"
     mine = json.loads(json.dumps(to_json(config)))
-    if file.exists():
+    # A run that failed before its first training has nothing that another config would spoil.
+    begun = any((directory / name).exists() for name in BEGUN)
+    if file.exists() and begun:
         try:
             theirs = json.loads(file.read_text())
         except ValueError as error:
             raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
         free = ("mesh", "keep_checkpoints")
         refuse_other(file, *({k: v for k, v in c.items() if k not in free} for c in (theirs, mine)))
-    elif (directory / "checkpoints").exists() or (directory / "metrics.jsonl").exists():
+    elif begun:
         raise ConfigError(
             f"{directory}: holds a run without config.json; expected a free directory"
         )

@@ -145,7 +145,7 @@ def train_stage(
                 batch = None
                 if pending:
                     read(*pending)
-                    if pending[0] % stage.log_every == 0:
+                    if _every(stage.log_every, pending[0]):
                         log(pending[0])
                 pending = (step, values)
                 evaluate_now, sample_now, save_now = due = _due(stage, step)
@@ -158,7 +158,7 @@ def train_stage(
                     result = evaluate(trained(state), frozen, constants)
                     if not np.isfinite(result["held_out"]):
                         raise not_finite(step, f"held-out loss is {result['held_out']}")
-                if evaluate_now or step % stage.log_every == 0:
+                if evaluate_now or _every(stage.log_every, step):
                     log(step, result)
                 if sample_now and sample:
                     sample(whole(), step)
@@ -203,15 +203,15 @@ def _due(stage: StageConfig, step: int) -> tuple[bool, bool, bool]:
     """Whether to evaluate, to draw samples and to save after this step; 0 means at the end only,
     for samples never."""
     last = step == stage.steps
-
-    def now(every: int) -> bool:
-        return bool(every) and (last or step % every == 0)
-
     return (
-        last or now(stage.evaluate_every),
-        now(stage.sample_every),
-        last or now(stage.checkpoint_every),
+        last or _every(stage.evaluate_every, step),
+        bool(stage.sample_every) and (last or _every(stage.sample_every, step)),
+        last or _every(stage.checkpoint_every, step),
     )
+
+
+def _every(count: int, step: int) -> bool:
+    return count > 0 and step % count == 0
 
 
 def check_batch(name: str, stage: StageConfig, mesh: Mesh) -> None:

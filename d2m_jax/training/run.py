@@ -47,6 +47,7 @@ from d2m_jax.training.step import Loss
 from d2m_jax.weights import model_directory
 from d2m_jax.weights.named_arrays import names, restructure
 
+KEPT = "the last whole checkpoint is kept, start again to go on from it"
 SAMPLED_PROMPTS = 36  # in the grids that a training draws
 
 # FLOPs of one example's forward: (config, image tokens, text tokens) → count.

@@ -113,7 +113,7 @@ class Step:
             new = self._updated(state, gradients)
             metrics = metrics | {
                 "loss": value,
-                "gradient_norm": optax.global_norm(gradients),
+                "gradient_norm": optax.tree.norm(gradients),
                 "learning_rate": schedule(state["step"]),
                 "signal": signals.max(),
             }

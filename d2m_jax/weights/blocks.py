@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import itertools
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -145,3 +148,23 @@ def save_together(directory: Path, params: Mapping[str, jax.Array]) -> None:
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         arguments = ocp.args.StandardSave(dict(params))
         checkpointer.save(directory, args=arguments, custom_metadata=note)
+
+
+def read(directory: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Arrays by name, placed as `wanted` says. OSError with what Orbax says of damage.
+
+    Where one cannot be read, Orbax closes its event loop under the others, and Python would print
+    pages of what becomes of each, in threads and where objects are collected: they are not told.
+    """
+    before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        try:
+            arguments = ocp.args.StandardRestore(dict(wanted))
+            return ocp.StandardCheckpointHandler().restore(directory, args=arguments)
+        except Exception as error:  # Orbax and tensorstore each have their own
+            why = str(error).strip().split(" See full TensorStore")[0] or type(error).__name__
+        time.sleep(0.1)
+        gc.collect()
+    finally:
+        sys.unraisablehook = before
+    raise OSError(why)

@@ -53,6 +53,15 @@ def convert(
         not target.exists() or not Path(source).exists() or not target.samefile(source),
         f"{target}: expected another place than the source's",
     )
+    single = target.suffix.lower() in torch_import.FILES
+    if export == "bfl":
+        check(single, f"{target}: expected a name that ends in .safetensors")
+    else:
+        kind = "a model directory" if export is None else f"a folder (--export {export})"
+        check(not single, f"{target}: would be {kind}; for one file in BFL's layout --export bfl")
+    inside = Path(source).is_dir() and Path(source).resolve() in target.resolve().parents
+    check(not inside, f"{target}: expected a place outside of the source's folder")
+    output.check_writable(target)
     config, params = _open(source, dtype, loras)
     if encoders is not None:
         folder = pipeline_folder(encoders, transformer=False)
@@ -75,10 +84,6 @@ def convert(
             elif export == "torch":
                 torch_export.export_torch(target, config, params, advance, beside)
             elif export == "bfl":
-                check(
-                    target.suffix.lower() in torch_import.FILES,
-                    f"{target}: expected a name that ends in .safetensors",
-                )
                 torch_export.export_bfl(target, config.transformer, params, advance)
             else:
                 with output.new_directory(target, _is_diffusers, "folder of diffusers") as new:

@@ -1,6 +1,8 @@
 """Text encoders and autoencoder in a folder laid out as a diffusers FluxPipeline."""
 
 import json
+import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +19,32 @@ from d2m_jax.config import (
     check,
 )
 from d2m_jax.models import autoencoder, clip, t5
-from d2m_jax.weights import autoencoder_keys, key_table, text_encoder_keys, torch_import
+from d2m_jax.weights import autoencoder_keys, hub, key_table, text_encoder_keys, torch_import
 from d2m_jax.weights.named_arrays import sizes
 
 T5, CLIP, AUTOENCODER = "text_encoder_2", "text_encoder", "vae"
 FOLDERS = (CLIP, T5, AUTOENCODER, "tokenizer", "tokenizer_2", "scheduler")
 INDEX = "model_index.json"
 COPIED = (".json", ".safetensors", ".txt", ".model", ".jinja")
+PIPELINES = r"Flux(Kontext)?(Img2Img|Inpaint)?Pipeline"  # whose parts are FluxPipeline's
+# What diffusers' scheduler must say for the steps to be flow.schedule's; absent is the same.
+PLAIN = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
 # diffusers' shift by length that is FLUX.1 [dev]'s, flow.shift's None
 DYNAMIC = {
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
     "base_shift": 0.5,
     "max_shift": 1.15,
+    "time_shift_type": "exponential",
 }
 
 
@@ -49,6 +64,12 @@ def model_config(transformer: FluxConfig, folder: Path | None = None) -> ModelCo
     )
     if folder is None:
         return config
+    if (folder / INDEX).is_file():
+        kind = str(_json(folder / INDEX).get("_class_name"))
+        known = re.fullmatch(PIPELINES, kind)
+        check(
+            known is not None, f"{folder / INDEX}: _class_name = {kind!r}, expected 'FluxPipeline'"
+        )
     for name in FOLDERS:
         check((folder / name).is_dir(), f"{folder}: expected a folder {name} in it, found none")
     t5_file, clip_file, image_file = (
@@ -71,7 +92,7 @@ def pipeline_folder(source: Path | str, transformer: bool = True) -> Path:
     """A FluxPipeline's folder, downloaded where it names a Hugging Face repository; the
     transformer's part of that only where it is wanted."""
     parts = ("transformer", *FOLDERS) if transformer else FOLDERS
-    return torch_import.local(source, [f"{name}/*" for name in parts])
+    return hub.local(source, parts)
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -91,13 +112,19 @@ def copy_encoders(folder: Path, target: Path) -> None:
 
 
 def _shift(file: Path) -> float | None:
+    """The shift of a scheduler. ConfigError for settings that would make other images."""
     value = _json(file)
-    if not value.get("use_dynamic_shifting", False):
-        return float(value.get("shift", 1.0))
-    for name, expected in DYNAMIC.items():
+    dynamic = bool(value.get("use_dynamic_shifting", False))
+    for name, expected in (PLAIN | DYNAMIC if dynamic else PLAIN).items():
         found = value.get(name, expected)
-        check(found == expected, f"{file}: {name} = {found!r}, expected {expected!r}")
-    return None
+        same = found == expected or not (found or expected)  # null and 0 say False
+        check(same, f"{file}: {name} = {found!r}, expected {expected!r}")
+    if dynamic:
+        return None
+    shift = value.get("shift", 1.0)
+    number = isinstance(shift, (int, float)) and 0 < shift < math.inf
+    check(number, f"{file}: shift = {shift!r}, expected a number above 0")
+    return float(shift)
 
 
 def _json(file: Path) -> dict[str, Any]:

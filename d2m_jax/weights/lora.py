@@ -16,6 +16,7 @@ from d2m_jax.config import ConfigError, FluxConfig, check, suggestion
 from d2m_jax.models.flux import abstract
 from d2m_jax.weights import (
     flux_keys,
+    hub,
     key_table,
     lora_names,
     lora_strength,
@@ -129,8 +130,8 @@ def _say(line: str) -> None:
 
 
 def _file(path: Path) -> Path:
-    if not path.is_dir():
-        check(path.is_file(), f"{path}: no such file, expected a LoRA (.safetensors)")
+    path = hub.local(path)
+    if path.is_file():
         return path
     found = [path / name for name in FILES if (path / name).is_file()]
     found = found[:1] or sorted(path.glob("*.safetensors"))

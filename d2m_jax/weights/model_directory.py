@@ -72,6 +72,9 @@ def load_config(path: Path | str) -> ModelConfig:
     where it is missing or damaged."""
     file = Path(path) / "config.json"
     if not file.is_file():
+        if Path(path).is_file() or (Path(path) / "transformer").is_dir():
+            found = "a file" if Path(path).is_file() else "a FluxPipeline of diffusers"
+            raise ConfigError(_convert(path, found))
         found = "no config.json in it" if Path(path).is_dir() else "no such directory"
         raise ConfigError(
             f"{path}: expected a model directory (config.json and params/), found {found}"
@@ -80,10 +83,19 @@ def load_config(path: Path | str) -> ModelConfig:
         value = json.loads(file.read_text())
     except ValueError as error:
         raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
+    if isinstance(value, dict) and "_class_name" in value:
+        raise ConfigError(_convert(path, "a folder of diffusers"))
     config = from_json(ModelConfig, value, str(file))
     if config.encoders is None:
         return config
     return replace(config, encoders=os.path.abspath(Path(path) / config.encoders))
+
+
+def _convert(path: Path | str, found: str) -> str:
+    return (
+        f"{path}: expected a model directory, found {found}; make one of it with: python"
+        f" convert_torch_weights.py {path} OUTPUT"
+    )
 
 
 def placement(
@@ -118,8 +130,8 @@ def load(
     if not directory.is_dir():
         raise ConfigError(f"{path}: expected params/ beside config.json, found none")
     expected = abstract(config.transformer)
-    handler = ocp.StandardCheckpointHandler()
-    with ocp.Checkpointer(handler) as checkpointer, _told_by_all(directory):
+    reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    with reader as checkpointer, _told_by_all(directory):
         metadata = checkpointer.metadata(directory)
         stored, note = metadata.item_metadata, metadata.custom_metadata or {}
         if stored is None:
@@ -133,7 +145,7 @@ def load(
     }
     with _told_by_all(directory):
         # Not by the checkpointer: it would wait for a process whose part is damaged.
-        named = handler.restore(directory, args=ocp.args.StandardRestore(wanted))
+        named = blocks.read(directory, wanted)
     with _told_by_all(directory):
         whole = fingerprint(named) == note.get("fingerprint")
     if not whole:

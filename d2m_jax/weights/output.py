@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,21 @@ def check_space(path: Path, needed: int) -> None:
         )
 
 
+def check_writable(path: Path | str) -> None:
+    """Raise ConfigError where `path` and what its name needs cannot be made; leaves nothing."""
+    path = Path(os.path.abspath(path))
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()  # tells of a name that is too long
+        folder = next(p for p in path.parents if os.path.lexists(p))
+        if not folder.is_dir():
+            raise ConfigError(f"{path}: cannot be written: {folder} is a file, expected a folder")
+        with tempfile.TemporaryFile(dir=folder):  # what os.access says is not true for root
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 @contextlib.contextmanager
 def new_file(path: Path | str) -> Iterator[Path]:
     """A free name beside `path`; what was written there is `path` in the end, or gone on errors.
@@ -34,7 +50,7 @@ def new_file(path: Path | str) -> Iterator[Path]:
     path = Path(os.path.abspath(path))
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        with _full_disk(path):
+        with full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield new
             new.rename(path)
@@ -56,7 +72,7 @@ def new_directory(path: Path | str, replaces: Callable[[Path], bool], kind: str)
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(new, ignore_errors=True)
     try:
-        with _full_disk(path):
+        with full_disk(path):
             new.mkdir(parents=True)
             yield new
             if path.exists():
@@ -72,21 +88,22 @@ def new_directory(path: Path | str, replaces: Callable[[Path], bool], kind: str)
 
 
 @contextlib.contextmanager
-def _full_disk(path: Path) -> Iterator[None]:
-    """Orbax and tensorstore tell of a full disk in errors of their own."""
+def full_disk(path: Path, kept: str = "nothing was written") -> Iterator[None]:
+    """Make a FullDisk, or a ConfigError for a lack of permission, of what tells of it inside:
+    Orbax and tensorstore have errors of their own. `kept` says what is there then."""
     try:
         yield
     except FullDisk:  # of a file inside, whose name is a temporary one
-        raise _full(path) from None
+        raise _full(path, kept) from None
     except Exception as error:
         number = getattr(error, "errno", None)
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
         if full:
-            raise _full(path) from None
+            raise _full(path, kept) from None
         if number in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
         raise
 
 
-def _full(path: Path) -> FullDisk:
-    return FullDisk(f"{path}: the disk is full; nothing was written")
+def _full(path: Path, kept: str) -> FullDisk:
+    return FullDisk(f"{path}: the disk is full; {kept}")

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, check
 from d2m_jax.models.flux import Flux, abstract, model_of
 from d2m_jax.weights import (
     flux_keys,
+    hub,
     key_table,
     model_directory,
     recognise,
@@ -29,7 +30,7 @@ from d2m_jax.weights.key_table import Entry, Parameter, listed
 from d2m_jax.weights.named_arrays import names, restructure, sizes
 
 FILES = (".safetensors", ".sft")
-INDEX = ".safetensors.index.json"
+INDEX = r"\.safetensors\.index(\.[\w-]+)?\.json$"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def open_source(source: Path | str) -> Source:
     fit are listed. One line on stderr each tells of names that were read without what a tool put
     into them, and of tensors that were ignored.
     """
-    path = local(source)
+    path = hub.local(source)
     if path.is_dir() and (path / "transformer").is_dir():
         path = path / "transformer"
     if torch_export.is_torch_export(path):
@@ -84,7 +85,7 @@ def _checked(source: Source) -> Source:
         which = f"{len(ignored)} tensors that are no weights: {listed(ignored)}"
         hosts.say(f"{source.where}: ignored {which}")
     tensors = {name: t for name, t in source.tensors.items() if name not in ignored}
-    for name in known & tensors.keys():
+    for name in filter(known.__contains__, tensors):
         found = np.dtype(tensors[name].dtype).name
         which = {"int8": "int8 without a scale", "uint8": "uint8, as packed 4-bit weights are"}
         check(
@@ -104,30 +105,6 @@ def _is_no_weight(name: str, tensor: Any) -> bool:
     return bool(mark) or 0 in tensor.shape or number
 
 
-def local(source: Path | str, patterns: Iterable[str] = ("transformer/*", "*.json")) -> Path:
-    """The path itself, or, where there is none, the folder into which the Hugging Face repository
-    `owner/name` was downloaded (of it, what fits the patterns)."""
-    path = Path(source)
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) or path.suffix in FILES:
-        raise ConfigError(f"{source}: no such file or folder")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ConfigError(
-            f"{source}: no such folder; to download such a repository of Hugging Face, install"
-            " huggingface_hub"
-        ) from None
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
-    except Exception as error:  # it has many, of many packages
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ConfigError(
-            f"{source}: no such folder, and not to be had from Hugging Face ({line})"
-        ) from None
-
-
 def read_tensors(path: Path) -> dict[str, Any]:
     """The floating-point tensors of a .safetensors file, an index of shards, or the only one of
     either in a folder; scaled fp8 is multiplied out when taken."""
@@ -138,7 +115,7 @@ def _read(path: Path) -> tuple[dict[str, safetensors.Tensor], list[dict[str, str
     """The tensors as stored, and the metadata of their files."""
     if path.is_dir():
         path = _weights_in(path)
-    if path.name.endswith(INDEX):
+    if re.search(INDEX, path.name):
         files = safetensors.shards(path)
         tensors = safetensors.read_sharded(path)
     else:
@@ -151,15 +128,17 @@ def _read(path: Path) -> tuple[dict[str, safetensors.Tensor], list[dict[str, str
 
 
 def _weights_in(folder: Path) -> Path:
-    files = sorted(folder.iterdir())
-    for ending in (INDEX, *FILES):
-        found = [file for file in files if file.name.endswith(ending)]
-        # Beside a diffusers model there may be lighter copies: NAME.fp16.safetensors.
-        plain = [file for file in found if file.name.removesuffix(ending).count(".") == 0]
-        found = plain or found
+    """The index or the only file of a folder's weights; lighter copies beside it do not count."""
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    whole = [f for f in files if re.search(r"\.(safetensors|sft)$", f.name, re.IGNORECASE)]
+    whole = [f for f in whole if not re.search(r"-\d{5}-of-\d{5}\.\w+$", f.name)]
+    indices = [f for f in files if re.search(INDEX, f.name)]
+    plain = [[f for f in some if not hub.variant(f.name)] for some in (indices, whole)]
+    for found in (*plain, indices, whole):
         if len(found) > 1:
+            names = ", ".join(file.name for file in found[:3])
             raise ConfigError(
-                f"{folder}: holds {len(found)} of *{ending}, expected one; name the file itself"
+                f"{folder}: holds {len(found)} models ({names}), expected one; name the file itself"
             )
         if found:
             return found[0]

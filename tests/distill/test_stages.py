@@ -21,6 +21,7 @@ from d2m_jax.distill import stages
 from d2m_jax.models.flux import model_of
 from d2m_jax.sampling.encoders import Encoders
 from tests.models import toy
+from tests.seed import generator
 
 BODY = replace(toy.DENSE, in_channels=12, context_in_dim=16, vec_in_dim=16)
 TEACHER = ModelConfig(
@@ -37,7 +38,7 @@ STUDENT = replace(
 
 
 def batch(count=4):
-    rng = np.random.default_rng(0)
+    rng = generator()
     return Encoders(TEACHER).encode(
         {
             "image": jnp.asarray(rng.integers(0, 256, (count, 6, 8, 3)), jnp.uint8),

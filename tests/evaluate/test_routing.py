@@ -18,6 +18,7 @@ from d2m_jax.config import (
 from d2m_jax.evaluate import routing
 from d2m_jax.models.flux import initialise
 from d2m_jax.report import pictures
+from tests.seed import generator
 
 MODEL = ModelConfig(
     FluxConfig(
@@ -44,7 +45,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def batches():
-    rng = np.random.default_rng(0)
+    rng = generator()
 
     def batch(start):
         return {

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from d2m_jax.config import ConfigError
 from d2m_jax.kernels import grouped_matmul as gmm
 from d2m_jax.kernels import target, tuning
+from tests.seed import generator
 
 GROUPS, ROWS, D, F = 4, 300, 6, 5
 SIZES = {
@@ -38,7 +39,7 @@ def interpreted():
 
 
 def draw(rows=ROWS, dim=D, width=F):
-    rng = np.random.default_rng(0)
+    rng = generator()
     shapes = (rows, dim), (GROUPS, dim, width), (rows, width)
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
@@ -82,7 +83,7 @@ def compare(functions, sizes):
     for name, a, b in zip(("y", "dx", "dw"), fast, plain, strict=True):
         # float32 sums of up to 300 products in another order
         np.testing.assert_allclose(a, b, atol=5e-5, err_msg=name)
-    np.testing.assert_allclose(fast[0], loop(np.asarray(x), np.asarray(w), sizes), atol=1e-5)
+    np.testing.assert_allclose(fast[0], loop(np.asarray(x), np.asarray(w), sizes), atol=5e-5)
     used = sum(sizes)
     for a in fast[:2]:  # to the bit: what has no group adds nothing
         np.testing.assert_array_equal(a[used:], 0)

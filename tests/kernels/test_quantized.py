@@ -22,7 +22,9 @@ from d2m_jax.kernels.quantized import KINDS, dot, plain, quantized
 from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.models.moe import MoE
 from d2m_jax.models.parameters import unstacked
+from tests.half import needs_half
 from tests.models import toy
+from tests.seed import generator
 
 ROOT = Path(__file__).parents[2]
 MODELS = {
@@ -33,7 +35,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=KINDS)
+HERE = ["int8", pytest.param("fp8", marks=needs_half)]
+
+
+@pytest.fixture(params=HERE)
 def kind(request):
     return request.param
 
@@ -44,7 +49,7 @@ def by_name(tree) -> dict:
 
 
 def draw(*shape, seed=0):
-    numbers = np.random.default_rng(seed).normal(size=shape)
+    numbers = generator(seed).normal(size=shape)
     return jnp.asarray(numbers * np.geomspace(0.1, 10, shape[-1]), jnp.float32)
 
 
@@ -57,7 +62,7 @@ def rounding(a, axis, kind):
     a = np.abs(np.asarray(a, np.float64))
     largest = a.max(axis, keepdims=True)
     if kind == "int8":
-        return np.broadcast_to(largest / 127.5 / 2, a.shape)
+        return np.broadcast_to(largest / 127 / 2, a.shape)
     # three bits of mantissa, and below 2^-6 steps of 2^-9
     return np.maximum(a / 16, largest / 448 * 2**-10)
 
@@ -70,17 +75,27 @@ def test_a_product_errs_by_rounding_at_most(kind):
     dx, dw = rounding(x, -1, kind), rounding(w, 0, kind)
     bound = dx @ np.abs(w) + np.abs(x) @ dw + dx @ dw + 1e-5 * np.abs(x) @ np.abs(w)
     assert y.dtype == jnp.float32 and (np.abs(y - true) <= bound).all()
-    error = np.linalg.norm(y - true) / np.linalg.norm(true)
-    assert 1e-3 < error < {"int8": 0.02, "fp8": 0.06}[kind]  # measured: 0.009, 0.036
+    # as large as errors that are even within their steps: their squares are a third of the bound's
+    mean = np.sqrt((dx**2 @ np.square(w) + np.square(x) @ dw**2) / 3)
+    assert 0.3 < np.linalg.norm(y - true) / np.linalg.norm(mean) < 1.5
+
+
+def test_the_largest_number_is_between_no_two_steps(kind):
+    """Else the last bit of a float32, which differs between machines, would move it by a step."""
+    w = draw(48, 400)
+    up, down = kernel(w, kind), kernel(-w, kind)
+    largest = {"int8": 127, "fp8": 448}[kind]
+    np.testing.assert_array_equal(np.abs(up.qvalue.astype(jnp.float32)).max(0), largest)
+    np.testing.assert_array_equal(up.qvalue.astype(jnp.float32), -down.qvalue.astype(jnp.float32))
 
 
 def test_activations_keep_their_type(kind):
     x, w = draw(6, 16).astype(jnp.bfloat16), kernel(draw(16, 8).astype(jnp.bfloat16), kind)
     assert w.qvalue.dtype == KINDS[kind] and w.scale.dtype == jnp.float32
     assert dot(x, w).dtype == jnp.bfloat16
-    # only the result is rounded to bfloat16: 2^-9 of it
+    # only the result is rounded to bfloat16, by half a step at most; float32's own comes before it
     wide = dot(x.astype(jnp.float32), w)
-    np.testing.assert_allclose(dot(x, w).astype(jnp.float32), wide, rtol=2**-8)
+    np.testing.assert_allclose(dot(x, w).astype(jnp.float32), wide, rtol=2**-8 + 2**-18)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -113,19 +128,20 @@ def test_a_block_of_a_stack_is_that_block_quantised(kind):
 
 
 @pytest.mark.parametrize("name", ["dense", "tiled", "mob"])
-def test_a_model_is_near(name):
+def test_a_model_is_near(name, kind):
     config, inputs = MODELS[name], toy.inputs(MODELS[name])
     params = toy.params(config)
     run = jax.jit(lambda params: model_of(config, params)(*inputs))
     true = run(params)
-    # Random weights, where the router's choices are often close; measured at most 0.026 and 0.095.
-    for kind, most in (("int8", 0.05), ("fp8", 0.15)):
-        error = jnp.linalg.norm(run(quantized(params, kind)) - true) / jnp.linalg.norm(true)
-        assert 1e-3 < error < most, kind
-    # Blocks apart are the same numbers in another program, which may round them to other steps.
-    small = quantized(params, "int8")
-    difference = run(unstacked(small)) - run(small)
-    assert jnp.linalg.norm(difference) < 0.02 * jnp.linalg.norm(true)
+    # Random weights, where the router's choices are often close: 0.04 and 0.10 of other seeds, and
+    # three times that. Without scales it would be 1.
+    small = quantized(params, kind)
+    together, apart = run(small), run(unstacked(small))
+    error = jnp.linalg.norm(together - true) / jnp.linalg.norm(true)
+    assert 1e-3 < error < {"int8": 0.12, "fp8": 0.3}[kind]
+    # Blocks apart are the same numbers in another program, which may round them to other steps: no
+    # further from each other than from what is exact.
+    assert jnp.linalg.norm(apart - together) < 2 * jnp.linalg.norm(together - true)
 
 
 def test_routing_is_as_it_was(kind):
@@ -146,8 +162,10 @@ def test_routing_is_as_it_was(kind):
     np.testing.assert_array_equal(aux["load"], aux_masked["load"])
     np.testing.assert_array_equal(aux["probability"], aux_masked["probability"])
     assert 1e-3 < jnp.linalg.norm(masked - y) / jnp.linalg.norm(y) < 0.1
-    # the same rounded numbers, summed in another order
-    np.testing.assert_allclose(masked, tiled, atol=1e-4 * float(jnp.abs(y).max()))
+    # The same rounded numbers, summed in another order: but for one that this moves over the edge
+    # between two steps, of which a token has one in a hundred.
+    error = jnp.abs(masked - tiled).max(-1) / jnp.abs(y).max()
+    assert (error < 128 * 2**-24).mean() > 0.75 and error.max() < 0.1
 
 
 @pytest.mark.parametrize("way", ["megablox", "tokamax"])
@@ -217,18 +235,59 @@ def test_bytes_of_full_flux(kind):
     assert mean_of("single.0.block.qkv.kernel") == pytest.approx(0.5, abs=0.002)
 
 
-MESHES = """
+START = """
+import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-import jax.numpy as jnp
 import numpy as np
+import qwix
 from dataclasses import replace
+from flax import nnx
 from d2m_jax.config import MeshConfig, StackConfig
+from d2m_jax.kernels import grouped_matmul as gmm
 from d2m_jax.kernels.quantized import QArray, quantized
 from d2m_jax.models.flux import model_of
+from d2m_jax.models.moe import MoE
 from d2m_jax.sharding import make_mesh, put_batch, put_parameters, whole
 from tests.models import toy
+from tests.seed import generator
+"""
 
+LAYER = """
+def rows(x, w, sizes, transpose):
+    return qwix.ragged_dot(x, w, sizes)
+
+gmm.WAYS["sorted"] = gmm.Way("cpu", rows, None, quantized=True)
+graph, state = nnx.split(MoE(toy.SPARSE, StackConfig(1, ffn="moe"), rngs=nnx.Rngs(0)))
+params = toy.random_like(nnx.to_pure_dict(state))
+# Experts crowded in some samples alone, so that devices have other numbers of tiles left over.
+x = generator().normal(size=(8, 40, 32)) + generator(1).normal(size=(8, 1, 32))
+x = x.astype("f")
+
+def run(way, params, x):
+    nnx.replace_by_pure_dict(state, params)
+    module = nnx.merge(graph, state)
+    module.config = replace(module.config, implementation=way)
+    return module(x, x, x[:, 0])[0]
+
+small = quantized({"a": {"block": params}}, sys.argv[1])["a"]["block"]
+for way in ("reference", "tiled", "sorted"):
+    program = jax.jit(run, static_argnums=0)
+    alone = np.asarray(program(way, small, x))
+    for sizes in ((1, 2, 2, 2), (2, 1, 1, 4)):
+        mesh = make_mesh(MeshConfig(*sizes))
+        with jax.set_mesh(mesh):
+            together = program(way, put_parameters(mesh, small), put_batch(mesh, x))
+        error = np.abs(whole(together) - alone).max(-1) / np.abs(alone).max()
+        # Sums of up to 128 products in float32, in another order. That moves a number over the edge
+        # between two steps in at most 1 of 1000: of a token's 200, not in most tokens. (One scale
+        # per device: no token is the same.) Such a one is one step off.
+        same = (error < 128 * 2**-24).mean()
+        assert same > 0.75 and error.max() < 0.1, (way, sizes, same, error.max())
+print("equal")
+"""
+
+MODEL = """
 moe = replace(toy.SPARSE.moe, implementation="tiled")
 config = replace(toy.DENSE, single=(StackConfig(1, ffn="moe"),), moe=moe)
 params = toy.params(config)
@@ -243,7 +302,6 @@ def run(params, arrays):
 def leaves(tree):
     return jax.tree.leaves(tree, is_leaf=lambda a: isinstance(a, QArray))
 
-alone = run(quantized(params, "int8"), arrays)
 mesh = make_mesh(MeshConfig(1, 2, 2, 2))
 placed = put_parameters(mesh, params)
 small = quantized(placed, "int8")
@@ -261,16 +319,32 @@ with jax.set_mesh(mesh):
 sent = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
 assert any("= s8[" in line for line in sent), sent
 assert not any(f"= f32[{shape}" in line for shape in ("32,96", "32,3,") for line in sent), sent
-print(float(np.linalg.norm(together - alone) / np.linalg.norm(alone)))
+
+# A number that another order of sums moves by a step moves others in the blocks after it, and may
+# turn a choice of experts: errors up to those of quantisation itself, in half of the samples.
+def error(a, b):
+    return np.median(np.linalg.norm(a - b, axis=(1, 2)) / np.linalg.norm(b, axis=(1, 2)))
+
+alone = np.asarray(run(quantized(params, "int8"), arrays))
+assert error(together, alone) < 2 * error(alone, run(params, arrays))
+print("equal")
 """
 
 
-def test_on_a_mesh_it_is_as_on_one_device():
-    """But for numbers between two steps, which another order of float32 sums moves, and routed
-    neurons over a tensor axis, whose rows have one scale per device."""
+def test_on_a_mesh_a_layer_is_as_on_one_device(kind):
+    assert_equal(START + LAYER, kind)
+
+
+def test_on_a_mesh_a_model_is_as_on_one_device():
+    assert_equal(START + MODEL)
+
+
+def assert_equal(*program):
     done = subprocess.run(
-        [sys.executable, "-c", MESHES], capture_output=True, text=True, cwd=ROOT, timeout=600
+        [sys.executable, "-c", *program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
     )
-    assert done.stdout, done.stderr[-3000:]
-    # measured: 0.007, and 0.02 between quantised and not
-    assert float(done.stdout) < 0.015
+    assert done.stdout.strip() == "equal", done.stderr[-3000:]

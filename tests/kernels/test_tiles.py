@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2m_jax.kernels import tiles
+from tests.seed import generator
 
 TOKENS, K, EXPERTS, D, F = 150, 2, 4, 6, 5
 LOADS = {
@@ -38,7 +39,7 @@ def plain(x, chosen, weight, params):
 
 def draw(tokens=TOKENS, dtype=jnp.float32):
     """x, weight, params and the output's gradient."""
-    rng = np.random.default_rng(0)
+    rng = generator()
     shapes = (tokens, D), (tokens, K), (EXPERTS, D, F), (EXPERTS, F), (tokens, F)
     x, weight, kernel, bias, dy = (jnp.asarray(rng.normal(size=s), dtype) for s in shapes)
     return x, weight, (kernel, bias), dy
@@ -47,7 +48,7 @@ def draw(tokens=TOKENS, dtype=jnp.float32):
 def choices(load, tokens=TOKENS):
     """Two experts per token, which may be the same; EXPERTS is one that is not here."""
     p = np.asarray(load) / np.sum(load)
-    return jnp.asarray(np.random.default_rng(1).choice(EXPERTS + 1, (tokens, K), p=p), jnp.int32)
+    return jnp.asarray(generator(1).choice(EXPERTS + 1, (tokens, K), p=p), jnp.int32)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -11,13 +11,14 @@ from jax.extend.core import jaxprs_in_params
 
 from d2m_jax.weights.key_table import check_fit, parameters
 from d2m_jax.weights.named_arrays import names, restructure
+from tests.seed import SEED
 
 
 def shaken(model):
     """The model with noise on all parameters: at birth norms are 1 and biases 0."""
     import torch
 
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

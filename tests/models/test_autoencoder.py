@@ -13,6 +13,7 @@ from d2m_jax.config import AutoencoderConfig, ConfigError
 from d2m_jax.models.autoencoder import Attention, GroupNorm, initialise, model_of, spread
 from d2m_jax.weights import autoencoder_keys
 from tests.models.oracle import imported, operations, relative, shaken, tensors
+from tests.seed import generator
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -30,7 +31,7 @@ FACTOR = 4
 
 
 def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return generator(seed).normal(size=shape).astype(np.float32)
 
 
 def first(x):
@@ -208,8 +209,11 @@ def test_group_norm_is_float32_in_half_precision():
     x = jnp.asarray(200 * normal(2, 32, 32, 8) + 100, jnp.bfloat16)
     result = GroupNorm(2, 8)(x)
     assert result.dtype == jnp.bfloat16
-    # one rounding at the end
-    np.testing.assert_allclose(np.asarray(result, np.float64), exact_norm(x), rtol=2**-8)
+    # one rounding at the end, by half a step at most, and float32's own before it: of numbers near
+    # the mean, whose difference from it has lost digits
+    np.testing.assert_allclose(
+        np.asarray(result, np.float64), exact_norm(x), rtol=2**-8 + 2**-18, atol=2**-18
+    )
 
 
 def test_full_size_has_the_published_parameters():

@@ -12,6 +12,7 @@ from d2m_jax.config import CLIPConfig
 from d2m_jax.models.clip import initialise, model_of
 from d2m_jax.weights.text_encoder_keys import clip_config, clip_keys, clip_tensors
 from tests.models import oracle
+from tests.seed import generator
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -48,7 +49,7 @@ def run(config, params, ids, dtype=jnp.float32):
 
 def draw(batch, length):
     """Captions as CLIP's tokenizer pads them: with the end's id."""
-    rng = np.random.default_rng(length)
+    rng = generator(length)
     ids = rng.integers(3, 40, (batch, length)).astype(np.int32)
     for row, words in zip(ids, rng.integers(0, length, batch), strict=True):
         row[words:] = END

@@ -14,6 +14,7 @@ from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models import flux
 from tests.models import toy
 from tests.models.oracle import operations
+from tests.seed import generator
 
 
 def count(config):
@@ -185,7 +186,7 @@ def test_last_layer_reads_shift_then_scale():
     layer = flux.LastLayer(4, 4, rngs=nnx.Rngs(0))
     layer.linear.kernel[...] = jnp.eye(4)
     layer.adaLN_modulation.bias[...] = jnp.asarray([1.0, 2, 3, 4, 10, 20, 30, 40])
-    x = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
+    x = generator().normal(size=(1, 3, 4)).astype(np.float32)
     norm = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     expected = norm * np.float32([11, 21, 31, 41]) + np.float32([1, 2, 3, 4])
     np.testing.assert_allclose(layer(jnp.asarray(x), jnp.zeros((1, 4))), expected, rtol=1e-4)

@@ -15,6 +15,7 @@ from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.weights import flux_keys, key_table, torch_import
 from d2m_jax.weights.named_arrays import names
 from tests.models import toy
+from tests.seed import SEED, generator
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -52,7 +53,7 @@ def test_forward_and_gradients(doubles, singles, guidance, batch, grid, text):
         double=(StackConfig(doubles),),
         single=(StackConfig(singles),),
     )
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     theirs = diffusers.FluxTransformer2DModel(
         in_channels=12,
         num_layers=doubles,
@@ -73,7 +74,7 @@ def test_forward_and_gradients(doubles, singles, guidance, batch, grid, text):
         # 1000 · guidance turns the sinusoid so far that one rounding of its float32 frequency is
         # 3e-4 of the embedding, in diffusers as in ours: guidance as small as the times hides it
         strength = strength / 5
-    target = np.random.default_rng(1).normal(size=img.shape).astype(np.float32)
+    target = generator(1).normal(size=img.shape).astype(np.float32)
     tensor = {
         name: None if a is None else torch.from_numpy(np.array(a))
         for name, a in {
@@ -98,7 +99,8 @@ def test_forward_and_gradients(doubles, singles, guidance, batch, grid, text):
 
     (_, velocity), found = loss(jax.tree.map(jnp.asarray, ours(theirs.state_dict(), config)))
     # float32 sums in another order, and rotary tables in float32 where diffusers takes float64
-    assert relative(velocity, expected.detach().numpy()) < 1e-5
+    # (4e-6, and four times that for other orders)
+    assert relative(velocity, expected.detach().numpy()) < 1.6e-5
     # the backward pass doubles the chain; a wrong formula would be off by 1e-2 and more
     for path, gradient in jax.tree_util.tree_leaves_with_path(ours(gradients, config)):
         mine = found

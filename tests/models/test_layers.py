@@ -8,10 +8,11 @@ from flax import nnx
 
 from d2m_jax import flow
 from d2m_jax.models import layers
+from tests.seed import generator
 
 
 def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return generator(seed).normal(size=shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("offset", [0, 100, 1000])
@@ -33,8 +34,8 @@ def test_norms_are_float32_in_half_precision():
     result = norm(x)
     assert result.dtype == jnp.bfloat16
     expected = exact * np.asarray(norm.scale[...])
-    # one rounding at the end
-    np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=2**-8)
+    # one rounding at the end, by half a step at most, and float32's own before it
+    np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=2**-8 + 2**-18)
     assert layers.layer_norm(x).dtype == jnp.bfloat16
 
 

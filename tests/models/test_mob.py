@@ -14,6 +14,7 @@ from d2m_jax.models.blocks import Context, SingleStreamBlock
 from d2m_jax.models.flux import over_axes
 from d2m_jax.models.layers import rope
 from tests.models import toy
+from tests.seed import generator
 
 BLOCKS, TEXT, GRID = 4, 4, (3, 5)
 CHOICES = jnp.asarray([[0, 2], [1, 3], [0, 1]])
@@ -38,7 +39,7 @@ def group(blocks=BLOCKS, ffn="dense"):
 
 def entry(batch=BATCH):
     """Streams and global vectors, a batch of arrays."""
-    rng = np.random.default_rng(0)
+    rng = generator()
     shapes = (batch, TEXT + GRID[0] * GRID[1], DIM), (batch, DIM)
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 

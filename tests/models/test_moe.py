@@ -12,6 +12,7 @@ from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
 from d2m_jax.kernels import grouped_matmul
 from d2m_jax.models import moe
 from tests.models import toy
+from tests.seed import generator
 
 N, DIM, BATCH, TOKENS = 6, 16, 3, 20
 STACK = StackConfig(1, ffn="moe")
@@ -30,7 +31,7 @@ def build(**changes):
 
 
 def inputs(batch=BATCH, seed=0):
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     shapes = (batch, TOKENS, DIM), (batch, TOKENS, DIM), (batch, DIM)
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
@@ -66,7 +67,8 @@ def test_tiled_is_the_reference_forward_and_gradient(k):
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(gradients2), strict=True
     ):
-        np.testing.assert_allclose(a, b, atol=2e-6, err_msg=jax.tree_util.keystr(path))
+        # float32 sums of all tokens, in another order: 1e-6, and room for other ones
+        np.testing.assert_allclose(a, b, atol=6e-6, err_msg=jax.tree_util.keystr(path))
     moving = jax.tree.map(lambda a: float(jnp.abs(a).max()) > 1e-6, gradients[0])
     still = [
         jax.tree_util.keystr(path)
@@ -168,7 +170,7 @@ def test_the_batch_never_changes_a_sample(path, request):
 def test_order_of_tokens_does_not_matter(tiled):
     params, call = tiled
     x, unmodulated, vec = inputs()
-    order = np.random.default_rng(2).permutation(TOKENS)
+    order = generator(2).permutation(TOKENS)
     straight, _ = call(params, x, unmodulated, vec)
     shuffled, _ = call(params, x[:, order], unmodulated[:, order], vec)
     np.testing.assert_allclose(shuffled, straight[:, order], atol=1e-5)
@@ -235,7 +237,7 @@ def test_devices_with_some_of_the_experts_add_up(implementation, monkeypatch):
     """A choice of another device's expert adds exactly zero, to gradients too."""
     monkeypatch.setattr(grouped_matmul, "INTERPRET", True)  # megablox on a CPU
     monkeypatch.setattr(moe, "choose", lambda implementation: implementation)
-    rng = np.random.default_rng(0)
+    rng = generator()
     x = jnp.asarray(rng.normal(size=(2, 40, DIM)), jnp.float32)
     chosen = jnp.asarray(rng.integers(0, N, (2, 40, 2)), jnp.int32)
     weight = jnp.asarray(rng.uniform(0.5, 1.5, (2, 40, 2)), jnp.float32)

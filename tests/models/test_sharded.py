@@ -25,12 +25,13 @@ from d2m_jax.sharding import (
     make_mesh, parameter_shardings, put_batch, put_parameters, replicated, whole
 )
 from d2m_jax.planning.collectives import collectives
+from tests.seed import generator
 
 moe.SPARSE_TOKENS = 16  # the sparse path at a test's size
 
 def random(config, seed):
     # Everything random: gates and last layer start at zero and would hide what the blocks do.
-    params, draw = initialise(config, seed), np.random.default_rng(seed)
+    params, draw = initialise(config, seed), generator(seed)
     return jax.tree.map(lambda a: whole(a) + 0.2 * draw.normal(size=a.shape).astype("f"), params)
 
 def mesh_of(*sizes):
@@ -48,7 +49,7 @@ LAYER = """
 config = FluxConfig(hidden_size=48, num_heads=4, axes_dim=(4, 4, 4), moe=MoEConfig())
 layer = moe.MoE(config, StackConfig(1, ffn="moe"), rngs=nnx.Rngs(0))
 graph, params = nnx.split(layer)
-draw = np.random.default_rng(0)
+draw = generator()
 batch = {"x": draw.normal(size=(12, 16, 48)).astype("f"), "dy": draw.normal(size=(12, 16, 48))}
 
 def both(params, batch):
@@ -117,7 +118,7 @@ def config(transformer):
 
 aligned, teacher = align(dense, random(dense, 0), shapes(sparse))
 student = random(sparse, 1)
-draw = np.random.default_rng(0)
+draw = generator()
 batch = {
     "latents": draw.normal(size=(8, 9, 8)).astype("f"),
     "txt": draw.normal(size=(8, 4, 8)).astype("f"),

@@ -10,6 +10,7 @@ from flax import nnx
 from d2m_jax import flow
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
 from d2m_jax.models.flux import Flux
+from tests.seed import generator
 
 DENSE = FluxConfig(
     in_channels=6,
@@ -31,7 +32,7 @@ SPARSE = replace(
 
 def random_like(tree, seed=0):
     """Arrays of these shapes, of the size of trained ones: none is zero as some are at birth."""
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
 
     def draw(path, a):
         name = jax.tree_util.keystr(path)
@@ -53,7 +54,7 @@ def shapes(config):
 
 def inputs(config=DENSE, batch=3, grid=(3, 5), text=4, seed=0):
     """The arguments of Flux.__call__ up to guidance; odd sizes, a time for each sample."""
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from d2m_jax import weights
@@ -26,6 +25,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.data import icons
 from d2m_jax.models.flux import initialise
+from tests.seed import generator
 
 DATA = IconsConfig(glyphs=48)
 IMAGE = PixelsConfig(24, 24, 12)
@@ -52,7 +52,7 @@ def model(ffn="dense", mlp_ratio=4.0, blocks=1, **others) -> ModelConfig:
 
 def parameters(config: ModelConfig, seed: int) -> dict:
     """Random everywhere, so that models differ in what they answer, and no program is compiled."""
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     abstract = jax.eval_shape(partial(initialise, config.transformer, seed))
     return jax.tree.map(lambda a: 0.2 * rng.normal(size=a.shape).astype(a.dtype), abstract)
 

@@ -10,6 +10,7 @@ import pytest
 from d2m_jax import flow
 from d2m_jax.models.flux import Flux
 from d2m_jax.sampling.denoise import denoise
+from tests.seed import generator
 
 
 class Recorder(Flux, pytree=False):
@@ -40,7 +41,7 @@ class Recorder(Flux, pytree=False):
         return {"double": [], "single": []}
 
 
-NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 3)), jnp.float32)
+NOISE = jnp.asarray(generator().normal(size=(2, 6, 3)), jnp.float32)
 TEXT = jnp.zeros((2, 4, 5)), jnp.zeros((2, 7))
 
 

@@ -1,5 +1,8 @@
 """A whole FluxPipeline against diffusers': prompts and latents in, pixels out, all in float32."""
 
+import importlib.util
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +11,9 @@ import pytest
 from d2m_jax.config import ConfigError, ModelConfig, PromptsConfig
 from d2m_jax.models import flux
 from d2m_jax.sampling.pipeline import load_pipeline, noise
+from d2m_jax.sampling.tokenizers import Tokenizers
 from d2m_jax.weights import convert, model_directory
+from d2m_jax.weights.encoders import model_config
 from tests.sampling.flux_oracle import tiny_pipeline
 
 torch = pytest.importorskip("torch")
@@ -30,7 +35,7 @@ def both(request, tmp_path_factory):
 def run(both, height, width, steps, latents=None, **options):
     theirs, ours = both
     tokens = (height // 4) * (width // 4)
-    latents = np.asarray(noise(0, len(PROMPTS), tokens, 64)) if latents is None else latents
+    latents = np.array(noise(0, len(PROMPTS), tokens, 64)) if latents is None else latents
     expected = theirs(
         PROMPTS,
         height=height,
@@ -128,3 +133,83 @@ def test_guidance_that_a_model_does_not_know_is_told(both, capsys):
     dev = theirs.transformer.config.guidance_embeds
     said = "guidance = 2.0: ignored, this model has no guidance embedding\n"
     assert capsys.readouterr().err == ("" if dev else said)
+
+
+def edited(folder, target, file, **fields):
+    """A copy of a pipeline's folder with other fields in one JSON file of it."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    value = json.loads((target / file).read_text())
+    (target / file).write_text(json.dumps(value | fields))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("scheduler/scheduler_config.json", "_class_name", "FlowMatchHeunDiscreteScheduler"),
+        ("scheduler/scheduler_config.json", "use_karras_sigmas", True),
+        ("scheduler/scheduler_config.json", "use_exponential_sigmas", True),
+        ("scheduler/scheduler_config.json", "use_beta_sigmas", True),
+        ("scheduler/scheduler_config.json", "invert_sigmas", True),
+        ("scheduler/scheduler_config.json", "stochastic_sampling", True),
+        ("scheduler/scheduler_config.json", "shift_terminal", 0.1),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 500),
+        ("model_index.json", "_class_name", "StableDiffusion3Pipeline"),
+    ],
+)
+def test_what_would_change_the_images_is_refused(both, tmp_path, file, field, value):
+    folder = edited(both[1].config.encoders, tmp_path / "a", file, **{field: value})
+    with pytest.raises(ConfigError, match=f"{file}: {field} = {value!r}, expected "):
+        load_pipeline(folder)
+
+
+def test_settings_of_schedulers(both, tmp_path):
+    """A shift is honoured, what says nothing is as if absent, and a shift by length is [dev]'s."""
+    file = "scheduler/scheduler_config.json"
+    plain = {"use_dynamic_shifting": False, "use_karras_sigmas": None, "shift_terminal": 0}
+
+    def shift(**fields):
+        folder = edited(both[1].config.encoders, tmp_path / "a", file, **plain | fields)
+        return model_config(both[1].config.transformer, folder).shift
+
+    assert shift(shift=3.0) == 3.0 and shift(shift=2) == 2.0
+    assert shift(use_dynamic_shifting=True, shift=3.0) is None
+    for bad in (0, -1.0, None, "3"):
+        with pytest.raises(ConfigError, match="shift = .*, expected a number above 0"):
+            shift(shift=bad)
+    with pytest.raises(ConfigError, match="time_shift_type = 'linear', expected 'exponential'"):
+        shift(use_dynamic_shifting=True, time_shift_type="linear")
+    with pytest.raises(ConfigError, match="max_shift = 1.2, expected 1.15"):
+        shift(use_dynamic_shifting=True, max_shift=1.2)
+
+
+def test_tokenizers_without_their_settings(both, tmp_path):
+    """tokenizer.json alone pads and ends texts as the whole folder does; of an empty folder, and
+    of a vocabulary that needs another package, one line tells."""
+    ours = both[1]
+    folder = tmp_path / "a"
+    shutil.copytree(ours.config.encoders, folder)
+    expected = Tokenizers(str(folder), ours.config.text).ids(PROMPTS)
+    for part in ("tokenizer", "tokenizer_2"):
+        for file in (folder / part).iterdir():
+            if file.name != "tokenizer.json":
+                file.unlink()
+    found = Tokenizers(str(folder), ours.config.text).ids(PROMPTS)
+    assert found.keys() == expected.keys()
+    for name, ids in expected.items():
+        np.testing.assert_array_equal(found[name], ids)
+    (folder / "tokenizer_2" / "tokenizer.json").rename(folder / "tokenizer_2" / "spiece.model")
+    if importlib.util.find_spec("sentencepiece") is None:
+        with pytest.raises(ConfigError, match="tokenizer_2: spiece.model .* install sentencepiece"):
+            Tokenizers(str(folder), ours.config.text).ids(PROMPTS)
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="tokenizer: expected a tokenizer .*, found none"):
+        Tokenizers(str(folder), ours.config.text).ids(PROMPTS)
+
+
+def test_a_part_that_is_missing_is_named(both, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(both[1].config.encoders, folder)
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(ConfigError, match="a: expected a folder vae in it, found none"):
+        load_pipeline(folder)

@@ -11,6 +11,7 @@ import pytest
 from d2m_jax import flow
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.flux import initialise, model_of
+from tests.seed import generator
 
 CONFIG = FluxConfig(
     in_channels=48,
@@ -44,7 +45,7 @@ def velocity(config, params):
 
 def batches(count, size=8):
     """Batches of random latents and words."""
-    rng = np.random.default_rng(1)
+    rng = generator(1)
     shapes = {"image": (size, 9, 48), "words": (size, 2, 16)}
     return [
         {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
@@ -55,7 +56,7 @@ def batches(count, size=8):
 @pytest.fixture(scope="session")
 def small():
     """Config, parameters, batches, noisy and velocity of the small teacher."""
-    rng = np.random.default_rng(0)
+    rng = generator()
 
     def stir(a):  # zero at birth are biases and modulations, which would hide the FFNs
         return np.asarray(a) + 0.1 * rng.standard_normal(a.shape).astype(np.float32)

@@ -7,11 +7,12 @@ from scipy.optimize import linear_sum_assignment
 
 from d2m_jax.config import SparsifyConfig
 from d2m_jax.sparsify.experts import assign, cluster, fit_gate, make_moe, snake, split
+from tests.seed import generator
 
 
 @pytest.mark.parametrize("shape", ["even", "lumped", "equal"])
 def test_assign_is_balanced_and_near_the_optimum(shape):
-    rng = np.random.default_rng(0)
+    rng = generator()
     vectors = rng.standard_normal((240, 16), np.float32)
     if shape == "lumped":
         vectors[:170] = 2 * vectors[0] + 0.5 * vectors[:170]
@@ -27,11 +28,11 @@ def test_assign_is_balanced_and_near_the_optimum(shape):
 
 
 def test_cluster_finds_neurons_that_fire_together():
-    rng = np.random.default_rng(0)
+    rng = generator()
     truth = rng.permutation(np.repeat(np.arange(4), 24))
     vectors = 2 * rng.standard_normal((4, 50))[truth] + rng.standard_normal((96, 50))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    labels = cluster(vectors, 4, np.random.default_rng(3))
+    labels = cluster(vectors, 4, generator(3))
     # every cluster is one of the true ones
     assert len({(a, b) for a, b in zip(truth, labels, strict=True)}) == 4
 
@@ -45,7 +46,7 @@ def test_snake_deals_equal_sums():
 
 def test_fitted_gate_knows_the_strong_experts():
     """On tokens that it has not seen; which experts answer a token is planted in its direction."""
-    rng = np.random.default_rng(0)
+    rng = generator()
     x = rng.standard_normal((1200, 16)).astype(np.float32)
     into = rng.standard_normal((4, 16, 8)).astype(np.float32) * 0.1
     into += rng.standard_normal((4, 16, 1)) * 0.5
@@ -98,7 +99,7 @@ def test_all_experts_under_a_uniform_gate_are_the_dense_ffn(small, calibration, 
                 config,
                 stacks[kind][0],
                 sparsify,
-                np.random.default_rng(0),
+                generator(),
             )
             block[name]["gate"] = jax.tree.map(np.zeros_like, block[name]["gate"])
         params[kind] = {0: {"block": block}}

@@ -1,10 +1,11 @@
 import numpy as np
 
 from d2m_jax.sparsify.prune import prune
+from tests.seed import generator
 
 
 def test_the_best_neurons_stay():
-    rng = np.random.default_rng(0)
+    rng = generator()
     shapes = {
         "in_layer": {"kernel": (2, 1, 3, 8), "bias": (2, 1, 8)},
         "out_layer": {"kernel": (2, 1, 8, 3), "bias": (2, 1, 3)},

@@ -9,6 +9,7 @@ import numpy as np
 
 from d2m_jax.config import OptimizerConfig, StageConfig
 from d2m_jax.training import train_stage
+from tests.seed import generator
 
 
 class Stream:
@@ -31,7 +32,7 @@ class Stream:
 
 
 def initial():
-    rng = np.random.default_rng(0)
+    rng = generator()
 
     def linear(a, b):
         kernel = rng.normal(size=(a, b)).astype(np.float32) / np.sqrt(a)

@@ -17,6 +17,7 @@ from d2m_jax.weights.autoencoder_keys import (
 )
 from d2m_jax.weights.key_table import by_name, their_shapes, write
 from d2m_jax.weights.named_arrays import names
+from tests.seed import generator
 
 # Three levels of three widths and two blocks: no index can be taken for another.
 CONFIG = AutoencoderConfig(block_out_channels=(32, 64, 96), layers_per_block=2, latent_channels=6)
@@ -57,7 +58,7 @@ def shapes(config, table):
 def test_bfl_s_names_are_those_that_diffusers_converts():
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     torch = pytest.importorskip("torch")
-    random = np.random.default_rng(0)
+    random = generator()
     params = {n: random.normal(size=s).astype(np.float32) for n, s in our_shapes(CONFIG).items()}
 
     def state(table):

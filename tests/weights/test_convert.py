@@ -13,6 +13,7 @@ from d2m_jax.config import ConfigError
 from d2m_jax.weights import blocks, convert, model_directory, safetensors
 from d2m_jax.weights.key_table import Parameter
 from d2m_jax.weights.named_arrays import fingerprint, names
+from tests.seed import generator
 from tests.weights import toy
 
 CONFIG = toy.config(1, 2)
@@ -77,7 +78,7 @@ def test_blocks(tmp_path, monkeypatch):
     """Large arrays go block by block, and the checkpoint is like any other."""
     monkeypatch.setattr(blocks, "WHOLE", 500)
     monkeypatch.setattr(blocks, "IN_FLIGHT", 1000)
-    rng = np.random.default_rng(0)
+    rng = generator()
     arrays = {
         "b": rng.normal(size=(3, 2, 8, 5)).astype(np.float32),
         "a": rng.normal(size=(40, 20)).astype(ml_dtypes.bfloat16),

@@ -109,6 +109,13 @@ def refused(path, message):
 
 def test_missing(path):
     refused(path.parent / "nothing", "found no such directory")
+    other = path.parent / "diffusers"
+    (other / "transformer").mkdir(parents=True)
+    message = f"python convert_torch_weights.py {other} OUTPUT"
+    refused(other, f"found a FluxPipeline of diffusers; make one of it with: {message}")
+    (other / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    refused(other, "found a folder of diffusers; make")
+    refused(other / "config.json", "found a file; make one of it with")
     refused(path.parent, "found no config.json in it")
     (path / "params").rename(path.parent / "elsewhere")
     refused(path, "expected params/")

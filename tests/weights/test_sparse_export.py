@@ -147,7 +147,8 @@ def test_bfloat16(tmp_path):
     inputs = toy.inputs(config)
     # top_k = n: a rounding never changes what runs
     (expected,) = ours(config, params, inputs, top_ks=(6,), dtype=jnp.bfloat16)
-    assert relative(call(model, inputs, 6), expected) < 0.02
+    # (0.012, and four times that for other orders of sums)
+    assert relative(call(model, inputs, 6), expected) < 0.05
 
 
 def test_only_chosen_work(tmp_path):

@@ -17,7 +17,9 @@ from d2m_jax.weights import model_directory, safetensors
 from d2m_jax.weights.named_arrays import names
 from d2m_jax.weights.torch_export import export_bfl, export_diffusers, export_torch
 from d2m_jax.weights.torch_import import load, load_model, open_source
+from tests.half import needs_half
 from tests.models.toy import inputs
+from tests.seed import generator
 from tests.weights import toy
 
 torch = pytest.importorskip("torch")
@@ -71,7 +73,7 @@ def test_diffusers_folder_and_back(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("layout", ["bfl", "diffusers"])
 def test_import_and_export_keep_every_bit(tmp_path, layout, dtype):
-    rng = np.random.default_rng(0)
+    rng = generator()
     state = toy.random_state(layout, CONFIG, dtype)
     # any bits of finite numbers, subnormal ones and -0 among them
     state = {
@@ -113,6 +115,7 @@ def test_layouts_and_places_agree(bfl, expected, tmp_path):
     assert open_source(tmp_path / "folder").config.axes_dim == (4, 6, 6)
 
 
+@needs_half
 @pytest.mark.parametrize("kind", ["float16", "float8_e4m3fn", "float8_e5m2"])
 def test_other_types(bfl, tmp_path, kind):
     narrow = {n: np.asarray(t).astype(kind) for n, t in safetensors.read(bfl).items()}
@@ -292,7 +295,7 @@ def test_what_is_no_model(bfl, tmp_path, monkeypatch):
     refused(tmp_path / "a.txt", "expected a .safetensors file")
     for name in ("a.safetensors", "b.safetensors"):
         shutil.copy(bfl, tmp_path / name)
-    refused(tmp_path, "holds 2 of \\*.safetensors, expected one")
+    refused(tmp_path, "holds 2 models")
     (tmp_path / "b.safetensors").unlink()
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
     refused(tmp_path, "_class_name = 'SD3Transformer2DModel', expected 'FluxTransformer2DModel'")
@@ -307,24 +310,30 @@ def test_what_is_no_model(bfl, tmp_path, monkeypatch):
     refused(tmp_path / "a.safetensors", "truncated")
 
 
-def test_repositories_of_hugging_face(bfl, monkeypatch):
-    """Only where the path does not exist, and with the folder that huggingface_hub says."""
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    asked = []
-
-    def download(repository, allow_patterns):
-        asked.append(repository)
-        return str(bfl.parent)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert open_source("owner/name").config.double == CONFIG.double and asked == ["owner/name"]
-
-    def fail(repository, allow_patterns):
-        raise OSError("offline\nand so on")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ConfigError, match=r"owner/name: .*not to be had from .* \(offline\)"):
-        open_source("owner/name")
+def test_lighter_copies_and_their_shards(expected, bfl, tmp_path):
+    """NAME.fp16.safetensors, whole or in shards, counts where it is alone."""
+    half = {n: np.asarray(t).astype(np.float16) for n, t in safetensors.read(bfl).items()}
+    safetensors.write_sharded(tmp_path, "model", half, shard_bytes=20_000)
+    shards = len(list(tmp_path.glob("model-*")))
+    assert shards > 2
+    text = (tmp_path / "model.safetensors.index.json").read_text()
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "model.safetensors.index.fp16.json").write_text(
+        text.replace("model-", "model.fp16-")
+    )
+    for file in tmp_path.glob("model-*"):
+        file.rename(file.with_name(file.name.replace("model-", "model.fp16-")))
+    found = open_source(tmp_path).tensors
+    assert {t.dtype for t in found.values()} == {np.dtype(np.float16)}
+    assert found.keys() == half.keys()
+    safetensors.write(tmp_path / "model.safetensors", safetensors.read(bfl))
+    found = open_source(tmp_path).tensors
+    assert {t.dtype for t in found.values()} == {t.dtype for t in safetensors.read(bfl).values()}
+    safetensors.write(tmp_path / "other.safetensors", half)
+    with pytest.raises(
+        ConfigError, match="holds 2 models .model.safetensors, other.safetensors.*, exp"
+    ):
+        open_source(tmp_path)
 
 
 def test_full_disk_while_exporting(expected, tmp_path, monkeypatch):

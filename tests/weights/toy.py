@@ -12,6 +12,7 @@ from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.flux import abstract
 from d2m_jax.weights import flux_keys, key_table
 from d2m_jax.weights.named_arrays import sizes
+from tests.seed import SEED, generator
 
 
 def config(doubles=2, singles=3, guidance=True):
@@ -36,7 +37,7 @@ def diffusers_model(config, dtype="float32", seed=0):
     value = flux_keys.diffusers_config(config)
     del value["_class_name"]
     model = diffusers.FluxTransformer2DModel(**value).eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED + seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -57,7 +58,7 @@ def to_diffusers(state, dim=32):
 
 def random_state(layout, config, dtype=np.float32, seed=0):
     """Random arrays by torch's names of one layout."""
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     shapes = sizes(abstract(config))
     theirs = key_table.their_shapes(flux_keys.keys(layout, config), shapes)
     return {n: rng.normal(size=shape).astype(dtype) for n, shape in theirs.items()}

@@ -1,0 +1,155 @@
+"""Where a model lies: a path, or a repository of Hugging Face, of which no more is downloaded than
+is needed."""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import errors
+
+from d2m_jax.config import ConfigError, check
+from d2m_jax.weights.key_table import listed
+
+# OWNER/NAME, then perhaps @REVISION and the path of a file.
+REPOSITORY = re.compile(
+    r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+?))?"
+    r"(?:/(?P<file>[^@]+\.(?:safetensors|sft|gguf)))?"
+)
+WEIGHTS = (".safetensors", ".sft")
+SMALL = (".json", ".txt", ".model", ".jinja")  # configs and vocabularies
+# Of a model that fills the root: a model directory, an export for torch, diffusers' transformer.
+OWN = ("params/", "sparse_flux.py", "diffusion_pytorch_model")
+LORA_CONFIG = "adapter_config.json"
+
+
+def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
+    """The path itself, or what was downloaded of a repository OWNER/NAME of Hugging Face: the
+    folders `parts` of a pipeline, the model at its root, or its only file of weights.
+
+    OWNER/NAME/FILE names a file, OWNER/NAME@REVISION a revision. Raises ConfigError that says what
+    to do: for a gated repository, one that is not there, several files, no network.
+    """
+    path = Path(source)
+    if os.path.lexists(path):
+        check(path.exists(), f"{path}: a link to {os.path.realpath(path)}, which is not there")
+        _refuse_cache(path)
+        return path
+    found = REPOSITORY.fullmatch(str(source))
+    if found is None:
+        raise ConfigError(f"{source}: no such file or folder")
+    name, revision, file = found.group("name", "revision", "file")
+    try:
+        return _download(name, revision, file, parts)
+    except ConfigError:
+        raise
+    except Exception as error:  # of huggingface_hub and of the packages below it
+        raise ConfigError(f"{source}: {_told(name, error)}") from None
+
+
+def _refuse_cache(path: Path) -> None:
+    """A hub cache keeps a repository's files in snapshots/REVISION."""
+    snapshots = path / "snapshots"
+    if not (path.name.startswith("models--") and snapshots.is_dir()):
+        return
+    kept = sorted(snapshots.iterdir())
+    raise ConfigError(
+        f"{path}: a folder of Hugging Face's cache, expected one of the {len(kept)} folders in its"
+        f" snapshots{f', such as {kept[0]}' if kept else ''}"
+    )
+
+
+def _download(name: str, revision: str | None, file: str | None, parts: Sequence[str]) -> Path:
+    try:
+        files = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
+    except Exception as error:  # huggingface_hub's own, and those of the connection
+        if _status(error) in (401, 403, 404):
+            raise
+        folder = Path(
+            huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+        )
+        kept = (path for path in folder.rglob("*") if path.is_file())
+        files = [path.relative_to(folder).as_posix() for path in kept]
+        return folder / (file or _chosen(name, files, parts)[1])
+    if file is not None:
+        near = listed([f for f in files if f.lower().endswith(WEIGHTS)])
+        check(file in files, f"{name}: holds no {file}, but {near or 'no weights'}")
+    wanted, meant = _chosen(name, files, parts) if file is None else ([file], file)
+    folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted)
+    return Path(folder) / meant
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _chosen(name: str, files: Iterable[str], parts: Sequence[str]) -> tuple[list[str], str]:
+    """What to download of a repository's files, and what of it is meant: "" for all of it."""
+    files = sorted(files)
+    if any(f.startswith(f"{parts[0]}/") for f in files):
+        within = [f for f in files if f.startswith(tuple(f"{part}/" for part in parts))]
+        return [*_without_copies(within), "model_index.json"], ""
+    if "config.json" in files and any(f.startswith(OWN) for f in files):
+        own = [f for f in files if f.startswith(("params/", "encoders/", "sparse_flux.py"))]
+        root = [f for f in files if f.startswith(("config.json", "model", OWN[2]))]
+        return own + _without_copies(root), ""
+    weights = [f for f in files if f.lower().endswith(WEIGHTS)]
+    found = [f for f in weights if "/" not in f] or weights
+    if len(found) == 1:
+        return [*found, LORA_CONFIG], found[0]
+    if found:
+        raise ConfigError(
+            f"{name}: holds {len(found)} files of weights ({listed(found)}); name one, such as"
+            f" {name}/{found[0]}"
+        )
+    kinds = sorted({f.rpartition(".")[2] for f in files} & {"gguf", "bin", "pt", "ckpt", "pth"})
+    holds = f".{' and .'.join(kinds)} files alone" if kinds else "no weights"
+    raise ConfigError(f"{name}: holds {holds}, expected .safetensors")
+
+
+def _without_copies(files: Sequence[str]) -> list[str]:
+    """Without pickles, and without lighter copies (NAME.fp16.safetensors) of weights that are
+    there in full."""
+    kept = [f for f in files if f.endswith((*WEIGHTS, *SMALL))]
+    plain = {os.path.dirname(f) for f in kept if f.endswith(WEIGHTS) and not variant(f)}
+    return [f for f in kept if not (variant(f) and os.path.dirname(f) in plain)]
+
+
+def variant(file: str) -> str:
+    """`fp16` of NAME.fp16.safetensors, of a shard of such, and of their index; else empty."""
+    name = os.path.basename(file)
+    shard = r"(?:-\d{5}-of-\d{5})?"
+    found = re.fullmatch(rf"[^.]+\.([\w-]+?){shard}\.(?:safetensors|sft)", name)
+    found = found or re.fullmatch(r"[^.]+\.safetensors\.index\.([\w-]+)\.json", name)
+    return found[1] if found else ""
+
+
+def _told(name: str, error: Exception) -> str:
+    """What happened and what helps, for one line."""
+    page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
+    status = _status(error)
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        if status == 403:
+            return (
+                f"gated, and your login has no access to it: accept its licence on {page}, and let"
+                " the token read gated repositories"
+            )
+        return f"gated: accept its licence on {page}, then {login}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"no such file or folder, and no such repository: {page} (is it misspelt? for a private"
+            f" one, {login})"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the repository {page} has no such revision"
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return (
+            "no such file or folder, and not in Hugging Face's cache, which alone is asked while"
+            " there is no connection or HF_HUB_OFFLINE is set"
+        )
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    if status in (401, 403):
+        return f"Hugging Face refuses the login ({line}): {login}"
+    return f"no such file or folder, and not to be had from {page} ({line})"
