@@ -190,6 +190,12 @@ def first() -> bool:
     return distributed.global_state.process_id == 0
 
 
+def say(line: str) -> None:
+    """A line for people, on stderr, once."""
+    if first():
+        print(line, file=sys.stderr, flush=True)
+
+
 def barrier(name: str, timeout: float = PATIENCE) -> None:
     """Wait until all processes are here."""
     if count() > 1:

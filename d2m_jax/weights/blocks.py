@@ -121,7 +121,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         written = []
         for region in blocks(value):
             block = np.asarray(value[region], order="C")
-            self._fingerprint.add(block)
+            self._fingerprint.add(block, value.finite)
             await self._room(block.nbytes)
             # Written by other threads, while the next one is read here.
             future = store[region].write(block, can_reference_source_data_indefinitely=True)

@@ -92,7 +92,9 @@ def convert(
                     if folder is not None:
                         copy_encoders(folder, new)
     except FloatingPointError as error:
-        raise ConfigError(f"{source}: {error}: damaged weights, or a type too narrow") from None
+        raise ConfigError(
+            f"{source}: {error}: damaged weights or LoRA, or a type too narrow"
+        ) from None
 
 
 def _is_diffusers(folder: Path) -> bool:

@@ -170,4 +170,5 @@ def _load(where: Path, table, tensors, like: dict, sharding) -> dict:
     shapes = sizes(like)
     key_table.check_fit(where, table, tensors, shapes)
     stored = torch_import.stored_dtype(tensors)
-    return torch_import.load(key_table.parameters(table, tensors, shapes, stored), like, sharding)
+    params = key_table.parameters(table, tensors, shapes, stored, where)
+    return torch_import.load(params, like, sharding)

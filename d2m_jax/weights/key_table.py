@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2m_jax.config import ConfigError, suggestion
+from d2m_jax.weights.named_arrays import finite
 
 Layout = Literal["same", "linear", "conv", "pointwise"]
 SHOWN = 8  # names listed per kind of mistake
@@ -153,6 +154,7 @@ class Parameter:
     shape: tuple[int, ...]
     dtype: np.dtype
     take: Callable[[tuple[slice, ...]], np.ndarray]
+    finite: bool = False  # whether `take` refuses NaN and infinity, so that nobody else need look
 
     @property
     def size(self) -> int:
@@ -180,14 +182,19 @@ def parameters(
     tensors: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: Any,
+    where: Any = "weights",
 ) -> dict[str, Parameter]:
-    """Our parameters by name, to be read from torch's tensors as `dtype`."""
+    """Our parameters by name, to be read from torch's tensors as `dtype`.
+
+    Reading raises ConfigError that names `where` and the tensor for NaN, infinity, and what is too
+    large for `dtype`.
+    """
     entries, dtype = by_name(table, "ours"), np.dtype(dtype)
 
     def take(name):
-        return lambda region: read(entries[name], tensors, shapes[name], dtype, region)
+        return lambda region: read(entries[name], tensors, shapes[name], dtype, region, where)
 
-    return {name: Parameter(tuple(shapes[name]), dtype, take(name)) for name in shapes}
+    return {name: Parameter(tuple(shapes[name]), dtype, take(name), finite=True) for name in shapes}
 
 
 def read(
@@ -196,18 +203,34 @@ def read(
     shape: Sequence[int],
     dtype: Any,
     region: tuple[slice, ...],
+    where: Any = "weights",
 ) -> np.ndarray:
     """A region of one of our parameters from torch's tensors; `entries` are all of its."""
     out = np.empty([part.stop - part.start for part in region], dtype)
+    pieces = []
     for entry in entries:
         box = entry.box(shape)
         common = overlap(box, region)
         if common is not None:
+            at = relative(common, region)
+            pieces.append((entry.theirs, at))
             piece = entry.piece_of_theirs(np.asarray(tensors[entry.theirs]))
             piece = piece[relative(common, box)[len(entry.index) :]]
-            at = relative(common, region)
             _copy(piece[(None,) * len(entry.index)], out[at])
+    if not finite(out):
+        name = next(name for name, at in pieces if not finite(out[at]))
+        raise ConfigError(f"{where}: {name} {_damage(np.asarray(tensors[name]), out.dtype)}")
     return out
+
+
+def _damage(array: np.ndarray, dtype: np.dtype) -> str:
+    """Why some number of an array is not finite as `dtype`."""
+    with np.errstate(invalid="ignore"):
+        array = array.astype(np.float64)
+    bad = array[~np.isfinite(array)]
+    if bad.size:
+        return f"holds {'NaN' if np.isnan(bad[0]) else 'infinity'}: damaged weights"
+    return f"holds {array.flat[np.abs(array).argmax()]:.3g}, too large for {dtype}"
 
 
 def _copy(view: np.ndarray, out: np.ndarray) -> None:
@@ -218,7 +241,10 @@ def _copy(view: np.ndarray, out: np.ndarray) -> None:
     except RuntimeError:  # JAX_PLATFORMS left no CPU
         cpu = None
     if cpu is None:
-        out[...] = view
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # `read` looks for what has become infinite
+            out[...] = view
         return
     # Part by part, in memory that is used again.
     step = max(1, TILE * view.shape[-1] // view.size)

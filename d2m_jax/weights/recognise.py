@@ -4,21 +4,64 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from d2m_jax import hosts
 from d2m_jax.config import ConfigError
 from d2m_jax.weights.flux_keys import Layout
+from d2m_jax.weights.key_table import listed
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-# The parts of an all-in-one file: ours → the prefixes in use, the bare file's "" not among them.
-PREFIXES = {
-    "transformer": ("model.diffusion_model.", "diffusion_model."),
-    "t5": ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
-    "clip": ("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
-    "autoencoder": ("vae.", "first_stage_model."),
-}
+# Names at the top of a transformer, in both layouts. Those of AT_LEAST_ONE are in no other model.
+AT_LEAST_ONE = (
+    "img_in",
+    "txt_in",
+    "time_in",
+    "vector_in",
+    "guidance_in",
+    "double_blocks",
+    "single_blocks",
+    "final_layer",
+    "x_embedder",
+    "context_embedder",
+    "time_text_embed",
+    "transformer_blocks",
+    "single_transformer_blocks",
+)
+TOP = (*AT_LEAST_ONE, "norm_out", "proj_out")
+# What torch.compile, FSDP, checkpointing, fairscale, Lightning and DDP put anywhere into names.
+WRAPPERS = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_fpw_module",
+    "_forward_module",
+    "module",
+)
+USUAL = ("model.diffusion_model.", "diffusion_model.")  # ComfyUI's starts of a transformer's names
+# The starts of an all-in-one file's other parts.
+OTHERS = (
+    "vae.",
+    "first_stage_model.",
+    "text_encoder.",
+    "text_encoders.",
+    "text_encoder_2.",
+    "cond_stage_model.",
+    "conditioner.",
+)
 # (what it is, a part of a name that only such files have); the first that is found counts.
+QUANTISED = (
+    ("quantised by SVDQuant", (".wscales", ".wcscales", ".smooth_factor", ".smooth_orig")),
+    ("quantised by bitsandbytes (NF4, FP4 or int8)", (".quant_state.", ".absmax", ".SCB")),
+    ("quantised to NVFP4 (4 bits)", (".weight_scale_2",)),
+    ("quantised by GPTQ or AWQ (4 bits)", (".qweight", ".qzeros", ".pre_quant_scale")),
+    ("quantised by torchao", ("weight:qdata", "weight_qdata", "weight:tensor_impl")),
+    ("quantised by quanto", (".weight._data", ".weight._scale")),
+    ("quantised by compressed-tensors", (".weight_packed", ".weight_zero_point")),
+    ("quantised by HQQ", (".W_q",)),
+    ("fp8 with a scale per block", (".weight_scale_inv",)),
+)
+UNQUANTISED = "bf16, fp16, fp32 or fp8"
+LORA = (("a LoRA", (".lora_A", ".lora_B", "lora_unet_", ".lora_down", ".lora_up", "lora_te")),)
 FOREIGN = (
-    ("a LoRA", (".lora_A", ".lora_B", "lora_unet_", ".lora_down", ".lora_up", "lora_te")),
-    ("a quantised model (GPTQ, SVDQuant or bitsandbytes)", (".qweight", ".quant_state")),
     ("FLUX.2", ("double_stream_modulation", "single_stream_modulation")),
     ("a ControlNet", ("controlnet_blocks.", "controlnet_single_blocks.", "control_model.")),
     ("Chroma", ("distilled_guidance_layer.",)),
@@ -46,59 +89,91 @@ def refuse_pickle(path: Path) -> None:
         raise ConfigError(f"{path}: GGUF holds quantised blocks; expected .safetensors")
 
 
-def parts(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The parts of an all-in-one file by PREFIXES' names, without their prefixes.
-
-    A file without any prefix is a transformer, or what is refused as one.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        part, prefix = _part(name)
-        found.setdefault(part, {})[name.removeprefix(prefix)] = tensor
-    if "transformer" not in found:
-        found["transformer"] = found.pop("", {})
-    return found
+def unwrapped(name: str) -> tuple[str, str]:
+    """A name of a FLUX transformer without what tools put before and into it, and what stood before
+    it: ("model._orig_mod.", "img_in.weight"). Any other name as it is, after ""."""
+    parts = name.split(".")
+    # A number stands in a list of blocks: what comes after it is at the top of no transformer.
+    end = next((i for i, part in enumerate(parts) if part in TOP or part.isdecimal()), len(parts))
+    if end == len(parts) or parts[end] not in TOP:
+        return "", name
+    return "".join(f"{part}." for part in parts[:end]), _plain(".".join(parts[end:]))
 
 
-def _part(name: str) -> tuple[str, str]:
-    for part, prefixes in PREFIXES.items():
-        for prefix in prefixes:
-            if name.startswith(prefix):
-                return part, prefix
-    return "", ""
+def _plain(name: str) -> str:
+    """A name without the wrappers in it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def transformer(where: Any, tensors: Mapping[str, Any]) -> tuple[Layout, dict[str, Any]]:
     """The layout of a FLUX.1 transformer, and its tensors by that layout's names.
 
-    What else the file holds of an all-in-one model is left out. Raises ConfigError where there is
-    no such transformer, and says what there is.
+    What else the file holds of an all-in-one model is left out. One line on stderr tells of other
+    starts of names that were cut, and of tensors outside them. Raises ConfigError where there is no
+    such transformer, and says what there is, or where there are two.
     """
-    _refuse_foreign(where, tensors, FOREIGN[:1])
-    found = parts(tensors)["transformer"]
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHERS)}
+    refuse(where, own, QUANTISED, UNQUANTISED)
+    refuse(where, own, LORA)
+    found = _without_start(where, own)
     # ComfyUI writes the norms' scales under either name.
     found = {n.removesuffix("weight") + "scale" if _is_norm(n) else n: t for n, t in found.items()}
-    _refuse_foreign(where, found, FOREIGN)
+    refuse(where, found, FOREIGN)
     for layout, marks in MARKS.items():
         if any(name.startswith(marks) for name in found):
             return layout, found
-    first = ", ".join(list(found)[:3]) or "no tensors"
+    refuse(where, tensors, (*LORA, *FOREIGN))
+    first = ", ".join(list(tensors)[:3]) or "no tensors"
     raise ConfigError(
         f"{where}: expected FLUX.1's transformer (double_blocks.… or transformer_blocks.…), found"
         f" {first}"
     )
 
 
+def _without_start(where: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors whose names have the start that a transformer's have, without it."""
+    starts: dict[str, str] = {}  # without wrappers → the first name
+    for name in tensors:
+        start, rest = unwrapped(name)
+        if rest.split(".")[0] in AT_LEAST_ONE:
+            starts.setdefault(_plain(start), name)
+    if len(starts) > 1:
+        raise ConfigError(
+            f"{where}: holds more than one transformer, or parts of one under several names"
+            f" ({' and '.join(starts.values())}); expected one, in a file of its own"
+        )
+    start = next(iter(starts), "")
+    found, names, cut, outside = {}, {}, {}, []
+    for name, tensor in tensors.items():
+        plain = _plain(name)
+        if not plain.startswith(start):
+            outside.append(name)
+            continue
+        short = plain.removeprefix(start)
+        if short in found:
+            raise ConfigError(f"{where}: holds {short} twice, as {names[short]} and as {name}")
+        found[short], names[short] = tensor, name
+        before, rest = unwrapped(name)
+        if rest == short:
+            inside = name.removeprefix(before).split(".")
+            parts = [before, *(f"{part}." for part in inside if part in WRAPPERS)]
+            cut |= dict.fromkeys(part for part in parts if part not in ("", *USUAL))
+    if cut:
+        hosts.say(f"{where}: read without what a tool put into its names: {listed(list(cut))}")
+    if outside:
+        hosts.say(f"{where}: ignored {len(outside)} tensors beside {start}…: {listed(outside)}")
+    return found
+
+
 def _is_norm(name: str) -> bool:
     return name.endswith((".query_norm.weight", ".key_norm.weight"))
 
 
-def _refuse_foreign(where: Any, tensors: Iterable[str], kinds) -> None:
+def refuse(where: Any, tensors: Iterable[str], kinds, expected="a FLUX.1 transformer") -> None:
+    """Raise ConfigError that says which of the kinds, such as FOREIGN, the tensors are of."""
     names = list(tensors)
     for kind, marks in kinds:
         name = next((n for n in names if any(mark in n for mark in marks)), None)
         if name is not None:
             advice = "; merge it into its model with --lora" if kind == "a LoRA" else ""
-            raise ConfigError(
-                f"{where}: {kind} (it holds {name}), expected a FLUX.1 transformer{advice}"
-            )
+            raise ConfigError(f"{where}: {kind} (it holds {name}), expected {expected}{advice}")

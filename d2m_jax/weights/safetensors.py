@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from d2m_jax.config import ConfigError, suggestion
+from d2m_jax.weights import first_bytes
 from d2m_jax.weights.output import check_space, new_file
 
 HEADER_LIMIT = 100_000_000  # bytes, as in the reference implementation
@@ -38,6 +39,17 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+OTHER_DTYPES = {
+    "F4": "4-bit floats (MXFP4 or NVFP4)",
+    "F6_E2M3": "6-bit floats (MXFP6)",
+    "F6_E3M2": "6-bit floats (MXFP6)",
+    "F8_E8M0": "scales of blocks (MXFP8, MXFP6 or MXFP4)",
+    "F8_E4M3FNUZ": "AMD's 8-bit floats",
+    "F8_E5M2FNUZ": "AMD's 8-bit floats",
+    "I4": "4-bit integers",
+    "U4": "4-bit integers",
+    "C64": "complex numbers",
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,9 @@ class Tensor:
 def read(path: Path | str) -> dict[str, Tensor]:
     """The tensors of one file, as views of its pages. ConfigError for whatever is wrong with it."""
     path = Path(path)
+    half = path.with_name(f"{path.name}.aria2")
+    if half.exists():  # the file has its whole length then, and zeros
+        raise ConfigError(f"{path}: its download did not end, for {half.name} is beside it")
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -94,12 +109,17 @@ def _view(pages: mmap.mmap, offset: int, dtype: np.dtype, shape: tuple[int, ...]
 def _header(path: Path, file, size: int) -> tuple[dict[str, Any], int]:
     """The parsed header, and where the tensors start."""
 
+    start = file.read(first_bytes.LENGTH)
+
     def refuse(what):
-        raise ConfigError(f"{path}: no whole safetensors file: {what}")
+        kind = first_bytes.kind(start)
+        what = f"no whole safetensors file: {what}" if kind is None else f"no safetensors: {kind}"
+        raise ConfigError(f"{path}: {what}")
 
     if size < 8:
         refuse(f"{size} bytes, expected at least 8")
-    (length,) = struct.unpack("<Q", file.read(8))
+    file.seek(8)
+    (length,) = struct.unpack("<Q", start[:8])
     if length > size - 8:
         refuse(f"its header should have {length} bytes, {size - 8} are there")
     if length > HEADER_LIMIT:
@@ -142,6 +162,11 @@ def _specs(
         if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
             raise ConfigError(f"{where}: expected dtype, shape and data_offsets in the header")
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        if isinstance(dtype, str) and dtype in OTHER_DTYPES:
+            raise ConfigError(
+                f"{where} holds {OTHER_DTYPES[dtype]}, {dtype}, which are not read; expected the"
+                " model in bf16, fp16, fp32 or fp8"
+            )
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ConfigError(f"{where}: dtype {str(dtype)[:40]!r}, expected one of {list(DTYPES)}")
         if not _naturals(shape) or len(shape) > 32:
@@ -182,27 +207,9 @@ def _naturals(value: Any) -> bool:
 def read_sharded(index: Path | str) -> dict[str, Tensor]:
     """The tensors of all shards that a `*.safetensors.index.json` names, from its own folder."""
     index = Path(index)
-    try:
-        places = json.loads(index.read_text())["weight_map"]
-        if not all(isinstance(shard, str) for shard in places.values()):
-            raise TypeError("a shard is no string")
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{index}: damaged, expected JSON with weight_map, from tensors to files"
-            f" ({_first_line(error)})"
-        ) from None
-    shards = sorted(set(places.values()))
-    for shard in shards:
-        if Path(shard).name != shard or shard == "..":
-            raise ConfigError(f"{index}: names {shard!r}, expected files of its own folder")
-    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if absent:
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-        raise ConfigError(
-            f"{index}: names {len(shards)} shards, absent are {', '.join(absent[:3])}{more}"
-        )
+    places = _places(index)
     tensors: dict[str, Tensor] = {}
-    for shard in shards:
+    for shard in sorted(set(places.values())):
         for name, tensor in read(index.parent / shard).items():
             if places.get(name) != shard:
                 raise ConfigError(f"{index}: {name} is in {shard}, not in {places.get(name)}")
@@ -214,43 +221,34 @@ def read_sharded(index: Path | str) -> dict[str, Tensor]:
     return tensors
 
 
-SCALES = (".scale_weight", ".weight_scale")  # ComfyUI's name, and that of others
-SCALED_MARKS = (".scale_input", ".input_scale")  # of activations, for fp8 matmuls only
+def shards(index: Path | str) -> list[Path]:
+    """The files that an index names."""
+    index = Path(index)
+    return [index.parent / shard for shard in sorted(set(_places(index).values()))]
 
 
-def unscaled(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors with fp8 weights multiplied, when taken, by the scales that lie beside them.
-
-    A scale is one number or one per row of the weight (its output).
-    """
-    found = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.endswith(SCALES + SCALED_MARKS) and name.split(".")[-1] != "scaled_fp8"
-    }
-    for name, scale in tensors.items():
-        if not name.endswith(SCALES):
-            continue
-        weight = name.rpartition(".")[0] + ".weight"
-        if weight not in found:
-            raise ConfigError(f"{name}: a scale of {weight}, which is not there")
-        found[weight] = _scaled(weight, found[weight], scale)
-    return found
-
-
-def _scaled(name: str, weight: Any, scale: Any) -> Tensor:
-    rows = math.prod(scale.shape)
-    if rows not in (1, weight.shape[0]):
+def _places(index: Path) -> dict[str, str]:
+    """Tensor → the file, of the index's own folder and there, that should hold it."""
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        if not all(isinstance(shard, str) for shard in places.values()):
+            raise TypeError("a shard is no string")
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{name}: its scale has shape {list(scale.shape)}, expected one number or one per row"
-            f" of {list(weight.shape)}"
+            f"{index}: damaged, expected JSON with weight_map, from tensors to files"
+            f" ({_first_line(error)})"
+        ) from None
+    names = sorted(set(places.values()))
+    for name in names:
+        if Path(name).name != name or name == "..":
+            raise ConfigError(f"{index}: names {name!r}, expected files of its own folder")
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise ConfigError(
+            f"{index}: names {len(names)} shards, absent are {', '.join(absent[:3])}{more}"
         )
-
-    def take():
-        factor = np.asarray(scale).astype(np.float32).reshape(-1, *[1] * (len(weight.shape) - 1))
-        return np.asarray(weight).astype(np.float32) * factor
-
-    return Tensor(tuple(weight.shape), np.dtype(np.float32), take)
+    return places
 
 
 def write(

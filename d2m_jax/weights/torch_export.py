@@ -12,7 +12,7 @@ import numpy as np
 from d2m_jax.config import FluxConfig, ModelConfig, to_json
 from d2m_jax.weights import flux_keys, key_table, output, safetensors, sparse_keys
 from d2m_jax.weights.key_table import Entry
-from d2m_jax.weights.named_arrays import sizes
+from d2m_jax.weights.named_arrays import finite, sizes
 
 MODULE = Path(__file__).parent / "torch_module" / "sparse_flux.py"  # copied, never imported
 
@@ -24,15 +24,20 @@ def torch_tensors(
 ) -> dict[str, safetensors.Tensor]:
     """Torch's tensors by a table, each made when taken from our parameters by name.
 
-    `params` are arrays or key_table.Parameter; `progress` is told the bytes of every tensor.
+    `params` are arrays or key_table.Parameter; `progress` is told the bytes of every tensor. Taking
+    one raises FloatingPointError that names it where it holds a NaN or an infinity.
     """
     shapes = key_table.their_shapes(table, sizes(params))
     found = {}
     for name, entries in key_table.by_name(table, "theirs").items():
         shape, dtype = shapes[name], np.dtype(params[entries[0].ours].dtype)
 
-        def take(entries=entries, shape=shape, dtype=dtype):
+        known = all(getattr(params[entry.ours], "finite", False) for entry in entries)
+
+        def take(name=name, entries=entries, shape=shape, dtype=dtype, known=known):
             array = key_table.write(entries, params, shape, dtype)
+            if not known and not finite(array):
+                raise FloatingPointError(f"{name} is not finite")
             if progress is not None:
                 progress(array.nbytes)
             return array

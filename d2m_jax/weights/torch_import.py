@@ -1,9 +1,10 @@
 """Transformers out of torch's files: one file or shards, BFL's layout, diffusers' or ours."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d2m_jax import hosts
 from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, check
 from d2m_jax.models.flux import Flux, abstract, model_of
 from d2m_jax.weights import (
@@ -20,10 +22,11 @@ from d2m_jax.weights import (
     model_directory,
     recognise,
     safetensors,
+    scales,
     sparse_keys,
     torch_export,
 )
-from d2m_jax.weights.key_table import Entry, Parameter
+from d2m_jax.weights.key_table import Entry, Parameter, listed
 from d2m_jax.weights.named_arrays import names, restructure, sizes
 
 FILES = (".safetensors", ".sft")
@@ -42,10 +45,13 @@ class Source:
     model: ModelConfig | None = None  # what an export of ours says beside the transformer
 
     def parameters(self, dtype: Any = None) -> dict[str, Parameter]:
-        """Ours by dotted name, read when indexed; None is the narrowest type that holds them."""
+        """Ours by dotted name, read when indexed; None is the narrowest type that holds them.
+
+        What is read is finite, or ConfigError names the tensor that is not.
+        """
         dtype = stored_dtype(self.tensors) if dtype is None else dtype
         shapes = sizes(abstract(self.config))
-        return key_table.parameters(self.table, self.tensors, shapes, dtype)
+        return key_table.parameters(self.table, self.tensors, shapes, dtype, self.where)
 
 
 def open_source(source: Path | str) -> Source:
@@ -53,7 +59,8 @@ def open_source(source: Path | str) -> Source:
     Hugging Face.
 
     Raises ConfigError that says what is wrong with it, or what else it is; all tensors that do not
-    fit are listed.
+    fit are listed. One line on stderr each tells of names that were read without what a tool put
+    into them, and of tensors that were ignored.
     """
     path = hub.local(source)
     if path.is_dir() and (path / "transformer").is_dir():
@@ -63,33 +70,61 @@ def open_source(source: Path | str) -> Source:
         tensors, config = read_tensors(path), model.transformer
         return _checked(Source(path, "torch", config, sparse_keys.keys(config), tensors, model))
     value = _diffusers_config(path / "config.json") if path.is_dir() else {}
-    layout, tensors = recognise.transformer(path, read_tensors(path))
+    stored, headers = _read(path)
+    layout, stored = recognise.transformer(path, stored)
+    tensors = scales.multiplied_out(path, stored, headers)
     axes = value.get("axes_dims_rope")
     config = flux_keys.config_of(path, layout, tensors, axes and tuple(axes))
     return _checked(Source(path, layout, config, flux_keys.keys(layout, config), tensors))
 
 
 def _checked(source: Source) -> Source:
-    for name, tensor in source.tensors.items():
-        found = np.dtype(tensor.dtype).name
-        check("float" in found, f"{source.where}: {name} is {found}, expected floating point")
+    known = {entry.theirs for entry in source.table}
+    ignored = [n for n, t in source.tensors.items() if n not in known and _is_no_weight(n, t)]
+    if ignored:
+        which = f"{len(ignored)} tensors that are no weights: {listed(ignored)}"
+        hosts.say(f"{source.where}: ignored {which}")
+    tensors = {name: t for name, t in source.tensors.items() if name not in ignored}
+    for name in filter(known.__contains__, tensors):
+        found = np.dtype(tensors[name].dtype).name
+        which = {"int8": "int8 without a scale", "uint8": "uint8, as packed 4-bit weights are"}
+        check(
+            "float" in found,
+            f"{source.where}: {name} is {which.get(found, found)}, expected floating point",
+        )
     shapes = sizes(abstract(source.config))
-    key_table.check_fit(source.where, source.table, source.tensors, shapes)
-    return source
+    key_table.check_fit(source.where, source.table, tensors, shapes)
+    return replace(source, tensors=tensors)
+
+
+def _is_no_weight(name: str, tensor: Any) -> bool:
+    """Whether an unknown tensor is a mark or a count that a tool left: ComfyUI's
+    `__index_timestep_zero__`, an EMA's number of steps."""
+    number = math.prod(tensor.shape) == 1 and "float" not in np.dtype(tensor.dtype).name
+    mark = re.fullmatch(r"__\w+__", name.split(".")[-1]) or name.endswith(scales.MARK)
+    return bool(mark) or 0 in tensor.shape or number
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
     """The floating-point tensors of a .safetensors file, an index of shards, or the only one of
     either in a folder; scaled fp8 is multiplied out when taken."""
+    return scales.multiplied_out(path, *_read(path))
+
+
+def _read(path: Path) -> tuple[dict[str, safetensors.Tensor], list[dict[str, str]]]:
+    """The tensors as stored, and the metadata of their files."""
     if path.is_dir():
         path = _weights_in(path)
     if re.search(INDEX, path.name):
+        files = safetensors.shards(path)
         tensors = safetensors.read_sharded(path)
     else:
         recognise.refuse_pickle(path)
-        check(path.suffix in FILES, f"{path}: expected a .safetensors file or a folder of them")
+        whole = path.suffix.lower() in FILES
+        check(whole, f"{path}: expected a .safetensors file or a folder of them")
+        files = [path]
         tensors = safetensors.read(path)
-    return safetensors.unscaled(tensors)
+    return tensors, [safetensors.read_metadata(file) for file in files]
 
 
 def _weights_in(folder: Path) -> Path:

@@ -124,13 +124,39 @@ def test_bad_input_is_one_line(bfl, tmp_path, capfd):
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_damaged_numbers(tmp_path):
-    state = toy.random_state("bfl", CONFIG)
-    state["txt_in.bias"][3] = np.nan
-    safetensors.write(tmp_path / "a.safetensors", state)
-    with pytest.raises(ConfigError, match="a.safetensors: txt_in.bias is not finite"):
-        convert.convert(tmp_path / "a.safetensors", tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("export", [None, "bfl", "diffusers", "torch"])
+def test_damaged_numbers(tmp_path, export):
+    """On every way out: the tensor's name in the file, and nothing is left behind."""
+    state = toy.random_state("diffusers", CONFIG)
+    file = tmp_path / "a.safetensors"
+    out = tmp_path / ("out.safetensors" if export == "bfl" else "out")
+    for number, said in ((np.nan, "holds NaN"), (-np.inf, "holds infinity")):
+        name = "single_transformer_blocks.1.attn.to_v.bias"
+        safetensors.write(file, state | {name: np.full(32, number, np.float32)})
+        with pytest.raises(ConfigError, match=f"a.safetensors: {name} {said}"):
+            convert.convert(file, out, export=export)
+        assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    # Finite numbers of which a LoRA makes infinities have no other name than the output's.
+    # BFL's layout has it in one tensor with others that are finite.
+    layer = "single_transformer_blocks.0.attn.to_q"
+    safetensors.write(file, state)
+    safetensors.write(
+        tmp_path / "lora.safetensors",
+        {
+            f"transformer.{layer}.lora_A.weight": np.full((1, 32), 1e30, np.float32),
+            f"transformer.{layer}.lora_B.weight": np.full((32, 1), 1e30, np.float32),
+        },
+    )
+    with pytest.raises(ConfigError, match="(linear1|qkv|to_q).* is not finite"):
+        convert.convert(file, out, export=export, loras=[(tmp_path / "lora.safetensors", 1.0)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "lora.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["OUT.SAFETENSORS", "out.Sft"])
+def test_endings_in_capitals(bfl, tmp_path, name):
+    assert run(bfl, tmp_path / name, "--export", "bfl") == 0
+    assert run(tmp_path / name, tmp_path / "model") == 0
 
 
 def test_full_disk(bfl, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The two layouts of FLUX.1: against diffusers, at full size, and what else is in the wild."""
 
+import re
 from dataclasses import replace
 
 import ml_dtypes
@@ -131,7 +132,7 @@ def test_missing_before_the_config_is_known():
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
-def test_prefixes_and_all_in_one(prefix):
+def test_prefixes_and_all_in_one(prefix, capfd):
     tensors = tensors_of("bfl", toy.config())
     wild = {prefix + n.replace("_norm.scale", "_norm.weight"): t for n, t in tensors.items()}
     if prefix:
@@ -142,11 +143,87 @@ def test_prefixes_and_all_in_one(prefix):
         }
     layout, found = recognise.transformer("file", wild)
     assert layout == "bfl" and found == tensors
-    parts = recognise.parts(wild)
-    if prefix:
-        assert parts["autoencoder"].keys() == {"decoder.conv_in.weight"}
-        assert parts["t5"].keys() == {"shared.weight"}
-        assert parts["clip"].keys() == {"text_model.embeddings"}
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("layout", ["bfl", "diffusers"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "module.",
+        "_orig_mod.",
+        "net.",
+        "ema_model.",
+        "model.",
+        "transformer.",
+        "state_dict.",
+        "unet.",
+    ]
+    + ["module.model._orig_mod.", "state_dict.model.diffusion_model.", "what.ever."],
+)
+def test_starts_of_wrappers(layout, start, capfd):
+    tensors = tensors_of(layout, toy.config())
+    marks = {f"{start}__index_timestep_zero__": Shape(())}
+    wild = {start + name: tensor for name, tensor in tensors.items()} | marks
+    wild |= {"optimizer.state.0.step": Shape(()), "vae.decoder.norm_out.weight": Shape((4,))}
+    expected = tensors | {"__index_timestep_zero__": wild[f"{start}__index_timestep_zero__"]}
+    outside = start.replace("module.", "").replace("_orig_mod.", "")
+    if not outside:
+        expected["optimizer.state.0.step"] = wild["optimizer.state.0.step"]
+    assert recognise.transformer("file", wild) == (layout, expected)
+    said = capfd.readouterr().err.splitlines()
+    assert said[0] == f"file: read without what a tool put into its names: {start}"
+    beside = f"file: ignored 1 tensors beside {outside}…: optimizer.state.0.step"
+    assert said[1:] == ([beside] if outside else [])
+
+
+@pytest.mark.parametrize("layout", ["bfl", "diffusers"])
+def test_wrappers_inside_names(layout, capfd):
+    tensors = tensors_of(layout, toy.config())
+    wild = {}
+    for name, tensor in tensors.items():
+        name = re.sub(
+            r"(_blocks\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", name
+        )
+        wild["model._fsdp_wrapped_module." + name] = tensor
+    assert recognise.transformer("file", wild) == (layout, tensors)
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and said.endswith(
+        " model._fsdp_wrapped_module.; _fsdp_wrapped_module.; _checkpoint_wrapped_module.\n"
+    )
+
+
+def test_two_models_in_one_file():
+    tensors = tensors_of("bfl", toy.config())
+    for one, other in (("model.", "ema."), ("", "ema_model."), ("net.", "model.diffusion_model.")):
+        both = {start + name: t for start in (one, other) for name, t in tensors.items()}
+        message = f"file: holds more than one .*{one}img_in.weight and {other}img_in.weight"
+        with pytest.raises(ConfigError, match=message):
+            recognise.transformer("file", both)
+    some = {("" if "blocks" in name else "model.") + name: t for name, t in tensors.items()}
+    with pytest.raises(ConfigError, match="parts of one under several names .model.img_in.weight"):
+        recognise.transformer("file", some)
+    twice = tensors | {f"_orig_mod.{name}": t for name, t in tensors.items()}
+    message = "img_in.weight twice, as img_in.weight and as _orig_mod.img_in.weight"
+    with pytest.raises(ConfigError, match=message):
+        recognise.transformer("file", twice)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "rest"),
+    [
+        ("img_in.weight", "", "img_in.weight"),
+        ("a.b._orig_mod.img_in.weight", "a.b._orig_mod.", "img_in.weight"),
+        ("x.single_transformer_blocks.0.proj_out.bias", "x.", None),
+        ("model.double_blocks.3._orig_mod.img_attn.qkv", "model.", "double_blocks.3.img_attn.qkv"),
+        # of U-Nets and autoencoders: no transformer's name
+        ("input_blocks.4.1.transformer_blocks.0.attn1", "", None),
+        ("decoder.up.0.block.1.conv1.weight", "", None),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "", None),
+    ],
+)
+def test_unwrapped(name, start, rest):
+    assert recognise.unwrapped(name) == (start, rest or name.removeprefix(start))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +242,7 @@ def test_prefixes_and_all_in_one(prefix):
         (["text_model.encoder.layers.0.self_attn.q_proj.weight"], "a CLIP text encoder"),
         (["decoder.conv_in.weight"], "an autoencoder"),
         (["distilled_guidance_layer.norms.0.scale", "double_blocks.0.a"], "Chroma"),
-        (["transformer_blocks.0.attn.to_q.qweight"], "a quantised model"),
+        (["transformer_blocks.0.attn.to_q.qweight"], "quantised by GPTQ"),
         (["a", "b"], "found a, b"),
         ([], "found no tensors"),
     ],

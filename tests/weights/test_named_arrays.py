@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from d2m_jax.weights import named_arrays
-from d2m_jax.weights.named_arrays import CHUNK, Fingerprint, fingerprint
+from d2m_jax.weights.named_arrays import CHUNK, Fingerprint, fingerprint, finite
 
 
 def random(shape, dtype=np.float32, seed=0):
@@ -78,6 +78,20 @@ def test_what_is_not_finite_is_named(bad, dtype, device, monkeypatch):
     tree = {"a": jnp.ones(3), "b": [jnp.ones(2), jnp.asarray(array)], "c": jnp.asarray(array)}
     with pytest.raises(FloatingPointError, match="b.1 is not finite"):
         fingerprint(tree)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, jnp.bfloat16])
+def test_finite(dtype):
+    for shape in ((), (0, 3), (3, 2, CHUNK // 3)):
+        array = random(shape, dtype)
+        assert finite(array) and finite(array.T)
+        for bad in (np.nan, np.inf, -np.inf):
+            for place in {0, array.size // 2, array.size - 1} if array.size else ():
+                array = random(shape, dtype)
+                array[np.unravel_index(place, shape)] = bad
+                assert not finite(array) and not finite(array.T)
+    largest = jnp.finfo(dtype).max
+    assert finite(np.asarray([largest, -largest, 0, -0.0], dtype))
 
 
 def test_nothing_is_an_array_too():

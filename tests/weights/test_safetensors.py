@@ -6,7 +6,6 @@ import math
 import random
 import struct
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -128,8 +127,8 @@ TEXT = json.dumps(HEADER).encode()
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "0 bytes, expected at least 8"),
-        (b"1234567", "7 bytes"),
+        (b"", "an empty file"),
+        (b"\x01\0\0\0\0\0\0", "7 bytes, expected at least 8"),
         (struct.pack("<Q", 1000) + b"{}", "should have 1000 bytes, 2 are there"),
         (struct.pack("<Q", 2**63 + 5) + b"{}", "should have 9223372036854775813"),
         (file_of(b"not JSON", b""), "no JSON"),
@@ -139,6 +138,9 @@ TEXT = json.dumps(HEADER).encode()
         (file_of({"__metadata__": {"a": 1}}, b""), "__metadata__"),
         (file_of(TEXT[:-1] + b"," + TEXT[1:], DATA), "'a.weight' is there twice"),
         (changed("b", "dtype", "BF17"), "'b': dtype 'BF17'"),
+        (changed("b", "dtype", "F8_E8M0"), r"'b' holds scales of blocks \(MXFP8.*F8_E8M0, which"),
+        (changed("b", "dtype", "F4"), "'b' holds 4-bit floats"),
+        (changed("b", "dtype", "I4"), "'b' holds 4-bit integers"),
         (changed("b", "dtype", ["F32"]), "'b': dtype"),
         (changed("b", "shape", [-2]), r"'b': shape \[-2\]"),
         (changed("b", "shape", [2.0]), r"'b': shape \[2.0\]"),
@@ -172,6 +174,16 @@ def test_huge_header_is_not_read(tmp_path):
         file.truncate(300_000_000)  # sparse: nothing on disk
     with pytest.raises(ConfigError, match="a header of 200000000 bytes, expected at most 1"):
         safetensors.read(tmp_path / "a")
+
+
+def test_half_downloaded(tmp_path):
+    """aria2 gives a file its whole length at once: what has not come is zeros."""
+    (tmp_path / "a.safetensors").write_bytes(file_of(HEADER, DATA))
+    (tmp_path / "a.safetensors.aria2").write_bytes(b"")
+    with pytest.raises(ConfigError, match="a.safetensors: its download did not end, for a.safete"):
+        safetensors.read(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors.aria2").unlink()
+    assert len(safetensors.read(tmp_path / "a.safetensors")) == 3
 
 
 def test_no_such_file(tmp_path):
@@ -250,31 +262,6 @@ def test_every_cut_and_every_flipped_bit(tmp_path):
             flipped = bytearray(content)
             flipped[byte] ^= 1 << bit
             check_against_the_library(tmp_path / "a", bytes(flipped))
-
-
-@pytest.mark.parametrize("scale", [".scale_weight", ".weight_scale"])
-def test_scaled_fp8(scale):
-    weight = np.asarray([[1, -2, 448], [0.5, 3, 0.25]], ml_dtypes.float8_e4m3fn)
-    one, rows = np.float32(0.3), np.asarray([[0.5], [2]], np.float32)
-    tensors = {
-        "one.weight": weight,
-        f"one{scale}": np.asarray(one),
-        "one.scale_input": np.asarray(one),
-        "rows.weight": weight,
-        f"rows{scale}": rows,
-        "rows.bias": np.ones(2, np.float32),
-        "scaled_fp8": np.empty(0, ml_dtypes.float8_e4m3fn),
-    }
-    found = safetensors.unscaled(tensors)
-    assert found.keys() == {"one.weight", "rows.weight", "rows.bias"}
-    np.testing.assert_array_equal(np.asarray(found["one.weight"]), weight.astype(np.float32) * one)
-    np.testing.assert_array_equal(
-        np.asarray(found["rows.weight"]), weight.astype(np.float32) * rows
-    )
-    with pytest.raises(ConfigError, match="one.weight, which is not there"):
-        safetensors.unscaled({n: a for n, a in tensors.items() if n != "one.weight"})
-    with pytest.raises(ConfigError, match=r"rows.weight: its scale has shape \[3\]"):
-        safetensors.unscaled(tensors | {f"rows{scale}": np.ones(3, np.float32)})
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -15,7 +15,7 @@ from d2m_jax.config import ConfigError, ModelConfig
 from d2m_jax.models.flux import abstract
 from d2m_jax.weights import model_directory, safetensors
 from d2m_jax.weights.named_arrays import names
-from d2m_jax.weights.torch_export import export_bfl, export_diffusers
+from d2m_jax.weights.torch_export import export_bfl, export_diffusers, export_torch
 from d2m_jax.weights.torch_import import load, load_model, open_source
 from tests.half import needs_half
 from tests.models.toy import inputs
@@ -75,10 +75,12 @@ def test_diffusers_folder_and_back(tmp_path):
 def test_import_and_export_keep_every_bit(tmp_path, layout, dtype):
     rng = generator()
     state = toy.random_state(layout, CONFIG, dtype)
-    # any bits: infinities, subnormal numbers, NaNs with a message in them
+    # any bits of finite numbers, subnormal ones and -0 among them
     state = {
         n: np.frombuffer(rng.bytes(a.nbytes), dtype).reshape(a.shape) for n, a in state.items()
     }
+    with np.errstate(invalid="ignore"):
+        state = {n: np.where(np.isfinite(a), a, dtype(-0.0)) for n, a in state.items()}
     safetensors.write(tmp_path / "config.safetensors", state)
     source = open_source(tmp_path / "config.safetensors")
     params = source.parameters()
@@ -146,13 +148,95 @@ def test_scaled_fp8(bfl, expected, tmp_path):
         np.testing.assert_allclose(param[...], expected[name], rtol=1 / 15, atol=0.02)
 
 
-def test_whole_numbers_are_no_weights(bfl, tmp_path):
-    state = dict(safetensors.read(bfl)) | {"img_in.weight": np.ones((32, 12), np.int8)}
+@pytest.mark.parametrize(
+    ("kind", "said"), [(np.int8, "int8 without"), (np.uint8, "uint8, as packed"), (np.int64, "i")]
+)
+def test_whole_numbers_are_no_weights(bfl, tmp_path, kind, said):
+    state = dict(safetensors.read(bfl)) | {"img_in.weight": np.ones((32, 12), kind)}
     safetensors.write(tmp_path / "a.safetensors", state)
-    with pytest.raises(
-        ConfigError, match="a.safetensors: img_in.weight is int8, expected floating"
-    ):
+    message = f"a.safetensors: img_in.weight is {said}.* expected floating point"
+    with pytest.raises(ConfigError, match=message):
         open_source(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("start", ["", "model.diffusion_model."])
+def test_what_is_no_weight_is_ignored(bfl, expected, tmp_path, start, capfd):
+    """Marks and counts, with one line; what may be a misspelt weight stays an error."""
+    state = {start + name: tensor for name, tensor in safetensors.read(bfl).items()}
+    marks = {
+        "__index_timestep_zero__": np.empty(0, np.float32),
+        "__32x32__": np.asarray(1, np.float32),
+        "step": np.asarray(3000, np.int64),
+        "initted": np.asarray([True]),
+        "nothing": np.empty((0, 4), np.float32),
+        "absent.comfy_quant": np.frombuffer(b'{"format": "nvfp4"}', np.uint8),
+    }
+    file = tmp_path / "a.safetensors"
+    safetensors.write(file, state | {start + name: array for name, array in marks.items()})
+    same({n: p[...] for n, p in open_source(file).parameters().items()}, expected)
+    said = capfd.readouterr().err
+    assert said.startswith(f"{file}: ignored 6 tensors that are no weights: ")
+    assert said.count("\n") == 1 and all(name in said for name in marks)
+    for name, shape in (("img_in.wieght", (32, 12)), ("txt_in.bais", (32,)), ("number", ())):
+        safetensors.write(file, state | {start + name: np.ones(shape, np.float32)})
+        with pytest.raises(ConfigError, match=f"a.safetensors: .*1 unknown: {name}"):
+            open_source(file)
+
+
+@pytest.mark.parametrize("name", ["A.SAFETENSORS", "a.Safetensors", "a.SFT", "a.sft"])
+def test_endings_in_capitals(bfl, expected, tmp_path, name):
+    shutil.copy(bfl, tmp_path / name)
+    same({n: p[...] for n, p in open_source(tmp_path / name).parameters().items()}, expected)
+    for other, kind in (("A.CKPT", "a pickle file"), ("A.GGUF", "GGUF")):
+        (tmp_path / other).write_bytes(b"")
+        with pytest.raises(ConfigError, match=f"{other}.*{kind}"):
+            open_source(tmp_path / other)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "number", "dtype", "said"),
+    [
+        ("img_in.weight", np.float32, np.nan, jnp.float32, "holds NaN"),
+        ("img_in.weight", ml_dtypes.bfloat16, np.nan, jnp.float32, "holds NaN"),
+        ("txt_in.bias", np.float16, -np.inf, jnp.bfloat16, "holds infinity"),
+        # of fused and stacked tensors it is the one in the file
+        ("single_blocks.1.linear1.weight", np.float32, np.nan, jnp.bfloat16, "holds NaN"),
+        ("double_blocks.0.txt_attn.qkv.bias", np.float32, np.inf, jnp.float32, "holds infinity"),
+        ("single_blocks.0.linear2.weight", ml_dtypes.float8_e4m3fn, np.nan, jnp.float32, "holds N"),
+        ("img_in.bias", np.float64, -1e39, jnp.float32, r"holds -1e\+39, too large for float32"),
+        ("img_in.bias", np.float32, 1e5, jnp.float16, r"holds 1e\+05, too large for float16"),
+        ("img_in.bias", np.float32, 3.4e38, jnp.bfloat16, r"holds 3.4e\+38, too large for bfl"),
+    ],
+)
+def test_what_is_not_finite_is_refused_while_loading(
+    bfl, tmp_path, name, kind, number, dtype, said
+):
+    state = dict(safetensors.read(bfl))
+    array = np.array(state[name]).astype(kind)
+    array.flat[array.size - 1] = number
+    safetensors.write(tmp_path / "a.safetensors", state | {name: array})
+    with pytest.raises(ConfigError, match=f"a.safetensors: {name} {said}") as error:
+        load_model(tmp_path / "a.safetensors", dtype=dtype)
+    assert "\n" not in str(error.value)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(ConfigError, match=f"a.safetensors: {name} {said}"):
+        load_model(tmp_path / "a.safetensors", dtype=dtype, sharding=lambda name, shape: place)
+
+
+def test_exports_of_what_is_not_finite(expected, tmp_path):
+    """Of arrays that nobody has looked at: a merged LoRA may have made an infinity."""
+    damaged = dict(expected)
+    damaged["single.0.block.qkv.kernel"] = np.array(expected["single.0.block.qkv.kernel"])
+    damaged["single.0.block.qkv.kernel"][1, 0, 3, 2] = np.inf
+    for export, name in (
+        (export_bfl, "single_blocks.1.linear1.weight"),
+        (export_diffusers, "single_transformer_blocks.1.attn.to_q.weight"),
+    ):
+        with pytest.raises(FloatingPointError, match=f"^{name} is not finite"):
+            export(tmp_path / "a.safetensors", CONFIG, damaged)
+    with pytest.raises(FloatingPointError, match="^single_blocks.1.qkv.weight is not finite"):
+        export_torch(tmp_path / "a", ModelConfig(transformer=CONFIG), damaged)
+    assert not list(tmp_path.iterdir())
 
 
 def test_straight_into_a_mesh(bfl, expected):
