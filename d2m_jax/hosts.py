@@ -191,7 +191,8 @@ def first() -> bool:
 
 
 def say(line: str) -> None:
-    """A line for people, on stderr, once."""
+    """One line for people, on stderr, from the first process of many; a live progress bar makes
+    room for it."""
     if first():
         print(line, file=sys.stderr, flush=True)
 

@@ -1,6 +1,5 @@
 """From prompts to images."""
 
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -198,11 +197,13 @@ class Pipeline:
     def _tell(self, guidance: float | None, true_cfg: float, negative: bool) -> None:
         """Of options that change nothing, one line each."""
         if guidance is not None and not self.config.transformer.guidance_embed:
-            _say(f"guidance = {guidance}: ignored, this model has no guidance embedding")
+            hosts.say(f"guidance = {guidance}: ignored, this model has no guidance embedding")
         if negative and true_cfg <= 1:
-            _say(f"negative_prompts: ignored, expected true_cfg above 1, found {true_cfg}")
+            hosts.say(f"negative_prompts: ignored, expected true_cfg above 1, found {true_cfg}")
         if not negative and true_cfg > 1:
-            _say(f"true_cfg = {true_cfg}: ignored, expected negative_prompts (one may be empty)")
+            hosts.say(
+                f"true_cfg = {true_cfg}: ignored, expected negative_prompts (one may be empty)"
+            )
 
 
 def _batches(count: int, size: int) -> Int[np.ndarray, "batches size"]:
@@ -234,12 +235,7 @@ def _tell_lost(
         more = f" (and of {len(rest) - 1} more)" if len(rest) > 1 else ""
         hint = "; max_sequence_length can be up to 512" if not clip and length < 512 else ""
         hint = "; T5 reads all of it" if clip and i not in lost["t5"] else hint
-        _say(f"{name}[{i}] is cut off, {reads} tokens; lost: {cut!r}{more}{hint}")
-
-
-def _say(line: str) -> None:
-    if hosts.first():
-        print(line, file=sys.stderr, flush=True)
+        hosts.say(f"{name}[{i}] is cut off, {reads} tokens; lost: {cut!r}{more}{hint}")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

@@ -17,7 +17,6 @@ from typing import Any, TextIO
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError
-from d2m_jax.training.metrics import say
 from d2m_jax.weights.output import check_writable
 
 FILE = ".lock"
@@ -101,7 +100,7 @@ def _wait(directory: Path, before: dict[str, Any]) -> None:
         if not told:
             left = round(PATIENCE - age)
             seen_ago = f"last seen {age:.0f} s ago; this run begins in {left} s unless it is again"
-            say(f"{_in_use(directory, before)}, {seen_ago}")
+            hosts.say(f"{_in_use(directory, before)}, {seen_ago}")
             told = True
         time.sleep(min(1.0, PATIENCE / 10))
         if not path.exists():

@@ -20,7 +20,7 @@ from d2m_jax import hosts
 from d2m_jax.config import ConfigError, MeshConfig, StageConfig, to_json
 from d2m_jax.sharding import batch_shards, make_mesh, put_batch, put_parameters
 from d2m_jax.training.checkpoint import Checkpoints
-from d2m_jax.training.metrics import Metrics, Window, matmul_peak, say
+from d2m_jax.training.metrics import Metrics, Window, matmul_peak
 from d2m_jax.training.step import Loss, Step, trained
 from d2m_jax.weights.named_arrays import fingerprint, shapes
 
@@ -175,7 +175,7 @@ def train_stage(
                 if stop:
                     checkpoints.close()
                     stopped = f"stopped by {signal.Signals(stop).name} at step {step}, saved"
-                    say(f"{name}: {stopped}; start again to go on")
+                    hosts.say(f"{name}: {stopped}; start again to go on")
                     raise SystemExit(128 + stop)
                 clock.skip()
     finally:
@@ -286,7 +286,7 @@ def _announce(name: str, stage: StageConfig, start: int, state: dict, frozen: di
     mine, others = (sum(a.size for a in jax.tree.leaves(t)) for t in (state["trainable"], frozen))
     resumed = f", going on from step {start}" if start else ""
     share = f"{mine:,} of {mine + others:,} parameters train"
-    say(f"{name}: {stage.steps:,} steps of {stage.batch_size}, {share}{resumed}")
+    hosts.say(f"{name}: {stage.steps:,} steps of {stage.batch_size}, {share}{resumed}")
 
 
 def _not_finite(

@@ -1,7 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard, a progress bar, warnings when routing collapses."""
 
 import json
-import sys
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -23,13 +22,6 @@ COLLAPSE = {
     "largest_load": (lambda value: value > 4.0, "largest load {:.1f} times the even one"),
     "dead_experts": (lambda value: value >= 1, "{:.0f} dead experts"),
 }
-
-
-def say(text: str) -> None:
-    """One line for the person at the terminal, on stderr, from the first process of many; a live
-    progress bar makes room for it."""
-    if hosts.first():
-        print(text, file=sys.stderr, flush=True)
 
 
 class Window:
@@ -114,7 +106,7 @@ class Metrics:
             self._bar.update(self._task, shown=shown)
         elif "held_out" in values or time.monotonic() - self._printed > 10:
             self._printed = time.monotonic()
-            say(f"{self.stage} {step}/{self.steps}: {shown}{self._time_left(step, values)}")
+            hosts.say(f"{self.stage} {step}/{self.steps}: {shown}{self._time_left(step, values)}")
 
     def _time_left(self, step: int, values: dict[str, Any]) -> str:
         if "seconds_per_step" not in values:
@@ -133,7 +125,7 @@ class Metrics:
                 if bad(x) and layer not in self._warned:
                     self._warned.add(layer)
                     what = f"routing of {layer} collapses: {words.format(x)}"
-                    say(f"{self.stage}, step {step}: {what}")
+                    hosts.say(f"{self.stage}, step {step}: {what}")
 
     def close(self) -> None:
         if not self._writes:

@@ -42,7 +42,6 @@ from d2m_jax.sparsify.importance import Noisy
 from d2m_jax.sparsify.student import make_student, student_config
 from d2m_jax.training.checkpoint import open_run
 from d2m_jax.training.loop import check_batch, train_stage
-from d2m_jax.training.metrics import say
 from d2m_jax.training.step import Loss
 from d2m_jax.weights import model_directory
 from d2m_jax.weights.named_arrays import names, restructure
@@ -102,7 +101,7 @@ def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
     work = _Work(config, mesh, flops, Encoders(model, mesh=mesh), noisy)
     teacher = work.load(ROOT / config.teacher)
     for name, rival in config.rivals.items():
-        say(f"rival {name}")
+        hosts.say(f"rival {name}")
         start = partial(_cut, work, teacher, rival.sparsify)
         _train(work, run_directory / "rivals" / name, start, rival.stages, teacher)
     start = partial(_cut, work, teacher, config.sparsify)
@@ -136,7 +135,9 @@ def _cut(work: _Work, teacher: tuple[ModelConfig, dict], sparsify: SparsifyConfi
         batches = (
             work.encoders.encode(put_batch(work.mesh, batch)) for batch in work.batches(model, size)
         )
-        return make_student(model, params, sparsify, batches, work.noisy, work.config.seed, say)
+        return make_student(
+            model, params, sparsify, batches, work.noisy, work.config.seed, hosts.say
+        )
 
 
 def _train(

@@ -4,7 +4,6 @@ its kin (lora_differences.py), in float32 and with one rounding at the end.
 
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from d2m_jax import hosts
 from d2m_jax.config import ConfigError, FluxConfig, check, suggestion
 from d2m_jax.models.flux import abstract
 from d2m_jax.weights import (
@@ -121,12 +121,8 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Chang
         " before that is cut, or take a LoRA of the attention alone",
     )
     if encoders:
-        _say(f"{path}: {len(encoders)} tensors of text encoders left out ({encoders[0]}, …)")
+        hosts.say(f"{path}: {len(encoders)} tensors of text encoders left out ({encoders[0]}, …)")
     return changes
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _file(path: Path) -> Path:
@@ -214,7 +210,7 @@ def _sorted_out(
         near = "" if len(wrong) >= SHOWN else _depth(flat, linears) or suggestion(flat, linears)
         wrong.append(f"{name} is unknown{near}")
     if ignored:
-        _say(f"{path}: empty tensors ignored: {listed(ignored)}")
+        hosts.say(f"{path}: empty tensors ignored: {listed(ignored)}")
     return _once(path, list(parts.values())), wrong
 
 
@@ -251,7 +247,7 @@ def _once(path: Path, parts: Parts) -> Parts:
     }
     if twice:
         first = f"{len(twice)} linears by BFL's names ({min(twice)}, …)"
-        _say(f"{path}: {first} left out, which it holds by diffusers' names too")
+        hosts.say(f"{path}: {first} left out, which it holds by diffusers' names too")
     return [(linear, roles) for linear, roles in parts if linear.name not in twice]
 
 

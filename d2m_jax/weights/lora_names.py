@@ -11,12 +11,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
+from d2m_jax.weights.recognise import WRAPPERS
+
 T = TypeVar("T")
 
-# What frameworks wrap around a model, or around its blocks, anywhere in a name.
-WRAPPERS = re.compile(
-    r"(?:(?<=^)|(?<=[._]))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]"
-    r"|(?:^|(?<=\.))(?:module|base_layer|modules_to_save(?:\.default)?)\."
+# What frameworks wrap around a model or its blocks, and PEFT around layers, anywhere in a name;
+# in kohya's names dots are _.
+WRAPPED = re.compile(
+    rf"(?:^|(?<=[._]))(?:{'|'.join(w for w in WRAPPERS if w[0] == '_')})[._]"
+    rf"|(?:^|(?<=\.))(?:{'|'.join(WRAPPERS)}|base_layer|modules_to_save(?:\.default)?)\."
 )
 # In front of the transformer's parts, one after the other, where dots count as _.
 PREFIXES = (
@@ -88,7 +91,7 @@ class Named(NamedTuple):
 
 def unwrapped(name: str) -> str:
     """The name without what frameworks wrap around modules."""
-    return WRAPPERS.sub("", name)
+    return WRAPPED.sub("", name)
 
 
 def of_text_encoder(name: str) -> bool:
