@@ -17,21 +17,25 @@ demo: $(INSTALLED)
 test: $(INSTALLED)-test
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# Tests that compare numbers, as on other machines: less instructions, other cores, other toy models.
-# Programs of other instructions have a cache of their own.
+# Tests of numbers as on other machines: fewer instructions, whose programs have a cache of their
+# own, fewer cores; each with toy models of its own.
 NUMERICAL := $(addprefix tests/,kernels models sparsify distill sampling test_flow.py \
   test_flux_end_to_end.py training/test_loop.py weights/test_torch_import.py \
   weights/test_sparse_export.py weights/test_autoencoder_keys.py)
-ISA = XLA_FLAGS="$$XLA_FLAGS --xla_cpu_max_isa=$(1)" JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache/$(1)
-ELSEWHERE = env TOY_SEED=$(1) $(2) $(BIN)/python -m pytest -n auto --dist loadfile $(NUMERICAL)
+PYTEST_NUMERICAL = $(BIN)/python -m pytest -n auto --dist loadfile $(NUMERICAL)
 
 test-elsewhere: $(INSTALLED)-test
-	$(call ELSEWHERE,1,$(call ISA,SSE4_2))
-	$(call ELSEWHERE,2,$(call ISA,AVX2))
-	@command -v taskset >/dev/null || { echo "no taskset: other cores left out" >&2; exit 0; }; \
-	for cores in 1 2 4; do \
-	  [ $$cores -le $$(nproc) ] || { echo "$$cores cores: $$(nproc) are here" >&2; continue; }; \
-	  set -x; $(call ELSEWHERE,$$cores,taskset --cpu-list 0-$$((cores - 1))) || exit; set +x; \
+	@seed=0; for isa in SSE4_2 AVX2; do \
+	  seed=$$((seed + 1)); echo "TOY_SEED=$$seed --xla_cpu_max_isa=$$isa"; \
+	  TOY_SEED=$$seed XLA_FLAGS="$$XLA_FLAGS --xla_cpu_max_isa=$$isa" \
+	    JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache/$$isa $(PYTEST_NUMERICAL) || exit; \
+	done
+	@for cores in 1 2 4; do \
+	  if ! command -v taskset >/dev/null || [ $$cores -gt $$(nproc) ]; then \
+	    echo "$$cores cores: left out, needs taskset and as many cores"; continue; \
+	  fi; \
+	  seed=$$((2 + cores)); echo "TOY_SEED=$$seed taskset --cpu-list 0-$$((cores - 1))"; \
+	  TOY_SEED=$$seed taskset --cpu-list 0-$$((cores - 1)) $(PYTEST_NUMERICAL) || exit; \
 	done
 
 test-slow: $(INSTALLED)-test

@@ -160,7 +160,8 @@ def test_routing_is_as_it_was(kind):
         results.append(jax.jit(lambda x, module=module: module(x, x, x[:, 0]))(x))
     (y, aux), (masked, aux_masked), (tiled, _) = results
     np.testing.assert_array_equal(aux["load"], aux_masked["load"])
-    np.testing.assert_array_equal(aux["probability"], aux_masked["probability"])
+    # of two programs: float32's rounding
+    np.testing.assert_allclose(aux["probability"], aux_masked["probability"], rtol=1e-5)
     assert 1e-3 < jnp.linalg.norm(masked - y) / jnp.linalg.norm(y) < 0.1
     # The same rounded numbers, summed in another order: but for one that this moves over the edge
     # between two steps, of which a token has one in a hundred.

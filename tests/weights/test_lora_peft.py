@@ -46,6 +46,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:::peft")  # of keys that hit nothing, and of biases
 @pytest.mark.parametrize("name", CONFIGS)
 def test_as_peft_merges(tmp_path, name):
     model = toy.diffusers_model(CONFIG)
