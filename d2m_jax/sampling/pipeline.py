@@ -1,7 +1,6 @@
 """From prompts to images."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,13 @@ from d2m_jax.sharding import (
     whole,
 )
 from d2m_jax.weights import model_directory, torch_import
-from d2m_jax.weights.encoders import FOLDERS, is_pipeline, model_config, pipeline_folder
+from d2m_jax.weights.encoders import (
+    FOLDERS,
+    is_pipeline,
+    model_config,
+    pipeline_folder,
+    with_encoders,
+)
 
 BATCH_TOKENS = 2048  # image tokens of a batch where no size is asked for
 # Times are filled up to a multiple, so that one program serves all numbers of steps up to it. Of
@@ -324,17 +329,15 @@ def _with_encoders(
     path: str | Path, config: ModelConfig, encoders: str | Path | None
 ) -> ModelConfig:
     """The config with the encoders asked for, if any; the schedule stays the transformer's."""
-    text, image = config.text, config.image
-    if isinstance(text, WordsConfig) and isinstance(image, PixelsConfig):
+    if isinstance(config.text, WordsConfig) and isinstance(config.image, PixelsConfig):
         check(
             encoders is None,
             f"encoders = {encoders}: {path} reads words and draws pixels by itself, expected none",
         )
         return config
     if encoders is not None:
-        other = model_config(config.transformer, pipeline_folder(encoders, transformer=False))
-        text, image = other.text, other.image
-        config = replace(config, text=text, image=image, encoders=other.encoders)
+        config = with_encoders(config, encoders)
+    text, image = config.text, config.image
     lacks = "no such folder"
     if config.encoders is None:
         lacks = "a transformer without text encoders, tokenizers and autoencoder"

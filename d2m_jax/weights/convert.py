@@ -23,6 +23,7 @@ from d2m_jax.weights.encoders import (
     is_pipeline,
     model_config,
     pipeline_folder,
+    with_encoders,
 )
 from d2m_jax.weights.key_table import Parameter
 from d2m_jax.weights.model_directory import ENCODERS
@@ -64,8 +65,7 @@ def convert(
     output.check_writable(target)
     config, params = _open(source, dtype, loras)
     if encoders is not None:
-        folder = pipeline_folder(encoders, transformer=False)
-        config = model_config(config.transformer, folder)
+        config = with_encoders(config, encoders)
     folder = Path(config.encoders) if config.encoders and export != "bfl" else None
     size = sum(param.nbytes for param in params.values())
     extra = sum(file.stat().st_size for file in folder.rglob("*")) if folder else 0

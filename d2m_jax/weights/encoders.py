@@ -88,6 +88,13 @@ def model_config(transformer: FluxConfig, folder: Path | None = None) -> ModelCo
     )
 
 
+def with_encoders(config: ModelConfig, source: Path | str) -> ModelConfig:
+    """The config with the encoders and the autoencoder of another FluxPipeline; the schedule stays
+    that of the transformer. Raises what model_config raises."""
+    other = model_config(config.transformer, pipeline_folder(source, transformer=False))
+    return replace(config, text=other.text, image=other.image, encoders=other.encoders)
+
+
 def pipeline_folder(source: Path | str, transformer: bool = True) -> Path:
     """A FluxPipeline's folder, downloaded where it names a Hugging Face repository; the
     transformer's part of that only where it is wanted."""
