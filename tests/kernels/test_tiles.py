@@ -48,7 +48,8 @@ def draw(tokens=TOKENS, dtype=jnp.float32):
 def choices(load, tokens=TOKENS):
     """Two experts per token, which may be the same; EXPERTS is one that is not here."""
     p = np.asarray(load) / np.sum(load)
-    return jnp.asarray(generator(1).choice(EXPERTS + 1, (tokens, K), p=p), jnp.int32)
+    # the same for every TOY_SEED: how many are left over is what they are for
+    return jnp.asarray(np.random.default_rng(1).choice(EXPERTS + 1, (tokens, K), p=p), jnp.int32)
 
 
 @partial(jax.jit, static_argnums=0)
