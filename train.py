@@ -52,19 +52,16 @@ def main(arguments: Sequence[str]) -> None:
     )
     # Imported once the arguments are right: help and errors need not wait for jax.
     if parsed.plan:
-        from d2m_jax.models.accounting import flops_per_example
         from d2m_jax.planning.dry_run import dry_run
         from d2m_jax.weights.output import check_writable
 
         if parsed.output is not None:
             check_writable(parsed.output)
 
-        load = command_line.load_config
-        dry_run(parsed.config, parsed.topology, flops_per_example, load, parsed.output)
+        dry_run(parsed.config, parsed.topology, parsed.output)
         return
     from d2m_jax import hosts
     from d2m_jax.config import to_json
-    from d2m_jax.models import accounting
     from d2m_jax.report import write
     from d2m_jax.sharding import use_cores
     from d2m_jax.training import lock, run
@@ -77,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     with hosts.joined(*who):
         hosts.agree({"config": to_json(parsed.config), "run_dir": str(run_directory)})
         with lock.held(run_directory), full_disk(run_directory, run.KEPT):
-            run.run(parsed.config, run_directory, accounting.flops_per_example)
+            run.run(parsed.config, run_directory)
             if parsed.config.teacher is not None:
                 hosts.by_first(lambda: write.write(run_directory, command))
 

@@ -26,7 +26,6 @@ from timing import machine
 
 from d2m_jax import command_line
 from d2m_jax.config import AutoencoderConfig, MeshConfig, ModelConfig, PromptsConfig
-from d2m_jax.models.accounting import flops_per_example
 from d2m_jax.planning import hardware
 from d2m_jax.planning.dry_run import Lowered, lower
 from d2m_jax.planning.plan import Assumptions, plan
@@ -167,7 +166,7 @@ def main() -> None:
 
     def program(mesh: Mesh) -> Lowered:
         stages = {n: replace(s, batch_size=mesh.size) for n, s in config.stages.items()}
-        steps = lower(replace(config, stages=stages), teacher, mesh, flops_per_example)
+        steps = lower(replace(config, stages=stages), teacher, mesh)
         return next(step for step in steps if step.stage == options.stage)
 
     print("topology        chips          step, s  compute share     MFU   GiB   comm., s")

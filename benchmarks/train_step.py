@@ -20,7 +20,6 @@ from timing import finish, limits, measure, on_cpu, parser, table, usual_dtype
 
 from d2m_jax.command_line import load_config
 from d2m_jax.config import ROOT, AutoencoderConfig, GroupsConfig, ModelConfig, PromptsConfig
-from d2m_jax.models.accounting import flops_per_example
 from d2m_jax.planning.dry_run import Lowered, lower
 from d2m_jax.sharding import make_mesh
 
@@ -78,7 +77,7 @@ def compare(options, peak: float):
         )
     mesh = make_mesh(config.mesh)
     tokens = options.batch * ((options.pixels // 16) ** 2 + options.text_tokens)
-    for stage in lower(replace(config, stages=stages), model, mesh, flops_per_example):
+    for stage in lower(replace(config, stages=stages), model, mesh):
         compiled = stage.program.compile()
         state, *rest = arguments(stage, compiled)
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from d2m_jax.config import ConfigError, check, suggestion
+from d2m_jax.config import ConfigError, at_path, check, suggestion
 
 T = TypeVar("T")
 
@@ -109,4 +109,7 @@ def _message(box: str) -> str:
     """What a box of tyro's says, without frame, title and hints."""
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
     end = next((i for i, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
-    return re.sub(r"^Error parsing (config\.)?", "", " ".join(lines[:end]))
+    said = re.sub(r"^Error parsing (config\.)?", "", " ".join(lines[:end]))
+    # Of a config's own check tyro tells the path, and the check the name of its class.
+    path, _, rest = said.partition(": ")
+    return at_path(rest, path) if re.match(r"\w+Config[.:]", rest) else said

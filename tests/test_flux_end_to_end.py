@@ -13,7 +13,6 @@ from d2m_jax.config import (
     SparsifyConfig,
     StageConfig,
 )
-from d2m_jax.models import accounting
 from d2m_jax.sampling.pipeline import load_pipeline, noise
 from d2m_jax.training import run
 from d2m_jax.weights import convert, load_config
@@ -96,7 +95,7 @@ def test_all_stages_with_its_own_encoders_in_the_loop(model, images, tmp_path):
         },
         held_out_batches=1,
     )
-    run.run(config, tmp_path / "run", accounting.flops_per_example)
+    run.run(config, tmp_path / "run")
     student = load_config(tmp_path / "run" / "model")
     assert student.encoders == str(model / "encoders")
     assert student.transformer.single[0].mixes and student.transformer.double[0].ffn == "moe"

@@ -1,6 +1,6 @@
 """Everything a run needs, as frozen dataclasses: their checks and their JSON form."""
 
-from d2m_jax.config.errors import ConfigError, check, suggestion
+from d2m_jax.config.errors import ConfigError, at_path, check, suggestion
 from d2m_jax.config.json_form import differences, from_json, to_json
 from d2m_jax.config.models import (
     AutoencoderConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "StudentConfig",
     "T5Config",
     "WordsConfig",
+    "at_path",
     "check",
     "differences",
     "from_json",

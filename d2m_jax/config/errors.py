@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,12 +17,36 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def check_at_least(config: Any, least: float, *names: str) -> None:
-    """Raise ConfigError for a field of a dataclass that is a number below `least`, or none."""
-    for name in names:
-        value = getattr(config, name)
-        field = f"{type(config).__name__}.{name}"
-        check(least <= value < math.inf, f"{field} = {value}: expected at least {least}")
+def check_whole(config: Any, least: int, *fields: str) -> None:
+    """Raise ConfigError for a field of a config that is no whole number of at least `least`."""
+    for field in fields:
+        value = getattr(config, field)
+        check(
+            isinstance(value, int) and not isinstance(value, bool) and value >= least,
+            f"{type(config).__name__}.{field} = {value!r}: expected a whole number, at least"
+            f" {least}",
+        )
+
+
+def check_number(
+    config: Any, *fields: str, least: float = -math.inf, below: float = math.inf
+) -> None:
+    """Raise ConfigError for a field that is no finite number, less than `least`, or not `below`."""
+    limits = [f"at least {least:g}"] if least > -math.inf else []
+    limits += [f"less than {below:g}"] if below < math.inf else []
+    for field in fields:
+        value = getattr(config, field)
+        check(
+            isinstance(value, int | float) and math.isfinite(value) and least <= value < below,
+            f"{type(config).__name__}.{field} = {value!r}: expected a finite number"
+            + "".join(f", {limit}" for limit in limits),
+        )
+
+
+def at_path(message: str, path: str) -> str:
+    """The message of a config's own check, `StageConfig.steps = 0: …`, where the path of the config
+    is known: `stages.moe.steps = 0: …`."""
+    return re.sub(r"^\w+Config(?=[.:])", lambda _: path, message)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

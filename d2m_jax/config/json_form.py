@@ -6,7 +6,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from d2m_jax.config.errors import check, suggestion
+from d2m_jax.config.errors import ConfigError, at_path, check, suggestion
 
 
 def to_json(config: Any) -> Any:
@@ -56,9 +56,11 @@ def from_json(kind: Any, value: Any, where: str = "") -> Any:
         for field in dataclasses.fields(kind):
             needed = field.default is field.default_factory is dataclasses.MISSING
             check(field.name in value or not needed, f"{where}.{field.name}: missing")
-        return kind(
-            **{key: from_json(hints[key], item, f"{where}.{key}") for key, item in value.items()}
-        )
+        fields = {key: from_json(hints[key], item, f"{where}.{key}") for key, item in value.items()}
+        try:
+            return kind(**fields)
+        except ConfigError as error:
+            raise ConfigError(at_path(str(error), where)) from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     check(type(value) is kind, f"{where} = {value!r}: expected {kind.__name__}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from d2m_jax.config.errors import check
+from d2m_jax.config.errors import check, check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class StackConfig:
 
     def __post_init__(self):
         check(self.groups >= 1, f"StackConfig.groups = {self.groups}: expected at least 1")
+        check_number(self, "mlp_ratio", least=0)
         check(
             1 <= self.active <= self.blocks,
             f"StackConfig.active = {self.active}: expected 1 to blocks = {self.blocks}",
@@ -53,6 +54,7 @@ class MoEConfig:
     ] = "auto"
 
     def __post_init__(self):
+        check_number(self, "shared_ratio", least=0)
         check(self.experts >= 1, f"MoEConfig.experts = {self.experts}: expected at least 1")
         check(
             0 <= self.top_k <= self.experts,
@@ -79,6 +81,8 @@ class FluxConfig:
     modulation_rank: int | None = None  # r of the shared basis; None: a full matrix per block
 
     def __post_init__(self):
+        check_whole(self, 1, "in_channels", "vec_in_dim", "context_in_dim")
+        check_whole(self, 1, "hidden_size", "num_heads", "theta")
         heads, hidden = self.num_heads, self.hidden_size
         check(
             hidden % heads == 0,
@@ -236,6 +240,7 @@ class PixelsConfig:
     kind: Literal["pixels"] = "pixels"
 
     def __post_init__(self):
+        check_whole(self, 1, "height", "width", "patch")
         check(
             self.height % self.patch == 0 and self.width % self.patch == 0,
             f"PixelsConfig.patch = {self.patch}: expected a divisor of height {self.height} and"
@@ -261,6 +266,10 @@ class ModelConfig:
     shift: float | None = 1.0  # of times, in sampling and training; None: by length (flow.shift)
     sample_steps: int = 20
     guidance: float = 3.5  # used where the transformer has guidance_embed
+
+    def __post_init__(self):
+        check_whole(self, 1, "sample_steps")
+        check_number(self, "guidance", *([] if self.shift is None else ["shift"]))
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of tokens of an image, by default of the model's own size.

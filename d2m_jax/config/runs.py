@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from d2m_jax.config.errors import check, check_at_least
+from d2m_jax.config.errors import check, check_number, check_whole
 from d2m_jax.config.models import ModelConfig, MoEConfig
 
 
@@ -21,8 +21,8 @@ class IconsConfig:
     workers: int = 0  # grain worker processes; 0 renders in threads of this process
 
     def __post_init__(self):
-        check_at_least(self, 1, "glyphs", "train_size")
-        check_at_least(self, 0, "seed", "workers")
+        check_whole(self, 1, "glyphs", "train_size")
+        check_whole(self, 0, "seed", "workers")
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,10 @@ class OptimizerConfig:
     rates: Mapping[str, float] = field(default_factory=dict)  # name pattern → factor on the rate
 
     def __post_init__(self):
-        check_at_least(self, 0, "learning_rate", "warmup", "final_rate", "weight_decay", "clip")
-        check_at_least(self, 1, "accumulate")
-        for name in ("b1", "b2", "ema"):
-            value = getattr(self, name)
-            check(0 <= value < 1, f"OptimizerConfig.{name} = {value}: expected 0 to less than 1")
+        check_whole(self, 0, "warmup")
+        check_whole(self, 1, "accumulate")
+        check_number(self, "learning_rate", "final_rate", "weight_decay", "clip", least=0)
+        check_number(self, "b1", "b2", "ema", least=0, below=1)
         for pattern, rate in self.rates.items():
             finite = 0 <= rate < math.inf
             check(finite, f"OptimizerConfig.rates[{pattern!r}] = {rate}: expected at least 0")
@@ -63,7 +62,7 @@ class LossConfig:
     timesteps: Literal["uniform", "logit_normal"] = "uniform"  # before the model's shift
 
     def __post_init__(self):
-        check_at_least(self, 0, "output", "feature", "balance", "block_balance")
+        check_number(self, "output", "feature", "balance", "block_balance", least=0)
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,10 @@ class StageConfig:
     sample_every: int = 0  # sample grids of fixed prompts; 0 turns them off
 
     def __post_init__(self):
-        check_at_least(self, 1, "steps", "batch_size")
-        check_at_least(self, 0, "log_every", "evaluate_every", "checkpoint_every", "sample_every")
-        top_k = self.top_k
-        check(top_k is None or top_k >= 0, f"StageConfig.top_k = {top_k}: expected at least 0")
+        check_whole(self, 1, "steps", "batch_size")
+        check_whole(self, 0, "log_every", "evaluate_every", "checkpoint_every", "sample_every")
+        if self.top_k is not None:
+            check_whole(self, 0, "top_k")
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,10 @@ class SparsifyConfig:
     tokens: int = 4096  # calibration tokens per FFN for clusters and gates
 
     def __post_init__(self):
-        check_at_least(self, 1, "batches", "batch_size", "tokens")
-        check(self.mlp_ratio > 0, f"SparsifyConfig.mlp_ratio = {self.mlp_ratio}: expected above 0")
+        check_whole(self, 1, "batches", "batch_size", "tokens")
+        check_number(self, "mlp_ratio", "routed_scale", least=0)
+        if self.modulation_rank is not None:
+            check_whole(self, 1, "modulation_rank")
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,9 @@ class RunConfig:
             " train from scratch), " + ("found neither" if self.teacher is None else "found both"),
         )
         check(len(self.stages) > 0, "RunConfig.stages: expected at least one stage, found none")
-        check_at_least(self, 0, "seed")
-        check_at_least(self, 1, "keep_checkpoints", "evaluate_prompts", "held_out_batches")
+        check_whole(self, 0, "seed")
+        check_whole(self, 1, "keep_checkpoints", "evaluate_prompts")
+        check_whole(self, 0, "held_out_batches")
         for name in self.rivals:
             _check_name(f"rivals.{name}", name)
         students = {"": self.stages} | {f"rivals.{n}.": r.stages for n, r in self.rivals.items()}

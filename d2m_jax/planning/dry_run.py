@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from d2m_jax.command_line import load_config
 from d2m_jax.config import (
     ROOT,
     AutoencoderConfig,
@@ -35,7 +36,7 @@ from d2m_jax.sparsify.groups import aligned, grouped, shapes
 from d2m_jax.sparsify.student import student_config
 from d2m_jax.training.loop import check_batch
 from d2m_jax.training.optimizer import split
-from d2m_jax.training.run import Flops, objective
+from d2m_jax.training.run import objective
 from d2m_jax.training.step import Step
 from d2m_jax.weights import model_directory
 from d2m_jax.weights.named_arrays import names, restructure
@@ -44,21 +45,19 @@ from d2m_jax.weights.named_arrays import names, restructure
 def dry_run(
     config: RunConfig,
     topology: str,
-    flops: Flops,
-    load_config: Callable[[Path], Any],
     output: Path | None = None,
 ) -> None:
     """Print the plan of every stage on a topology (hardware.parse), and write it as JSON.
 
     To be called before JAX is asked for its devices. A teacher that is not there yet is taken from
-    the config of its name in configs/, which `load_config` reads.
+    the config of its name in configs/.
     """
     chips = hardware.parse(topology)
     hardware.prepare(chips)
-    teacher = None if config.teacher is None else _teacher(config.teacher, load_config)
+    teacher = None if config.teacher is None else _teacher(config.teacher)
     mesh = make_mesh(config.mesh, hardware.devices(chips))
     plans = {}
-    for one in lower(config, teacher, mesh, flops):
+    for one in lower(config, teacher, mesh):
         found = plan(one.program, chips, mesh, one.parts, one.flops, one.recomputed)
         print(f"{config.name}, stage {one.stage}, {_settings(config.stages[one.stage], mesh)}")
         print(table(found), flush=True)
@@ -74,7 +73,7 @@ def _settings(stage: StageConfig, mesh: Mesh) -> str:
     return f"batch {stage.batch_size}{micro}, {stage.dtype}, {axes or 'one device'}"
 
 
-def _teacher(path: str, load_config: Callable[[Path], Any]) -> ModelConfig:
+def _teacher(path: str) -> ModelConfig:
     preset = ROOT / "configs" / f"{Path(path).name}.py"
     if (ROOT / path).exists() or not preset.exists():
         return model_directory.load_config(ROOT / path)
@@ -97,9 +96,7 @@ class Lowered:
     recomputed: int
 
 
-def lower(
-    config: RunConfig, teacher: ModelConfig | None, mesh: Mesh, flops: Flops
-) -> Iterator[Lowered]:
+def lower(config: RunConfig, teacher: ModelConfig | None, mesh: Mesh) -> Iterator[Lowered]:
     """Every stage of a run's student, or of the model that it trains from scratch.
 
     What is frozen is taken to be stored in the stage's dtype, or in float32 after it has trained;
@@ -114,7 +111,7 @@ def lower(
         if stage.groups is not None:
             model = replace(model, transformer=grouped(model.transformer, stage.groups))
         check_mesh(mesh, model.transformer)
-        yield _lower(name, stage, model, teacher, trained, mesh, flops)
+        yield _lower(name, stage, model, teacher, trained, mesh)
         training, _ = split(abstract(model.transformer), stage.train, stage.freeze)
         trained |= {_of_any_stack(path) for path in names(training)}
 
@@ -132,7 +129,6 @@ def _lower(
     teacher: ModelConfig | None,
     trained: set[str],
     mesh: Mesh,
-    flops: Flops,
 ) -> Lowered:
     def placed(tree: dict, trained: set[str]) -> dict:
         def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -152,7 +148,7 @@ def _lower(
             for path, leaf in names(params).items()
         }
         params = restructure(params, shared)
-    loss, count, again = objective(model, stage, teacher, flops)
+    loss, count, again = objective(model, stage, teacher)
     program = Step(stage, loss, params, constants, mesh)
     batch = _batch(model, stage, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -33,10 +33,6 @@ def make_student(
     Flux.embed and the true velocity, jitted once for all calls with the same function. Raises
     ConfigError where sizes do not fit.
     """
-    check(
-        sparsify.batches >= 1, f"SparsifyConfig.batches = {sparsify.batches}: expected at least 1"
-    )
-    check(sparsify.tokens >= 1, f"SparsifyConfig.tokens = {sparsify.tokens}: expected at least 1")
     student = student_config(teacher.transformer, sparsify)
     config, params = align(teacher.transformer, params, shapes(student))
     batches = list(islice(batches, sparsify.batches))

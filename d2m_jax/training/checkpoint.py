@@ -19,6 +19,7 @@ from d2m_jax.weights import blocks
 from d2m_jax.weights.named_arrays import fingerprint, names, restructure
 
 # What a run directory holds once something was made in it.
+OWN = {".lock", ".config.json.new", "tensorboard", "samples", "evaluation", "report"}
 BEGUN = ("checkpoints", "metrics.jsonl", "models", "rivals", "model")
 
 
@@ -198,6 +199,10 @@ def _open_run(directory: Path, config: RunConfig) -> Path:
             free = ("mesh", "keep_checkpoints")
             both = ({k: v for k, v in c.items() if k not in free} for c in (theirs, mine))
             refuse_other(file, *both)
+    elif directory.is_dir() and (others := sorted(set(os.listdir(directory)) - OWN - set(BEGUN))):
+        raise ConfigError(
+            f"{directory}: holds other things ({', '.join(others[:3])}), expected a free directory"
+        )
     elif {"checkpoints", "metrics.jsonl"} & set(begun):
         raise ConfigError(
             f"{directory}: holds a run without config.json; expected a free directory"

@@ -1,7 +1,7 @@
 """A whole run: a teacher from scratch, or a student and its rivals from one, stage after stage."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -25,6 +25,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
+from d2m_jax.models.accounting import flops_per_example
 from d2m_jax.models.flux import initialise
 from d2m_jax.sampling import grid
 from d2m_jax.sampling.encoders import Encoders
@@ -49,9 +50,6 @@ from d2m_jax.weights.named_arrays import names, restructure
 KEPT = "the last whole checkpoint is kept, start again to go on from it"
 SAMPLED_PROMPTS = 36  # in the grids that a training draws
 
-# FLOPs of one example's forward: (config, image tokens, text tokens) → count.
-Flops = Callable[..., int]
-
 
 @dataclass(frozen=True)
 class _Work:
@@ -59,7 +57,6 @@ class _Work:
 
     config: RunConfig
     mesh: Mesh
-    flops: Flops
     encoders: Encoders
     noisy: Noisy | None = None  # for calibration; one object, so that it is compiled once
 
@@ -74,12 +71,11 @@ class _Work:
         return icons.batches(config.data, tokenizer, model.image, size, config.seed, split, rows)
 
 
-def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
+def run(config: RunConfig, run_directory: Path | str) -> None:
     """Train what `config` says into `run_directory`, going on where an earlier start stopped.
 
     Leaves `model/`, and `models/<stage>/` after each stage (`models/start/` before the first); a
-    rival has the same in `rivals/<name>/`. `flops(config, image_tokens, text_tokens)` counts a
-    forward, for utilisation.
+    rival has the same in `rivals/<name>/`.
     """
     run_directory = open_run(run_directory, config)
     mesh = make_mesh(config.mesh)
@@ -93,12 +89,12 @@ def run(config: RunConfig, run_directory: Path | str, flops: Flops) -> None:
             check_batch(name, stage, mesh)
         params = initialise(model.transformer, config.seed)
         encoders = Encoders(model, mesh=mesh)
-        _train(_Work(config, mesh, flops, encoders), run_directory, (model, params), config.stages)
+        _train(_Work(config, mesh, encoders), run_directory, (model, params), config.stages)
         return
     model = model_directory.load_config(ROOT / config.teacher)
     _check_students(config, model, mesh)
     noisy = partial(noisy_inputs, model, LossConfig())
-    work = _Work(config, mesh, flops, Encoders(model, mesh=mesh), noisy)
+    work = _Work(config, mesh, Encoders(model, mesh=mesh), noisy)
     teacher = work.load(ROOT / config.teacher)
     for name, rival in config.rivals.items():
         hosts.say(f"rival {name}")
@@ -180,7 +176,7 @@ def _train_stage(
     model = model_directory.load_config(before)
     if stage.groups is not None:
         model = replace(model, transformer=grouped(model.transformer, stage.groups))
-    loss, flops, _ = objective(model, stage, teacher and teacher[0], work.flops)
+    loss, flops, _ = objective(model, stage, teacher and teacher[0])
     constants = {}
     if teacher is not None:
         constants = align(teacher[0].transformer, teacher[1], shapes(model.transformer))[1]
@@ -212,10 +208,11 @@ def _train_stage(
 
 
 def objective(
-    model: ModelConfig, stage: StageConfig, teacher: ModelConfig | None, flops: Flops
+    model: ModelConfig, stage: StageConfig, teacher: ModelConfig | None
 ) -> tuple[Loss, int, int]:
     """A stage's loss, and the FLOPs of one example: the step's, and what rematerialisation adds."""
-    count = partial(flops, image_tokens=math.prod(model.grid()), text_tokens=model.text.length)
+    tokens = math.prod(model.grid()), model.text.length
+    count = partial(flops_per_example, image_tokens=tokens[0], text_tokens=tokens[1])
     student = model.transformer
     if stage.top_k is not None:
         student = replace(student, moe=replace(student.moe, top_k=stage.top_k))

@@ -62,6 +62,7 @@ def convert(
         check(not single, f"{target}: would be {kind}; for one file in BFL's layout --export bfl")
     inside = Path(source).is_dir() and Path(source).resolve() in target.resolve().parents
     check(not inside, f"{target}: expected a place outside of the source's folder")
+    check(export != "bfl" or not target.is_dir(), f"{target}: a folder, expected a file's name")
     output.check_writable(target)
     config, params = _open(source, dtype, loras)
     if encoders is not None:
@@ -159,13 +160,21 @@ def lora_of(argument: str) -> tuple[Path, float]:
     """FILE or FILE:SCALE as the command line has it. ConfigError for a SCALE that is no finite
     number."""
     file, colon, scale = argument.rpartition(":")
-    if not colon or Path(argument).exists():  # a colon in the file's name
+    check(
+        "://" not in argument,
+        f"--lora {argument}: addresses are not downloaded, expected a path or OWNER/NAME/FILE",
+    )
+    if not colon or "/" in scale or Path(argument).exists():  # a colon in the file's name
         return Path(argument), 1.0
-    try:
-        number = float(scale)
-    except ValueError:
-        number = math.nan
+    number = math.nan if "_" in scale else _number(scale)
     check(
         math.isfinite(number), f"--lora {argument}: SCALE = {scale}, expected a number such as 0.8"
     )
     return Path(file), number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,6 +1,7 @@
 """Where a model lies: a path, or a repository of Hugging Face, of which no more is downloaded than
 is needed."""
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -38,7 +39,8 @@ def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
         return path
     found = REPOSITORY.fullmatch(str(source))
     if found is None:
-        raise ConfigError(f"{source}: no such file or folder")
+        address = "; of Hugging Face, name OWNER/NAME" if "://" in str(source) else ""
+        raise ConfigError(f"{source}: no such file or folder{address}")
     name, revision, file = found.group("name", "revision", "file")
     try:
         return _download(name, revision, file, parts)
@@ -61,14 +63,20 @@ def _refuse_cache(path: Path) -> None:
 
 
 def _download(name: str, revision: str | None, file: str | None, parts: Sequence[str]) -> Path:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
     try:
         files = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
     except Exception as error:  # huggingface_hub's own, and those of the connection
         if _status(error) in (401, 403, 404):
             raise
-        folder = Path(
-            huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
-        )
+        try:
+            folder = Path(
+                huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+            )
+        except Exception:  # nothing of it in the cache
+            if _status(error) is None:
+                raise
+            raise error from None
         kept = (path for path in folder.rglob("*") if path.is_file())
         files = [path.relative_to(folder).as_posix() for path in kept]
         return folder / (file or _chosen(name, files, parts)[1])
@@ -149,7 +157,12 @@ def _told(name: str, error: Exception) -> str:
             "no such file or folder, and not in Hugging Face's cache, which alone is asked while"
             " there is no connection or HF_HUB_OFFLINE is set"
         )
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    said = getattr(error, "server_message", None) or str(error).strip().splitlines()
+    line = (said if isinstance(said, str) else (said or [type(error).__name__])[0])[:160]
+    if isinstance(error, errors.DisabledRepoError):
+        return f"the repository {page} is disabled"
+    if status is not None and status not in (401, 403):
+        return f"{page} answers {status}, try again later ({line})"
     if status in (401, 403):
         return f"Hugging Face refuses the login ({line}): {login}"
     return f"no such file or folder, and not to be had from {page} ({line})"

@@ -5,7 +5,7 @@ its kin (lora_differences.py), in float32 and with one rounding at the end.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, FluxConfig, check, suggestion
-from d2m_jax.models.flux import abstract
 from d2m_jax.weights import (
     flux_keys,
     hub,
@@ -22,7 +21,6 @@ from d2m_jax.weights import (
     lora_strength,
     recognise,
     safetensors,
-    sparse_keys,
 )
 from d2m_jax.weights.key_table import SHOWN, Entry, Parameter, listed, overlap, relative
 from d2m_jax.weights.lora_differences import (
@@ -34,33 +32,13 @@ from d2m_jax.weights.lora_differences import (
     Replacement,
     Whole,
 )
+from d2m_jax.weights.lora_linears import Linear, Tensor, linears
 from d2m_jax.weights.lora_strength import Stated
-from d2m_jax.weights.named_arrays import sizes
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's and diffusers'
 # The roles of lora_names that change a weight, by the start that those of one kind share.
 KINDS = {"up": "LoRA", "down": "LoRA", "hada": "LoHa", "lokr": "LoKr", "diff": "diff"}
 KINDS["weight"] = "weight"
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of one of torch's layouts, and where it lies in our parameters."""
-
-    name: str
-    entries: tuple[Entry, ...]
-    shape: tuple[int, ...]
-    absent: bool  # from a sparse model, which has no such FFN or modulation
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear, or a norm, of one of torch's layouts."""
-
-    name: str
-    layout: str
-    weight: Tensor
-    bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -84,10 +62,11 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Chang
     unknown, incomplete or misshapen, or that change what a sparse model does not have. What is of
     text encoders is left out, with one line on stderr.
     """
-    path = _file(Path(path))
+    given = hub.local(path)
+    path = _file(given)
     check(math.isfinite(scale), f"{path}: a strength of {scale}, expected a finite number")
     recognise.refuse_pickle(path)
-    tensors, said = safetensors.read(path), lora_strength.stated(path)
+    tensors, said = safetensors.read(path), lora_strength.stated(path, alone=given.is_dir())
     mine = {
         name: tensor
         for name, tensor in tensors.items()
@@ -100,7 +79,7 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Chang
         f"{path}: a LoRA of text encoders alone ({listed(encoders)}), expected one of the"
         " transformer",
     )
-    parts, wrong = _sorted_out(path, mine, _linears(config))
+    parts, wrong = _sorted_out(path, mine, linears(config))
     for linear, roles in parts:
         if linear.weight.entries[0].ours == "img_in.kernel" and "down" in roles:
             flux_keys.refuse_variant(path, roles["down"].shape[-1], config.in_channels)
@@ -120,58 +99,28 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Chang
         f" {listed(absent)}, which this model has in another form; merge it into the dense model"
         " before that is cut, or take a LoRA of the attention alone",
     )
+    dora = any(isinstance(change.difference, Decomposed) for change in changes)
+    if dora and scale not in (0.0, 1.0):
+        hosts.say(f"{path}: DoRA at a strength of {scale} as PEFT has it; other tools differ")
     if encoders:
         hosts.say(f"{path}: {len(encoders)} tensors of text encoders left out ({encoders[0]}, …)")
-    return changes
+    return changes if scale else []
 
 
 def _file(path: Path) -> Path:
-    path = hub.local(path)
     if path.is_file():
         return path
-    found = [path / name for name in FILES if (path / name).is_file()]
-    found = found[:1] or sorted(path.glob("*.safetensors"))
+    files = sorted(path.iterdir())
+    found = [path / name for name in FILES if (path / name).is_file()][:1]
+    found = found or [file for file in files if file.suffix.lower() in hub.WEIGHTS]
+    if not found:
+        for file in files:
+            recognise.refuse_pickle(file)
     check(
         len(found) == 1,
         f"{path}: holds {len(found)} of *.safetensors, expected one LoRA; name the file itself",
     )
     return found[0]
-
-
-def _linears(config: FluxConfig) -> dict[str, Linear]:
-    """All linears and norms by their flat names: those of the dense model that this is, or was
-    before it was cut, as BFL and diffusers call them, and those of --export torch, experts too."""
-
-    def dense(stacks):
-        return tuple(replace(stack, ffn="dense", active=stack.blocks) for stack in stacks)
-
-    doubles, singles = dense(config.double), dense(config.single)
-    was = replace(config, double=doubles, single=singles, modulation_rank=None)
-    there, before = sizes(abstract(config)), sizes(abstract(was))
-    tables = [(layout, before, flux_keys.keys(layout, was)) for layout in flux_keys.SHAPES]
-    tables.append(("torch", there, sparse_keys.keys(config)))
-    known: dict[str, Linear] = {}
-    for layout, ours, table in tables:
-        shapes = key_table.their_shapes(table, ours)
-        tensors = {
-            name: Tensor(
-                name,
-                tuple(entries),
-                shapes[name],
-                any(there.get(entry.ours) != ours[entry.ours] for entry in entries),
-            )
-            for name, entries in key_table.by_name(table, "theirs").items()
-        }
-        for name, tensor in tensors.items():
-            part, _, kind = name.rpartition(".")
-            if kind in ("weight", "scale"):
-                linear = Linear(part, layout, tensor, tensors.get(f"{part}.bias"))
-                known.setdefault(lora_names.flat(part), linear)
-                known.setdefault(lora_names.flat(name), linear)  # ComfyUI: ….norm.scale.diff
-    depths = (sum(stack.depth for stack in stacks) for stacks in (doubles, singles))
-    for alias, name in lora_names.aliases(*depths):
-        known[lora_names.flat(alias)] = known[lora_names.flat(name)]
-    return known
 
 
 Parts = list[tuple[Linear, dict[str, Any]]]  # tensors by their roles
@@ -195,7 +144,7 @@ def _sorted_out(
             wrong.append(f"{linear.name} has two of {named.role}, the other is {name}")
         roles[named.role] = tensor
         kind = np.dtype(tensor.dtype).name
-        if "float" not in kind:
+        if "float" not in kind and named.role != "alpha":
             wrong.append(f"{name} is {kind}, expected floating point")
         elif named.role != "alpha" and not np.isfinite(np.asarray(tensor, np.float32)).all():
             wrong.append(f"{name} holds a NaN or an infinity")
@@ -235,20 +184,39 @@ def _once(path: Path, parts: Parts) -> Parts:
     (lora_conversion_utils.py, _convert_kohya_flux_lora_to_diffusers).
     """
 
-    def places(linear: Linear) -> set[tuple]:
-        return {(entry.ours, entry.index) for entry in linear.weight.entries}
-
-    of_diffusers = [places(linear) for linear, _ in parts if linear.layout == "diffusers"]
-    taken = set().union(*of_diffusers)
-    twice = {
-        linear.name
-        for linear, _ in parts
-        if linear.layout != "diffusers" and places(linear) & taken
-    }
+    taken: dict[tuple, int] = {}  # elements of our parameters by diffusers' names
+    for linear, _ in parts:
+        if linear.layout == "diffusers":
+            for place, count in _places(linear).items():
+                taken[place] = taken.get(place, 0) + count
+    twice = set()
+    for linear, _ in parts:
+        places = _places(linear)
+        if linear.layout == "diffusers" or not places.keys() & taken.keys():
+            continue
+        whole = all(taken.get(place, 0) >= count for place, count in places.items())
+        check(
+            whole,
+            f"{path}: holds {linear.name}, and parts of it by diffusers' names too, expected one or"
+            " the other",
+        )
+        twice.add(linear.name)
     if twice:
         first = f"{len(twice)} linears by BFL's names ({min(twice)}, …)"
         hosts.say(f"{path}: {first} left out, which it holds by diffusers' names too")
     return [(linear, roles) for linear, roles in parts if linear.name not in twice]
+
+
+def _places(linear: Linear) -> dict[tuple, int]:
+    """Where a linear's outputs lie in our parameters, and how many of its weights do."""
+    found: dict[tuple, int] = {}
+    for entry in linear.weight.entries:
+        rows = linear.weight.shape[0]
+        if entry.their_part is not None and entry.their_part.axis == 0:
+            rows = entry.their_part.stop - entry.their_part.start
+        place = entry.ours, entry.index
+        found[place] = found.get(place, 0) + rows
+    return found
 
 
 def _changes(linear: Linear, roles: dict[str, Any], said: Stated, scale: float) -> list[Change]:

@@ -34,7 +34,8 @@ PREFIXES = (
     "flux_",
 )
 TEXT_ENCODERS = re.compile(
-    r"^(?:base_model\.model\.)*(?:lora_|lycoris_)?(?:text_encoders?|te|prior_te|clip|clip_[lg]|t5"
+    r"^(?:base_model\.model\.|model\.)*(?:lora_|lycoris_)?(?:text_encoders?|te|prior_te|conditioner"
+    r"|cond_stage_model|clip|clip_[lg]|t5"
     r"|t5xxl|text_model|encoder|bundle_emb|emb_params)(?:_?[1-4])?[._]"
 )
 # The word that ends a name, before an adapter's name and `weight` or `bias`: its role.

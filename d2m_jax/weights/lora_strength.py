@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from d2m_jax import hosts
 from d2m_jax.config import ConfigError, check
 from d2m_jax.weights import safetensors
 
@@ -49,22 +50,26 @@ def _matching(patterns: Mapping[str, Any], linear: str) -> Iterator[Any]:
     return (value for end, value in patterns.items() if re.match(rf"(.*\.)?({end})$", linear))
 
 
-def stated(file: Path) -> Stated:
+def stated(file: Path, alone: bool = False) -> Stated:
     """What the header of a LoRA file says, else adapter_config.json beside it.
 
-    That counts for PEFT's own adapter_model.safetensors, and for a file that is alone with it.
+    That counts for PEFT's own adapter_model.safetensors, and for a file that is `alone` with it, or
+    was found in the folder given; for another, one line says that it does not.
     Raises ConfigError where either is damaged, or is of a method that cannot be merged.
     """
     text = safetensors.read_metadata(file).get(HEADER)
     if text is not None:
         return _read(f"{file}: {HEADER}", text)
     beside = file.with_name(CONFIG)
+    if not beside.is_file():
+        return Stated()
     others = [f for f in file.parent.glob("*.safetensors") if f.name != file.name]
-    if beside.is_file() and (file.stem == ADAPTER or not others):
+    if alone or file.stem == ADAPTER or not others:
         try:
-            return _read(str(beside), beside.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{beside}: cannot be read ({error.strerror})") from None
+            return _read(str(beside), beside.read_text(encoding="utf-8-sig"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{beside}: cannot be read ({error})") from None
+    hosts.say(f"{file}: {CONFIG} beside it not used, for there are other files; give the folder")
     return Stated()
 
 
@@ -80,8 +85,8 @@ def _read(where: str, text: str) -> Stated:
             re.compile(pattern)
         found = Stated(
             where=where,
-            rank=int(value.get("r", 8)),  # PEFT's defaults
-            alpha=float(value.get("lora_alpha", value.get("alpha", 8))),
+            rank=int(_or(value.get("r"), 8)),  # PEFT's defaults
+            alpha=float(_or(_or(value.get("lora_alpha"), value.get("alpha")), 8)),
             ranks={end: int(rank) for end, rank in ranks.items()},
             alphas={end: float(alpha) for end, alpha in alphas.items()},
             stabilised=bool(value.get("use_rslora", False)),
@@ -93,6 +98,8 @@ def _read(where: str, text: str) -> Stated:
     check(
         kind.upper() in KINDS, f"{where}: peft_type = {kind!r}, expected one of {', '.join(KINDS)}"
     )
+    qalora = bool(value.get("use_qalora", False))
+    check(not qalora, f"{where}: use_qalora = True, expected an ordinary LoRA")
     changed = isinstance(start, str) and start.lower().startswith(CHANGED_BASES)
     check(
         not changed,
@@ -100,3 +107,7 @@ def _read(where: str, text: str) -> Stated:
         " ordinary LoRA (PEFT's path_initial_model_for_weight_conversion)",
     )
     return found
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

@@ -131,8 +131,8 @@ def _scaled(where: str, weight: Any, scale: Any, marked: bool) -> Tensor:
     with np.errstate(over="ignore", invalid="ignore"):
         numbers = np.asarray(scale).astype(np.float32)
     check(
-        bool(np.isfinite(numbers).all() and numbers.all()),
-        f"{where} is a scale of 0, NaN or infinity: damaged weights",
+        bool(np.isfinite(numbers).all() and (numbers > 0).all()),
+        f"{where} is a scale of 0 or less, NaN or infinity: damaged weights",
     )
     # ComfyUI takes the scale into account where a mark says so, whatever the weight's type, and
     # else leaves it: of a weight in full precision without a mark nobody can tell.

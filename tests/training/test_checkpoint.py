@@ -167,6 +167,14 @@ def test_a_run_directory_that_not_all_processes_see(tmp_path, monkeypatch):
         open_run(tmp_path / "run", run_config())
 
 
+def test_a_folder_of_other_things(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ConfigError, match="holds other things .notes.txt., expected a free direct"):
+        open_run(tmp_path, run_config())
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_damaged_run_config(tmp_path):
     (tmp_path / "config.json").write_text('{"name": ')
     with pytest.raises(ConfigError, match="config.json: damaged, expected JSON"):

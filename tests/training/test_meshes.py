@@ -70,13 +70,13 @@ def train(directory: str, sizes: tuple[int, ...], stop: int = 0, process: int = 
 
     with hosts.joined():
         icons.batches = stopped if stop and jax.process_index() == process else batches
-        run(scratch(MeshConfig(*sizes)), directory, tiny.flops)
+        run(scratch(MeshConfig(*sizes)), directory)
 
 
 def distil(directory: str, teacher: str, sizes: tuple[int, ...]) -> None:
     """A student from `teacher`, through all stages."""
     with hosts.joined():
-        run(tiny.student(teacher, rivals={}, mesh=MeshConfig(*sizes)), directory, tiny.flops)
+        run(tiny.student(teacher, rivals={}, mesh=MeshConfig(*sizes)), directory)
 
 
 def losses(directory: Path) -> dict[tuple, list[float]]:
@@ -97,7 +97,7 @@ def assert_same(directory: Path, expected: Path, tolerance: float = 1e-4) -> Non
 def alone(tmp_path_factory):
     """Uninterrupted, on one device."""
     directory = tmp_path_factory.mktemp("alone")
-    run(scratch(MeshConfig()), directory, tiny.flops)
+    run(scratch(MeshConfig()), directory)
     return directory
 
 
@@ -126,7 +126,7 @@ def test_processes_change_midway(alone, tmp_path):
 def test_two_processes_distil_as_one(alone, tmp_path):
     """Calibration, cut, three stages and samples, experts and parameters spread over both."""
     teacher = str(alone / "model")
-    run(tiny.student(teacher, rivals={}), tmp_path / "one", tiny.flops)
+    run(tiny.student(teacher, rivals={}), tmp_path / "one")
     two = tmp_path / "two"
     assert_all_ended_well(together(distil, str(two), teacher, (1, 2, 2, 1), processes=2, devices=2))
     assert_same(two, tmp_path / "one", 1e-3)

@@ -47,10 +47,6 @@ CUT = SparsifyConfig(
 )
 
 
-def flops(config, image_tokens, text_tokens):
-    return 1000 * (image_tokens + text_tokens)
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     directory = tmp_path_factory.mktemp("teacher")
@@ -74,7 +70,7 @@ def teacher(tmp_path_factory):
         },
         held_out_batches=1,
     )
-    run(config, directory, flops)
+    run(config, directory)
     return directory / "model"
 
 
@@ -101,7 +97,7 @@ def student(teacher, **fields) -> RunConfig:
 @pytest.fixture(scope="module")
 def finished(teacher, tmp_path_factory):
     directory = tmp_path_factory.mktemp("student")
-    run(student(teacher), directory, flops)
+    run(student(teacher), directory)
     return directory
 
 
@@ -142,11 +138,11 @@ def test_starts_where_it_stopped(teacher, finished, tmp_path):
     """A run that was cut off after its first stages ends in the same bits as one that was not."""
     config = student(teacher)
     first = replace(config, stages={k: config.stages[k] for k in ("shared", "moe")})
-    run(first, tmp_path / "run", flops)
+    run(first, tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
     for name in ("metrics.jsonl", "checkpoints", "model"):
         (tmp_path / "run" / name).rename(tmp_path / name)
-    run(config, tmp_path / "run", flops)
+    run(config, tmp_path / "run")
     ours, theirs = arrays(tmp_path / "run" / "model"), arrays(finished / "model")
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -155,4 +151,4 @@ def test_starts_where_it_stopped(teacher, finished, tmp_path):
 
 def test_refuses_the_directory_of_another_run(teacher, finished):
     with pytest.raises(ConfigError, match="seed"):
-        run(student(teacher, seed=1), finished, flops)
+        run(student(teacher, seed=1), finished)

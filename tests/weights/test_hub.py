@@ -175,6 +175,7 @@ def results(tmp_path_factory):
         timeout=300,
     )
     server.shutdown()
+    server.server_close()
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(lines) == len(asked), done.stderr[-3000:]
     return [json.loads(line.removeprefix("RESULT ")) for line in lines]

@@ -376,6 +376,10 @@ ENCODERS = {
     "t5.encoder.block.0.layer.0.SelfAttention.q.lora_up.weight": random(8, 2),
     "base_model.model.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": random(2, 8),
     "bundle_emb.cat.clip_l": random(1, 8),
+    "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": random(
+        2, 8
+    ),
+    "model.text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight": random(2, 8),
 }
 
 
@@ -402,6 +406,51 @@ def test_one_lora_under_two_kinds_of_name(tmp_path, capsys):
     )
     found = added(tmp_path, tensors | spelt(tensors, f"transformer.{OUTER}"))
     close(found[f"{OURS}.kernel"], product)
+
+
+def test_a_fused_linear_and_a_part_of_it(tmp_path):
+    """Under two kinds of name it counts once where all of it is there twice, else it is refused."""
+    fused = pair("lora_unet_double_blocks_0_img_attn_qkv", outputs=96)[0]
+    parts, products = {}, []
+    for i, name in enumerate(("to_q", "to_k", "to_v")):
+        more, product = pair(f"transformer.transformer_blocks.0.attn.{name}", seed=i)
+        parts |= more
+        products.append(product)
+    found = added(tmp_path, fused | parts)
+    close(found["double.0.block.img_attn.qkv.kernel"], np.concatenate(products))
+    del parts["transformer.transformer_blocks.0.attn.to_k.lora_A.weight"]
+    del parts["transformer.transformer_blocks.0.attn.to_k.lora_B.weight"]
+    with pytest.raises(ConfigError, match="img_attn.qkv, and parts of it by diffusers' names too"):
+        added(tmp_path, fused | parts)
+
+
+def test_settings_beside_a_file_that_is_not_alone(tmp_path, capsys):
+    """They count in the folder given, and else a line says that they do not."""
+    tensors, product = pair(OUTER)
+    safetensors.write(tmp_path / "pytorch_lora_weights.safetensors", tensors)
+    safetensors.write(tmp_path / "optimizer.safetensors", tensors)
+    settings = {"r": 2, "lora_alpha": None, "peft_type": "LORA"}  # PEFT's default: 8
+    (tmp_path / "adapter_config.json").write_text("\ufeff" + json.dumps(settings))
+    params = parameters("bfl", STATE["bfl"])
+
+    def kernel(path):
+        merged = lora.merge(params, params, [lora.read(path, CONFIG)])
+        return (merged[f"{OURS}.kernel"][...] - params[f"{OURS}.kernel"][...])[0, 0].T
+
+    close(kernel(tmp_path), 4 * product)
+    assert capsys.readouterr().err == ""
+    close(kernel(tmp_path / "pytorch_lora_weights.safetensors"), product)
+    assert "adapter_config.json beside it not used" in capsys.readouterr().err
+
+
+def test_strength_of_zero_and_of_dora(tmp_path, capsys):
+    tensors, _ = pair(OUTER)
+    tensors[f"{OUTER}.dora_scale"] = 1 + random(32, 1) ** 2
+    tensors[f"{OUTER}.alpha"] = np.asarray(2, np.int64)
+    assert added(tmp_path, tensors, 0.0) == {}
+    assert capsys.readouterr().err == ""
+    added(tmp_path, tensors, 0.5)
+    assert "DoRA at a strength of 0.5 as PEFT has it; other tools differ" in capsys.readouterr().err
 
 
 def sparse():
@@ -576,7 +625,10 @@ def test_the_command_line_form(tmp_path):
     assert convert.lora_of(str(file)) == (file, 1.0)
     assert convert.lora_of(f"{file}:-0.5") == (file, -0.5)
     assert convert.lora_of("plain.safetensors") == (Path("plain.safetensors"), 1.0)
-    for scale in ("nan", "inf", "0,8", "strong", ""):
+    assert convert.lora_of("a:b/c.safetensors") == (Path("a:b/c.safetensors"), 1.0)
+    with pytest.raises(ConfigError, match="https://x.y/z: addresses are not downloaded"):
+        convert.lora_of("https://x.y/z")
+    for scale in ("nan", "inf", "0,8", "0_5", "strong", ""):
         with pytest.raises(ConfigError, match=f"SCALE = {scale}, expected a number such as 0.8"):
             convert.lora_of(f"x.safetensors:{scale}")
 

@@ -88,7 +88,7 @@ def test_other_shapes(shape, rows, columns):
 def test_damaged_scales(bad):
     for number in (np.float64(bad), np.asarray([1.0, bad])):
         tensors = {"a.weight": WEIGHT, "a.weight_scale": number}
-        refused("a.weight_scale is a scale of 0, NaN or infinity", tensors)
+        refused("a.weight_scale is a scale of 0 or less, NaN or infinity", tensors)
 
 
 def test_scales_that_fit_nothing():
