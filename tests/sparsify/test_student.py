@@ -94,8 +94,6 @@ def test_routed_scale_starts_where_asked(small):
     [
         (replace(SMALL, dense_single=(4,)), {}, r"SparsifyConfig.dense_single = \(4,\)"),
         (replace(SMALL, method="prune", mlp_ratio=4.0), {}, "SparsifyConfig.mlp_ratio = 4.0"),
-        (replace(SMALL, batches=0), {}, "SparsifyConfig.batches = 0"),
-        (replace(SMALL, tokens=0), {}, "SparsifyConfig.tokens = 0"),
         (replace(SMALL, moe=MoEConfig(experts=7)), {}, "MoEConfig.experts = 7"),
         (replace(SMALL, modulation_rank=33), {}, "modulation_rank = 33"),
         (replace(SMALL, modulation_rank=4), {"modulation_rank": 8}, "rank = 4: the teacher"),
