@@ -37,20 +37,22 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def dead():
-    """The number of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+def ended():
+    """The numbers of two processes that have ended."""
+    processes = [subprocess.Popen([sys.executable, "-c", ""]) for _ in range(2)]
+    for process in processes:
+        process.wait()
+    return [process.pid for process in processes]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path, dead):
+def test_what_a_killed_process_left_is_removed(tmp_path, ended):
+    dead, elsewhere = ended
     old = time.time() - 2 * output.LEFT_OVER
     left = tmp_path / f".model.{dead}.new"
     (left / "params").mkdir(parents=True)
     mine = tmp_path / f".model.{os.getppid()}.new"  # of a process that lives
     other = tmp_path / f".other.{dead}.new"
-    fresh = tmp_path / f".model.{dead}0000000.new"  # of another host, which still writes
+    fresh = tmp_path / f".model.{elsewhere}.new"  # of another host, which still writes
     for path in (mine, other, fresh):
         path.mkdir()
     for path in (left / "params", left, mine, other):
