@@ -149,7 +149,7 @@ def test_stacks_can_be_overridden():
         (["--stages.moe.steps", "abc"], r"^--stages.moe.steps: .*'abc'"),
         (["--sparsify.method", "prun"], r"'prun' .*'--sparsify.method'.*'moe', 'prune'"),
         (["--seed"], r"'--seed'"),
-        (["--sparsify.moe.top_k", "13"], r"MoEConfig.top_k = 13: expected 0 to experts = 12"),
+        (["--sparsify.moe.top_k", "13"], r"sparsify.moe.top_k = 13: expected 0 to experts = 12"),
         (["--teacher", "None"], r"expected either teacher .*, found neither"),
     ],
 )

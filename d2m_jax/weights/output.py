@@ -12,6 +12,7 @@ from pathlib import Path
 
 from d2m_jax.config import ConfigError
 
+FULL_TEXTS = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))  # of tensorstore, without errno
 LEFT_OVER = 3600  # seconds without a change after which a write has died
 
 
@@ -127,7 +128,9 @@ def full_disk(path: Path, kept: str = "nothing was written") -> Iterator[None]:
         raise _full(path, kept) from None
     except Exception as error:
         number = getattr(error, "errno", None)
-        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+        full = number in (errno.ENOSPC, errno.EDQUOT) or any(
+            text in str(error) for text in FULL_TEXTS
+        )
         if full:
             raise _full(path, kept) from None
         if number in (errno.EACCES, errno.EROFS, errno.EPERM):
