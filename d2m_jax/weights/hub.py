@@ -70,15 +70,16 @@ def _download(name: str, revision: str | None, file: str | None, parts: Sequence
         if _status(error) in (401, 403, 404):
             raise
         try:
-            folder = Path(
-                huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
-            )
+            # No patterns at all: with some, or None, what we never wanted would be missed.
+            cached = {"local_files_only": True, "allow_patterns": []}
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **cached))
         except Exception:  # nothing of it in the cache
             if _status(error) is None:
                 raise
             raise error from None
         kept = (path for path in folder.rglob("*") if path.is_file())
         files = [path.relative_to(folder).as_posix() for path in kept]
+        check(file is None or file in files, f"{name}: holds no {file} in Hugging Face's cache")
         return folder / (file or _chosen(name, files, parts)[1])
     if file is not None:
         near = listed([f for f in files if f.lower().endswith(WEIGHTS)])

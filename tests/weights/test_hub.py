@@ -100,7 +100,8 @@ from huggingface_hub import constants
 from d2m_jax.config import ConfigError
 from d2m_jax.weights import hub
 for source, parts in json.loads(sys.argv[1]):
-    shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
+    if not constants.HF_HUB_OFFLINE:
+        shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
     try:
         path = hub.local(source, *([] if parts is None else [parts]))
         top = next(p for p in (path, *path.parents) if p.parent.name == "snapshots")
@@ -152,33 +153,49 @@ def sha(text):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What hub.local makes of all sources, in a process of its own: huggingface_hub reads its
-    settings once."""
+def ask(tmp_path_factory):
+    """What hub.local makes of sources, in a process of its own: huggingface_hub reads its settings
+    once. Online each begins with an empty cache."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    asked = [(source, parts) for source, parts, *_ in TAKEN]
-    asked += [(source, None) for source, _ in REFUSED]
     settings = {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path_factory.mktemp("hf")),
-        "HF_HUB_OFFLINE": "0",
         "no_proxy": "*",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(asked)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | settings,
-        timeout=300,
-    )
+
+    def results(asked, offline=False):
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, json.dumps(asked)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | settings | {"HF_HUB_OFFLINE": str(int(offline))},
+            timeout=300,
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        assert len(lines) == len(asked), done.stderr[-3000:]
+        return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+
+    yield results
     server.shutdown()
     server.server_close()
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert len(lines) == len(asked), done.stderr[-3000:]
-    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def results(ask):
+    asked = [(source, parts) for source, parts, *_ in TAKEN]
+    return ask(asked + [(source, None) for source, _ in REFUSED])
+
+
+@pytest.mark.parametrize("i", [0, 2, 4, 6], ids=[TAKEN[i][0] for i in (0, 2, 4, 6)])
+def test_what_was_downloaded_is_found_offline(ask, i):
+    source, parts, files, meant = TAKEN[i]
+    online = ask([(source, parts)])
+    assert ask([(source, parts)], offline=True) == online
+    (said,) = ask([("someone/lora", None)], offline=True)
+    assert "not in Hugging Face's cache" in said
 
 
 @pytest.mark.parametrize("i", range(len(TAKEN)), ids=[f"{t[0]}-{i}" for i, t in enumerate(TAKEN)])
