@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 import zlib
 from dataclasses import dataclass
@@ -15,11 +14,13 @@ from orbax.checkpoint import checkpoint_managers
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, RunConfig, differences, to_json
+from d2m_jax.training import lock
 from d2m_jax.weights import blocks
 from d2m_jax.weights.named_arrays import fingerprint, names, restructure
 
+# What else a run leaves in its directory.
+OWN = {lock.FILE, ".config.json.new", "tensorboard", "samples", "evaluation", "report"}
 # What a run directory holds once something was made in it.
-OWN = {".lock", ".config.json.new", "tensorboard", "samples", "evaluation", "report"}
 BEGUN = ("checkpoints", "metrics.jsonl", "models", "rivals", "model")
 
 
@@ -131,11 +132,9 @@ class Checkpoints:
             aside = self.directory / f"damaged_{step}_{number}"
         damaged.rename(aside)
         left = max((s for s in self._manager.all_steps() if s != step), default=None)
-        print(
+        hosts.say(
             f"checkpoint {damaged} is damaged ({damage}), moved to {aside.name}; going back to "
-            + ("the start of the stage" if left is None else f"step {left}"),
-            file=sys.stderr,
-            flush=True,
+            + ("the start of the stage" if left is None else f"step {left}")
         )
 
     def latest_step(self) -> int | None:

@@ -134,7 +134,7 @@ def _me() -> dict[str, Any]:
 def _machine() -> str:
     """This boot of this machine: names of hosts are not always different."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.exists() else f"{socket.gethostname()}"
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
 
 def _read(file: TextIO) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import rich.progress
 from rich.console import Console
 
 from d2m_jax.config import ConfigError, ModelConfig, check
-from d2m_jax.weights import blocks, lora, model_directory, output, torch_export, torch_import
+from d2m_jax.weights import blocks, hub, lora, model_directory, output, torch_export, torch_import
 from d2m_jax.weights.encoders import (
     FOLDERS,
     INDEX,
@@ -54,7 +54,7 @@ def convert(
         not target.exists() or not Path(source).exists() or not target.samefile(source),
         f"{target}: expected another place than the source's",
     )
-    single = target.suffix.lower() in torch_import.FILES
+    single = target.suffix.lower() in hub.WEIGHTS
     if export == "bfl":
         check(single, f"{target}: expected a name that ends in .safetensors")
     else:

@@ -25,7 +25,7 @@ from d2m_jax.weights.named_arrays import sizes
 T5, CLIP, AUTOENCODER = "text_encoder_2", "text_encoder", "vae"
 FOLDERS = (CLIP, T5, AUTOENCODER, "tokenizer", "tokenizer_2", "scheduler")
 INDEX = "model_index.json"
-COPIED = (".json", ".safetensors", ".txt", ".model", ".jinja")
+COPIED = (".safetensors", *hub.SMALL)
 PIPELINES = r"Flux(Kontext)?(Img2Img|Inpaint)?Pipeline"  # whose parts are FluxPipeline's
 # What diffusers' scheduler must say for the steps to be flow.schedule's; absent is the same.
 PLAIN = {

@@ -241,9 +241,8 @@ def _copy(view: np.ndarray, out: np.ndarray) -> None:
     except RuntimeError:  # JAX_PLATFORMS left no CPU
         cpu = None
     if cpu is None:
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # `read` looks for what has become infinite
+        # `read` looks for what has become infinite.
+        with np.errstate(over="ignore", invalid="ignore"):
             out[...] = view
         return
     # Part by part, in memory that is used again.

@@ -131,12 +131,16 @@ def _sorted_out(
 ) -> tuple[Parts, list[str]]:
     """The tensors by linear and role, and what is wrong with their names."""
     parts: dict[str, tuple[Linear, dict[str, Any]]] = {}
-    unknown, ignored, wrong, adapters = [], [], [], set()
+    unknown: dict[str, lora_names.Named | None] = {}
+    ignored, wrong, adapters = [], [], set()
     for name, tensor in tensors.items():
         named = lora_names.taken_apart(lora_names.unwrapped(name))
         linear = named and lora_names.look_up(named.part, linears)
         if linear is None:
-            (ignored if 0 in tensor.shape else unknown).append(name)
+            if 0 in tensor.shape:
+                ignored.append(name)
+            else:
+                unknown[name] = named
             continue
         adapters.add(named.adapter)
         roles = parts.setdefault(linear.name, (linear, {}))[1]
@@ -153,8 +157,7 @@ def _sorted_out(
         raise ConfigError(f"{path}: {found[0]} (it holds {found[1]}), expected a LoRA of FLUX.1")
     several = sorted(adapters - {""})
     check(len(several) < 2, f"{path}: holds the adapters {' and '.join(several)}, expected one")
-    for name in unknown:
-        named = lora_names.taken_apart(lora_names.unwrapped(name))
+    for name, named in unknown.items():
         flat = lora_names.flat(name if named is None else named.part)
         near = "" if len(wrong) >= SHOWN else _depth(flat, linears) or suggestion(flat, linears)
         wrong.append(f"{name} is unknown{near}")
@@ -183,8 +186,7 @@ def _once(path: Path, parts: Parts) -> Parts:
     Such files hold one LoRA twice. diffusers reads them in this way
     (lora_conversion_utils.py, _convert_kohya_flux_lora_to_diffusers).
     """
-
-    taken: dict[tuple, int] = {}  # elements of our parameters by diffusers' names
+    taken: dict[tuple, int] = {}  # outputs by diffusers' names, of each place
     for linear, _ in parts:
         if linear.layout == "diffusers":
             for place, count in _places(linear).items():
@@ -208,7 +210,7 @@ def _once(path: Path, parts: Parts) -> Parts:
 
 
 def _places(linear: Linear) -> dict[tuple, int]:
-    """Where a linear's outputs lie in our parameters, and how many of its weights do."""
+    """Where a linear's outputs lie in our parameters, and how many of them do in each place."""
     found: dict[tuple, int] = {}
     for entry in linear.weight.entries:
         rows = linear.weight.shape[0]

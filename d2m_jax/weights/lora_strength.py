@@ -11,8 +11,9 @@ from typing import Any
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, check
 from d2m_jax.weights import safetensors
+from d2m_jax.weights.hub import LORA_CONFIG
 
-HEADER, CONFIG, ADAPTER = "lora_adapter_metadata", "adapter_config.json", "adapter_model"
+HEADER, ADAPTER = "lora_adapter_metadata", "adapter_model"
 PREFIX = "transformer."  # of diffusers' fields, which may be beside those of text encoders
 KINDS = ("LORA", "LOHA", "LOKR")
 # Those start at weights that the base model is then taken away from: the file alone is not enough.
@@ -60,7 +61,7 @@ def stated(file: Path, alone: bool = False) -> Stated:
     text = safetensors.read_metadata(file).get(HEADER)
     if text is not None:
         return _read(f"{file}: {HEADER}", text)
-    beside = file.with_name(CONFIG)
+    beside = file.with_name(LORA_CONFIG)
     if not beside.is_file():
         return Stated()
     others = [f for f in file.parent.glob("*.safetensors") if f.name != file.name]
@@ -69,7 +70,9 @@ def stated(file: Path, alone: bool = False) -> Stated:
             return _read(str(beside), beside.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{beside}: cannot be read ({error})") from None
-    hosts.say(f"{file}: {CONFIG} beside it not used, for there are other files; give the folder")
+    hosts.say(
+        f"{file}: {LORA_CONFIG} beside it not used, for there are other files; give the folder"
+    )
     return Stated()
 
 

@@ -29,7 +29,6 @@ from d2m_jax.weights import (
 from d2m_jax.weights.key_table import Entry, Parameter, listed
 from d2m_jax.weights.named_arrays import names, restructure, sizes
 
-FILES = (".safetensors", ".sft")
 INDEX = r"\.safetensors\.index(\.[\w-]+)?\.json$"
 
 
@@ -120,7 +119,7 @@ def _read(path: Path) -> tuple[dict[str, safetensors.Tensor], list[dict[str, str
         tensors = safetensors.read_sharded(path)
     else:
         recognise.refuse_pickle(path)
-        whole = path.suffix.lower() in FILES
+        whole = path.suffix.lower() in hub.WEIGHTS
         check(whole, f"{path}: expected a .safetensors file or a folder of them")
         files = [path]
         tensors = safetensors.read(path)
