@@ -32,11 +32,11 @@ from d2m_jax.sharding import (
     parameter_sharding,
     replicated,
 )
-from d2m_jax.sparsify.groups import aligned, grouped, shapes
+from d2m_jax.sparsify.groups import aligned, shapes
 from d2m_jax.sparsify.student import student_config
 from d2m_jax.training.loop import check_batch
 from d2m_jax.training.optimizer import split
-from d2m_jax.training.run import objective
+from d2m_jax.training.run import models_of, objective
 from d2m_jax.training.step import Step
 from d2m_jax.weights import model_directory
 from d2m_jax.weights.named_arrays import names, restructure
@@ -102,14 +102,12 @@ def lower(config: RunConfig, teacher: ModelConfig | None, mesh: Mesh) -> Iterato
     What is frozen is taken to be stored in the stage's dtype, or in float32 after it has trained;
     frozen parameters that have never trained and that the teacher has too are the teacher's arrays.
     """
-    model, trained = config.model, set()
+    start, trained = config.model, set()
     if teacher is not None:
         transformer = student_config(teacher.transformer, config.sparsify)
-        model = replace(teacher, transformer=transformer)
-    for name, stage in config.stages.items():
-        check_batch(name, stage, mesh)
-        if stage.groups is not None:
-            model = replace(model, transformer=grouped(model.transformer, stage.groups))
+        start = replace(teacher, transformer=transformer)
+    for name, stage, model in models_of(config.stages, start):
+        check_batch(f"stages.{name}", stage, mesh)
         check_mesh(mesh, model.transformer)
         yield _lower(name, stage, model, teacher, trained, mesh)
         training, _ = split(abstract(model.transformer), stage.train, stage.freeze)

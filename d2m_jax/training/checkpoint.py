@@ -19,7 +19,7 @@ from d2m_jax.weights import blocks
 from d2m_jax.weights.named_arrays import fingerprint, names, restructure
 
 # What else a run leaves in its directory.
-OWN = {lock.FILE, ".config.json.new", "tensorboard", "samples", "evaluation", "report"}
+OWN = {".config.json.new", "tensorboard", "samples", "evaluation", "report"}
 # What a run directory holds once something was made in it.
 BEGUN = ("checkpoints", "metrics.jsonl", "models", "rivals", "model")
 
@@ -198,7 +198,7 @@ def _open_run(directory: Path, config: RunConfig) -> Path:
             free = ("mesh", "keep_checkpoints")
             both = ({k: v for k, v in c.items() if k not in free} for c in (theirs, mine))
             refuse_other(file, *both)
-    elif directory.is_dir() and (others := sorted(set(os.listdir(directory)) - OWN - set(BEGUN))):
+    elif others := _others(directory):
         raise ConfigError(
             f"{directory}: holds other things ({', '.join(others[:3])}), expected a free directory"
         )
@@ -211,6 +211,13 @@ def _open_run(directory: Path, config: RunConfig) -> Path:
     new.write_text(json.dumps(mine, indent=1) + "\n")
     new.rename(file)
     return directory
+
+
+def _others(directory: Path) -> list[str]:
+    """Names in a directory that no run makes."""
+    found = os.listdir(directory) if directory.is_dir() else []
+    mine = OWN.union(BEGUN)
+    return sorted(n for n in found if n not in mine and not n.startswith(lock.FILE))
 
 
 def refuse_other(where: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:

@@ -5,10 +5,10 @@ a process that dies gives back, and a heartbeat, which other hosts see where flo
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,11 +17,17 @@ from typing import Any, TextIO
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError
-from d2m_jax.weights.output import check_writable
+from d2m_jax.weights.output import check_writable, lives, machine
+
+try:
+    import fcntl
+except ImportError:  # on Windows: the heartbeat alone tells
+    fcntl = None
 
 FILE = ".lock"
 BEAT = 15.0  # seconds between heartbeats
 PATIENCE = 60.0  # seconds without one after which a process of another host is taken for dead
+SETTLING = 1.0  # seconds after which, where there is no flock, the last who wrote the file has it
 
 
 @contextlib.contextmanager
@@ -30,7 +36,8 @@ def held(directory: Path | str) -> Iterator[None]:
 
     Raises ConfigError that names host and process where another run has it. A process that died on
     this machine does not count. One of another host does for PATIENCE seconds after its last
-    heartbeat: that long the start waits, and says so.
+    heartbeat: that long the start waits, and says so. A process that finds at a heartbeat that
+    another run has its directory (it was suspended for longer than that) exits with code 2.
     """
     directory = Path(os.path.abspath(directory))
     opened: list[TextIO] = []
@@ -46,40 +53,53 @@ def held(directory: Path | str) -> Iterator[None]:
         if opened:
             beats.join()
             with contextlib.suppress(OSError):
-                (directory / FILE).unlink()
-                directory.rmdir()  # where nothing came of the run
+                if _read(directory / FILE) == _me():
+                    (directory / FILE).unlink()
+                    directory.rmdir()  # where nothing came of the run
             opened[0].close()
 
 
 def _take(directory: Path) -> TextIO:
     path = directory / FILE
     check_writable(path)
-    directory.mkdir(parents=True, exist_ok=True)
     while True:
-        file = path.open("a+")
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("a+")
+        except FileNotFoundError:  # the one before has just removed its empty directory
+            continue
         try:
             local = _flock(file)
+            before = _read(path)
             if local is False:
-                raise ConfigError(_in_use(directory, _read(file)))
+                raise ConfigError(_in_use(directory, before))
             # Between opening and locking, the one before may have removed the file.
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 file.close()
                 continue
-            before = _read(file)
-            if before and not (local and before.get("machine") == _machine()):
+            if before and not _died_here(before, local):
                 _wait(directory, before)
+            if local:
+                file.truncate(0)
+                json.dump(_me(), file)
+                file.flush()
+            else:  # of several that write now, each whole, the last has it
+                mine = _own_name(directory)
+                mine.write_text(json.dumps(_me()))
+                mine.replace(path)
+                time.sleep(SETTLING)
+                if (now := _read(path)) != _me():
+                    raise ConfigError(_in_use(directory, now))
         except BaseException:
             file.close()
             raise
-        file.seek(0)
-        file.truncate()
-        json.dump(_me(), file)
-        file.flush()
         return file
 
 
 def _flock(file: TextIO) -> bool | None:
-    """Whether the lock is ours now; None where the file system has none."""
+    """Whether the lock is ours now; None where the file system or the system has none."""
+    if fcntl is None:
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -89,29 +109,35 @@ def _flock(file: TextIO) -> bool | None:
     return True
 
 
+def _died_here(who: dict[str, Any], local: bool | None) -> bool:
+    """Whether it was a process of this machine: one that lived would have the lock."""
+    here = who["machine"] == machine()
+    return here and (local is True or not lives(who["process"]))
+
+
 def _wait(directory: Path, before: dict[str, Any]) -> None:
     """Until the heartbeat of another's lock is old. ConfigError where it goes on."""
-    path, told = directory / FILE, False
+    path = directory / FILE
     seen = path.stat().st_mtime
-    while True:
-        age = _now(directory) - seen
-        if age > PATIENCE:
-            return
-        if not told:
-            left = round(PATIENCE - age)
-            seen_ago = f"last seen {age:.0f} s ago; this run begins in {left} s unless it is again"
-            hosts.say(f"{_in_use(directory, before)}, {seen_ago}")
-            told = True
+    age = max(0.0, _now(directory) - seen)  # hosts whose clocks go wrong write times to come
+    if age > PATIENCE:
+        return
+    end = time.monotonic() + PATIENCE - age
+    hosts.say(
+        f"{_in_use(directory, before)}, last seen {age:.0f} s ago; this run begins in"
+        f" {PATIENCE - age:.0f} s unless it is again"
+    )
+    while time.monotonic() < end:
         time.sleep(min(1.0, PATIENCE / 10))
         if not path.exists():
             return
-        if path.stat().st_mtime > seen:
-            raise ConfigError(_in_use(directory, before))
+        if path.stat().st_mtime != seen:
+            raise ConfigError(_in_use(directory, _read(path)))
 
 
 def _now(directory: Path) -> float:
     """The file system's clock: those of hosts may differ."""
-    probe = directory / f"{FILE}.{os.getpid()}"
+    probe = _own_name(directory)
     probe.touch()
     try:
         return probe.stat().st_mtime
@@ -119,31 +145,37 @@ def _now(directory: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
+def _own_name(directory: Path) -> Path:
+    return directory / f"{FILE}.{machine()}.{os.getpid()}"
+
+
 def _beat(path: Path, done: threading.Event) -> None:
     while not done.wait(BEAT):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # of a network's file system, for a while
+            if (now := _read(path)) != _me():
+                taken = _in_use(path.parent, now) if now else f"{path}: was removed or overwritten"
+                said = f"error: {taken}, while this process did not run; it ends here"
+                print(said, file=sys.stderr, flush=True)
+                os._exit(2)
             os.utime(path)
 
 
+_SINCE = time.strftime("%Y-%m-%d %H:%M:%S")
+
+
 def _me() -> dict[str, Any]:
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    me = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
-    return me | {"machine": _machine()}
+    me = {"host": socket.gethostname(), "process": os.getpid(), "since": _SINCE}
+    return me | {"machine": machine()}
 
 
-def _machine() -> str:
-    """This boot of this machine: names of hosts are not always different."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.exists() else socket.gethostname()
-
-
-def _read(file: TextIO) -> dict[str, Any]:
-    file.seek(0)
+def _read(path: Path) -> dict[str, Any]:
+    """Who wrote the file; empty where nobody did, or does at this moment."""
     try:
-        value = json.loads(file.read() or "{}")
-    except ValueError:  # written at this moment
+        value = json.loads(path.read_text() or "{}")
+    except (FileNotFoundError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+    whole = isinstance(value, dict) and _me().keys() <= value.keys()
+    return value if whole else {}
 
 
 def _in_use(directory: Path, who: dict[str, Any]) -> str:

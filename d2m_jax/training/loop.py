@@ -70,7 +70,7 @@ def train_stage(
     """
     run_directory = Path(run_directory)
     mesh = mesh or make_mesh(MeshConfig())
-    check_batch(name, stage, mesh)
+    check_batch(f"stages.{name}", stage, mesh)
     params = params() if callable(params) else params
     params, constants = put_parameters(mesh, (params, constants))
     program = Step(stage, loss, params, constants, mesh)
@@ -214,13 +214,14 @@ def _every(count: int, step: int) -> bool:
     return count > 0 and step % count == 0
 
 
-def check_batch(name: str, stage: StageConfig, mesh: Mesh) -> None:
-    """Raise ConfigError where the batch cannot be cut over the mesh and into micro-batches."""
+def check_batch(path: str, stage: StageConfig, mesh: Mesh) -> None:
+    """Raise ConfigError where the batch cannot be cut over the mesh and into micro-batches; `path`
+    is that of the stage in its run's config."""
     shards = batch_shards(mesh)
     parts = stage.optimizer.accumulate * shards
     if stage.optimizer.accumulate < 1 or stage.batch_size % parts:
         raise ConfigError(
-            f"stages.{name}.batch_size = {stage.batch_size}: expected a multiple of"
+            f"{path}.batch_size = {stage.batch_size}: expected a multiple of"
             f" optimizer.accumulate = {stage.optimizer.accumulate} times the mesh's"
             f" data · fsdp · expert = {shards}"
         )

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, TensorBoard, a progress bar, warnings when routing collapses."""
 
 import json
+import shutil
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -12,7 +13,9 @@ import numpy as np
 import rich.progress
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from d2m_jax import hosts
 
@@ -57,9 +60,7 @@ class Metrics:
         self._file = run_directory / "metrics.jsonl"
         _drop_after(self._file, stage, start)
         self._lines = self._file.open("a")
-        self._board = SummaryWriter(
-            str(run_directory / "tensorboard" / stage), purge_step=start + 1 if start else None
-        )
+        self._board = _Board(run_directory / "tensorboard" / stage, start)
         self._warned: set[str] = set()
         self._printed = 0.0
         console = Console(stderr=True)
@@ -88,9 +89,7 @@ class Metrics:
         values = {name: _rounded(value) for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, "stage": self.stage} | values) + "\n")
         self._lines.flush()
-        for name, value in values.items():
-            for i, x in enumerate(np.ravel(value)):
-                self._board.add_scalar(f"{name}/{i:02d}" if np.ndim(value) else name, x, step)
+        self._board.write(step, values)
         self._warn_of_collapse(step, values)
         self._show(step, values)
 
@@ -134,6 +133,37 @@ class Metrics:
             self._bar.stop()
         self._lines.close()
         self._board.close()
+
+
+class _Board:
+    """Curves for TensorBoard.
+
+    Written at once, by this thread: SummaryWriter's own would die of a full disk, and a training
+    that goes on would wait for it for ever.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        if start == 0:  # or the curves of an earlier try would be drawn too
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        if start:
+            again = SessionLog(status=SessionLog.SessionStatus.START)
+            self._write(step=start + 1, session_log=again)  # what came after is not drawn
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """A curve per value, or per layer."""
+        for name, value in values.items():
+            for i, x in enumerate(np.ravel(value)):
+                tag = f"{name}/{i:02d}" if np.ndim(value) else name
+                self._write(step=step, summary=scalar(tag, x))
+        self._events.flush()
+
+    def _write(self, **fields: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), **fields))
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def _rounded(value: Any) -> Any:

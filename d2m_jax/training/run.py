@@ -1,7 +1,7 @@
 """A whole run: a teacher from scratch, or a student and its rivals from one, stage after stage."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from d2m_jax import hosts
 from d2m_jax.config import (
     ROOT,
+    ConfigError,
     LossConfig,
     ModelConfig,
     RunConfig,
@@ -21,12 +22,13 @@ from d2m_jax.config import (
     StageConfig,
     StudentConfig,
     WordsConfig,
+    at_path,
     check,
 )
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
 from d2m_jax.models.accounting import flops_per_example
-from d2m_jax.models.flux import initialise
+from d2m_jax.models.flux import abstract, initialise
 from d2m_jax.sampling import grid
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.pipeline import Pipeline
@@ -43,7 +45,7 @@ from d2m_jax.sparsify.importance import Noisy
 from d2m_jax.sparsify.student import make_student, student_config
 from d2m_jax.training.checkpoint import open_run
 from d2m_jax.training.loop import check_batch, train_stage
-from d2m_jax.training.step import Loss
+from d2m_jax.training.step import Loss, Step
 from d2m_jax.weights import model_directory
 from d2m_jax.weights.named_arrays import names, restructure
 
@@ -84,9 +86,7 @@ def run(config: RunConfig, run_directory: Path | str) -> None:
         if isinstance(model.text, WordsConfig):
             vocabulary = icons.vocabulary(config.data, model.image)
             model = replace(model, text=replace(model.text, vocabulary=vocabulary))
-        check_mesh(mesh, model.transformer)
-        for name, stage in config.stages.items():
-            check_batch(name, stage, mesh)
+        _check_stages("", config.stages, model, mesh)
         params = initialise(model.transformer, config.seed)
         encoders = Encoders(model, mesh=mesh)
         _train(_Work(config, mesh, encoders), run_directory, (model, params), config.stages)
@@ -107,21 +107,56 @@ def run(config: RunConfig, run_directory: Path | str) -> None:
 def _check_students(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> None:
     """Raise ConfigError for a student that cannot be cut, grouped or spread over the mesh, before
     anything trains."""
-    check_mesh(mesh, teacher.transformer)
-    main = StudentConfig(config.sparsify, config.stages)
-    for student in (main, *config.rivals.values()):
+    students = {"": StudentConfig(config.sparsify, config.stages)}
+    students |= {f"rivals.{name}.": rival for name, rival in config.rivals.items()}
+    for where, student in students.items():
         transformer = student_config(teacher.transformer, student.sparsify)
-        check_mesh(mesh, transformer)
         size, shards = student.sparsify.batch_size, batch_shards(mesh)
         check(
             size % shards == 0,
-            f"SparsifyConfig.batch_size = {size}: expected a multiple of the mesh's data · fsdp ·"
+            f"{where}sparsify.batch_size = {size}: expected a multiple of the mesh's data · fsdp ·"
             f" expert = {shards}",
         )
-        for name, stage in student.stages.items():
-            check_batch(name, stage, mesh)
-            if stage.groups is not None:
+        model = replace(teacher, transformer=transformer)
+        _check_stages(where, student.stages, model, mesh, teacher)
+
+
+def _check_stages(
+    where: str,
+    stages: Mapping[str, StageConfig],
+    start: ModelConfig,
+    mesh: Mesh,
+    teacher: ModelConfig | None = None,
+) -> None:
+    """Raise ConfigError for what any stage could not do, found by shapes alone."""
+    check_mesh(mesh, start.transformer)
+    for name, stage, model in models_of(stages, start):
+        path = f"{where}stages.{name}"
+        check_batch(path, stage, mesh)
+        try:
+            check_mesh(mesh, model.transformer)
+            loss, _, _ = objective(model, stage, teacher)
+            Step(stage, loss, abstract(model.transformer), {}, mesh)
+        except ConfigError as error:
+            said = at_path(str(error), path) if "StageConfig" in str(error) else f"{path}: {error}"
+            raise ConfigError(said) from None
+
+
+def models_of(
+    stages: Mapping[str, StageConfig], start: ModelConfig
+) -> Iterator[tuple[str, StageConfig, ModelConfig]]:
+    """Name, stage and the model that it trains, of all stages; `start` is that before the first.
+
+    ConfigError for groups that do not fit the model, when their stage's turn comes.
+    """
+    transformer = start.transformer
+    for name, stage in stages.items():
+        if stage.groups is not None:
+            try:
                 transformer = grouped(transformer, stage.groups)
+            except ConfigError as error:
+                raise ConfigError(f"stages.{name}: {error}") from None
+        yield name, stage, replace(start, transformer=transformer)
 
 
 def _cut(work: _Work, teacher: tuple[ModelConfig, dict], sparsify: SparsifyConfig):
@@ -173,9 +208,7 @@ def _train_stage(
     teacher: tuple[ModelConfig, dict] | None,
 ) -> tuple[ModelConfig, dict]:
     """The model of the directory `before`, trained."""
-    model = model_directory.load_config(before)
-    if stage.groups is not None:
-        model = replace(model, transformer=grouped(model.transformer, stage.groups))
+    ((_, _, model),) = models_of({name: stage}, model_directory.load_config(before))
     loss, flops, _ = objective(model, stage, teacher and teacher[0])
     constants = {}
     if teacher is not None:

@@ -5,15 +5,18 @@ import errno
 import glob
 import os
 import shutil
+import socket
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from d2m_jax.config import ConfigError
 
-FULL_TEXTS = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))  # of tensorstore, without errno
-LEFT_OVER = 3600  # seconds without a change after which a write has died
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_TEXTS = tuple(map(os.strerror, FULL))  # of tensorstore, without errno
+LEFT_OVER = 3600  # seconds without a change after which a write of another machine has died
 
 
 class FullDisk(ConfigError):
@@ -53,8 +56,8 @@ def new_file(path: Path | str) -> Iterator[Path]:
     A full disk is a ConfigError.
     """
     path = Path(os.path.abspath(path))
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    _remove_left_over(path)
+    new = _beside(path, "new")
+    _clear_left_over(path)
     try:
         with full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,12 +75,11 @@ def new_directory(path: Path | str, replaces: Callable[[Path], bool], kind: str)
     disk is full, ConfigError. `kind` names in the message what is written.
     """
     path = Path(os.path.abspath(path))
+    _clear_left_over(path)
     if path.exists() and not replaces(path):
         raise ConfigError(f"{path}: exists and is no {kind}; expected a free name")
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    new, old = _beside(path, "new"), _beside(path, "old")
     shutil.rmtree(new, ignore_errors=True)
-    _remove_left_over(path)
     try:
         with full_disk(path):
             new.mkdir(parents=True)
@@ -94,21 +96,49 @@ def new_directory(path: Path | str, replaces: Callable[[Path], bool], kind: str)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_left_over(path: Path) -> None:
-    """Remove what processes that died while they wrote `path` have left beside it.
+def _beside(path: Path, kind: str) -> Path:
+    """A name beside `path` that says which process uses it, on which machine."""
+    return path.with_name(f".{path.name}.{machine()}.{os.getpid()}.{kind}")
 
-    Of another host it cannot be told whether a process lives: what changed lately stays.
+
+def _clear_left_over(path: Path) -> None:
+    """Clear away what processes that died while they wrote `path` have left beside it.
+
+    What `path` was before comes back where it is missing: the process died between two renamings.
+    Of another machine it cannot be told whether a process lives: what changed lately stays.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
-        process = left.name.split(".")[-2]
-        if not process.isdigit() or _lives(int(process)):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        *_, where, process, kind = left.name.split(".")
+        if kind not in ("new", "old") or not process.isdigit():
             continue
-        changed = [p.lstat().st_mtime for p in (left, *left.rglob("*"))]
-        if time.time() - max(changed) > LEFT_OVER:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if where == machine():
+            dead = not lives(int(process))
+        else:
+            changed = [p.lstat().st_mtime for p in (left, *left.rglob("*"))]
+            dead = time.time() - max(changed) > LEFT_OVER
+        if not dead:
+            continue
+        if kind == "old" and not path.exists():
+            left.rename(path)
+        elif left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
-def _lives(process: int) -> bool:
+def machine() -> str:
+    """Where a process's number means something: this boot of this machine, and this container."""
+    boot, container = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if not boot.exists():
+        return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+    inside = os.readlink(container) if container.is_symlink() else ""
+    return f"{zlib.crc32((boot.read_text() + inside).encode()):08x}"
+
+
+def lives(process: int) -> bool:
+    """Whether a process of this machine may not have ended."""
+    if os.name == "nt":  # where this call would interrupt it
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -128,12 +158,9 @@ def full_disk(path: Path, kept: str = "nothing was written") -> Iterator[None]:
         raise _full(path, kept) from None
     except Exception as error:
         number = getattr(error, "errno", None)
-        full = number in (errno.ENOSPC, errno.EDQUOT) or any(
-            text in str(error) for text in FULL_TEXTS
-        )
-        if full:
+        if number in FULL or any(text in str(error) for text in FULL_TEXTS):
             raise _full(path, kept) from None
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG):
             raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
         raise
 

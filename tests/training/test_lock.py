@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
 from d2m_jax.training import lock
+
+lock.BEAT = 0.1
 with lock.held(sys.argv[1]):
     print("have it", flush=True)
     time.sleep(600)
@@ -27,7 +29,8 @@ with lock.held(sys.argv[1]):
 def holder(tmp_path):
     """Another process that has the directory."""
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, cwd=ROOT)
     assert process.stdout.readline() == "have it\n"
     yield process
     process.kill()
@@ -105,15 +108,78 @@ def test_a_heart_beats(tmp_path, monkeypatch):
             raise AssertionError("no heartbeat in five seconds")
 
 
-def test_without_locks_of_the_operating_system(elsewhere, tmp_path, monkeypatch):
-    """The heartbeat alone tells then, of a process on this machine too."""
-
+@pytest.fixture
+def no_flock(monkeypatch):
     def none(*_):
         raise OSError("not supported")
 
     monkeypatch.setattr(lock.fcntl, "flock", none)
-    who = json.loads(elsewhere.read_text()) | {"machine": lock._machine()}
-    elsewhere.write_text(json.dumps(who))
+    monkeypatch.setattr(lock, "SETTLING", 0.1)
+
+
+def here(file, process):
+    who = json.loads(file.read_text()) | {"machine": lock.machine(), "process": process}
+    file.write_text(json.dumps(who))
+
+
+def test_without_flock_the_heartbeat_alone_tells(elsewhere, tmp_path, no_flock):
+    """Of a process of this machine too, where it lives."""
+    here(elsewhere, os.getppid())
     start = time.monotonic()
     with lock.held(tmp_path):
         assert time.monotonic() - start > 0.5
+
+
+def test_without_flock_a_process_that_died_here_is_known_to(elsewhere, tmp_path, no_flock):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here(elsewhere, ended.pid)
+    start = time.monotonic()
+    with lock.held(tmp_path):
+        assert time.monotonic() - start < 0.5
+
+
+def test_without_flock_the_last_of_several_that_start_at_once_has_it(
+    tmp_path, no_flock, monkeypatch
+):
+    other = {"host": "node7", "process": 123, "since": "2026-11-25 20:00:00", "machine": "other"}
+
+    def sleep(_):  # the other has read the empty file too, and writes now
+        (tmp_path / lock.FILE).write_text(json.dumps(other))
+
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    with pytest.raises(ConfigError, match="in use by process 123 on node7"), lock.held(tmp_path):
+        pass
+    assert json.loads((tmp_path / lock.FILE).read_text()) == other
+
+
+def test_a_clock_that_is_ahead_costs_no_more_than_a_dead_process(elsewhere, tmp_path):
+    os.utime(elsewhere, (time.time() + 1000, time.time() + 1000))
+    start = time.monotonic()
+    with lock.held(tmp_path):
+        assert 0.5 < time.monotonic() - start < 10
+
+
+def test_who_comes_while_the_one_before_leaves_tries_again(tmp_path, monkeypatch):
+    opened, left = Path.open, []
+
+    def leave(path, *arguments, **named):
+        if path.name == lock.FILE and not left:
+            left.append(path.parent.rmdir())
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", leave)
+    with lock.held(tmp_path / "run"):
+        assert left and (tmp_path / "run" / lock.FILE).exists()
+
+
+def test_who_was_suspended_ends_where_another_took_over(holder, tmp_path):
+    file = tmp_path / "run" / lock.FILE
+    other = json.loads(file.read_text()) | {"host": "node7", "process": 123}
+    new = tmp_path / "new"
+    new.write_text(json.dumps(other))
+    new.replace(file)
+    assert holder.wait(20) == 2
+    told = f"error: {tmp_path}/run: in use by process 123 on node7 since "
+    assert holder.stderr.read().startswith(told)
+    assert json.loads(file.read_text()) == other

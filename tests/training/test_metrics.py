@@ -1,13 +1,15 @@
 """metrics.jsonl over a resume, windows, warnings of collapse."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from d2m_jax.config import MeshConfig
 from d2m_jax.sharding import make_mesh
-from d2m_jax.training.metrics import Metrics, Window, matmul_peak
+from d2m_jax.training.metrics import Metrics, Window, _Board, matmul_peak
 
 
 def write(directory, stage, steps, start=0):
@@ -34,9 +36,39 @@ def test_resume_drops_later_lines_of_the_stage(tmp_path):
     assert steps(tmp_path) == [*first, ("second", 0)]
 
 
-def test_tensorboard_events(tmp_path):
-    write(tmp_path, "first", [0, 10])
-    assert list((tmp_path / "tensorboard" / "first").glob("events.*"))
+def events(directory):
+    """What TensorBoard is given of the stage `first`, in the order of the files."""
+    found = []
+    for file in sorted((directory / "tensorboard" / "first").iterdir()):
+        rest = file.read_bytes()
+        while rest:  # TensorFlow's records: length, its checksum, the event, its checksum
+            size = int.from_bytes(rest[:8], "little")
+            found.append(Event.FromString(rest[12 : 12 + size]))
+            rest = rest[16 + size :]
+    return [event for event in found if not event.file_version]
+
+
+def test_curves_for_tensorboard(tmp_path):
+    metrics = Metrics(tmp_path, "first", 100, 0)
+    metrics.write(5, {"loss": 0.25, "mlp/entropy": [0.5, 0.75]})
+    told = {
+        e.summary.value[0].tag: (e.step, e.summary.value[0].simple_value) for e in events(tmp_path)
+    }
+    assert told == {"loss": (5, 0.25), "mlp/entropy/00": (5, 0.5), "mlp/entropy/01": (5, 0.75)}
+    metrics.close()
+    write(tmp_path, "first", [5], start=4)  # resumed: what came after step 4 is written anew
+    assert [(e.step, e.session_log.status) for e in events(tmp_path)][3:] == [(5, 1), (5, 0)]
+    write(tmp_path, "first", [0, 10])  # from the start: what was before would be a second curve
+    assert [event.step for event in events(tmp_path)] == [0, 10]
+
+
+def test_a_full_disk_is_told_by_the_write_itself(tmp_path):
+    """No thread dies of it in silence."""
+    board = _Board(tmp_path / "first", 0)
+    with pytest.raises(OSError, match="No space left"), Path("/dev/full").open("wb") as full:
+        board._events._py_recordio_writer._writer.close()
+        board._events._py_recordio_writer._writer = full
+        board.write(5, {"loss": 0.25})
 
 
 def test_window_means_survive_json():

@@ -152,3 +152,42 @@ def test_starts_where_it_stopped(teacher, finished, tmp_path):
 def test_refuses_the_directory_of_another_run(teacher, finished):
     with pytest.raises(ConfigError, match="seed"):
         run(student(teacher, seed=1), finished)
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "value", "message"),
+    [
+        ("mob", "train", ("single.2.*",), r"stages\.mob\.train: 'single\.2\.\*' matches no param"),
+        ("moe", "freeze", ("*.shard.*",), r"stages\.moe\.freeze: '\*\.shard\.\*' matches.*shared"),
+        ("mob", "top_k", 5, r"stages\.mob: MoEConfig\.top_k = 5: expected 0 to experts = 4"),
+        (
+            "mob",
+            "optimizer",
+            OptimizerConfig(rates={"gate": 2.0}),
+            r"stages\.mob: OptimizerConfig\.rates: 'gate' matches no parameter",
+        ),
+        (
+            "mob",
+            "groups",
+            GroupsConfig(single_blocks=2, single_active=1),
+            r"stages\.mob: GroupsConfig\.single_blocks = 2: expected a divisor of 3",
+        ),
+        ("mob", "batch_size", 7, r"stages\.mob\.batch_size = 7: expected a multiple"),
+    ],
+)
+def test_what_no_stage_can_do_is_told_before_any_trains(
+    teacher, tmp_path, where, field, value, message
+):
+    config = student(teacher)
+    good = config.stages
+    bad = replace(good[where], **{field: value})
+    if field == "batch_size":
+        bad = replace(bad, optimizer=OptimizerConfig(accumulate=2))
+    with pytest.raises(ConfigError, match=message):
+        run(replace(config, stages=good | {where: bad}), tmp_path / "run")
+    rival = StudentConfig(config.sparsify, good | {where: bad})
+    with pytest.raises(ConfigError, match=message) as told:
+        run(replace(config, rivals={"other": rival}), tmp_path / "run")
+    assert field == "groups" or str(told.value).startswith(f"rivals.other.stages.{where}")
+    # Nothing stands in the way of the config that is right.
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]

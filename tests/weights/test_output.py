@@ -37,34 +37,46 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def ended():
-    """The numbers of two processes that have ended."""
-    processes = [subprocess.Popen([sys.executable, "-c", ""]) for _ in range(2)]
-    for process in processes:
-        process.wait()
-    return [process.pid for process in processes]
+def dead():
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path, ended):
-    dead, elsewhere = ended
-    old = time.time() - 2 * output.LEFT_OVER
-    left = tmp_path / f".model.{dead}.new"
-    (left / "params").mkdir(parents=True)
-    mine = tmp_path / f".model.{os.getppid()}.new"  # of a process that lives
-    other = tmp_path / f".other.{dead}.new"
-    fresh = tmp_path / f".model.{elsewhere}.new"  # of another host, which still writes
-    for path in (mine, other, fresh):
+def test_what_a_killed_process_left_is_removed(tmp_path, dead):
+    here, old = output.machine(), time.time() - 2 * output.LEFT_OVER
+    killed = tmp_path / f".model.{here}.{dead}.new"
+    (killed / "params").mkdir(parents=True)
+    elsewhere = tmp_path / f".model.0123abcd.{dead}.new"
+    alive = tmp_path / f".model.{here}.{os.getppid()}.new"
+    other = tmp_path / f".other.{here}.{dead}.new"
+    writes = tmp_path / f".model.0123abcd.{os.getppid()}.new"  # on another machine, still
+    for path in (elsewhere, alive, other, writes):
         path.mkdir()
-    for path in (left / "params", left, mine, other):
+    for path in (elsewhere, alive, other):
         os.utime(path, (old, old))
     with output.new_directory(tmp_path / "model", lambda path: True, "folder"):
-        assert not left.exists() and all(p.exists() for p in (mine, other, fresh))
-    file = tmp_path / f".a.txt.{dead}.new"
+        assert not killed.exists() and not elsewhere.exists()
+        assert all(path.exists() for path in (alive, other, writes))
+    file = tmp_path / f".a.txt.{here}.{dead}.new"
     file.touch()
-    os.utime(file, (old, old))
     with output.new_file(tmp_path / "a.txt") as new:
         new.write_text("x")
     assert not file.exists() and (tmp_path / "a.txt").read_text() == "x"
+
+
+def test_killed_between_two_renamings_the_earlier_folder_comes_back(tmp_path, dead):
+    model, old = tmp_path / "model", tmp_path / f".model.{output.machine()}.{dead}.old"
+    (old / "params").mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError), output.new_directory(model, lambda path: True, "folder"):
+        assert (model / "params").exists() and not old.exists()
+        _ = 1 / 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    old.mkdir()  # killed after both: it has been replaced
+    with output.new_directory(model, lambda path: True, "folder"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(
