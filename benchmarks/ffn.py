@@ -12,7 +12,9 @@ does. A single layer would measure the operating system instead: every call touc
 Parts are differences between programs that stop earlier and earlier.
 """
 
+import os
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,12 @@ from timing import Times, finish, limits, measure, on_cpu, parser, table, usual_
 
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
 from d2m_jax.kernels import grouped_matmul, rows, tiles
+from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.kernels.target import target
 from d2m_jax.models import moe
+from d2m_jax.models.experts import sort
 from d2m_jax.models.layers import FFN
+from d2m_jax.models.protocol import Context
 
 ACTIVATED = 1.5  # r_a = r_s + k · r_n of docs/method.md, in widths D
 LAYERS = 8
@@ -39,11 +44,9 @@ def ways() -> list[str]:
     return [*fit, "tiled", "reference"]
 
 
-def sparse(dim: int, way: str):
+def sparse(dim: int):
     """(program, parameters) of one MoE layer."""
-    config = FluxConfig(
-        hidden_size=dim, num_heads=1, axes_dim=(dim,), moe=MoEConfig(implementation=way)
-    )
+    config = FluxConfig(hidden_size=dim, num_heads=1, axes_dim=(dim,), moe=MoEConfig())
     return nnx.split(moe.MoE(config, StackConfig(1, ffn="moe"), rngs=nnx.Rngs(0)))
 
 
@@ -53,8 +56,16 @@ def layer(kind: str, dim: int):
         width = 4 * dim if kind == "dense total" else int(ACTIVATED * dim)
         graph, params = nnx.split(FFN(dim, width, rngs=nnx.Rngs(0)))
         return params, lambda params, x: nnx.merge(graph, params)(x)
-    graph, params = sparse(dim, kind.removeprefix("moe "))
-    return params, lambda params, x: nnx.merge(graph, params)(x, x, jnp.zeros((1, dim)))[0]
+    graph, params = sparse(dim)
+    vec = jnp.zeros((1, dim))
+    table = jnp.zeros((1, 1, 1, 1))
+    context = Context(vec, cond=vec, pe=(table, table), text_tokens=0)
+
+    def function(params, x):
+        with mock.patch.dict(os.environ, {EXPERTS: kind.removeprefix("moe ")}):
+            return nnx.merge(graph, params)(x, x, context)[0]
+
+    return params, function
 
 
 def part(index: int, way: str, graph, params, x):
@@ -70,7 +81,7 @@ def part(index: int, way: str, graph, params, x):
         places = tiles.place(chosen[0], experts, experts)
         last = rows.spread(flat, places.choice, places.row), places
     elif index == 2:
-        order, row, sizes = moe.sort(chosen[0], experts)
+        order, row, sizes = sort(chosen[0], experts)
         last = rows.spread(flat, order, row), sizes
     if index == 3:
         last = _rows(way, module, x, chosen[0])
@@ -81,7 +92,7 @@ def part(index: int, way: str, graph, params, x):
 def _rows(way, module, x, chosen):
     """Sorting and the grouped matmuls, without putting their rows back."""
     experts = module.experts.cast(x.dtype)
-    order, row, sizes = moe.sort(chosen, module.config.experts)
+    order, row, sizes = sort(chosen, module.config.experts)
     tokens = rows.spread(x.reshape(-1, x.shape[-1]), order, row)
     hidden = jax.nn.gelu(grouped_matmul.grouped_matmul(tokens, experts[0], sizes, way))
     return (grouped_matmul.grouped_matmul(hidden, experts[2], sizes, way),)
@@ -114,7 +125,7 @@ def compare(dim: int, tokens: int, rounds: int, peak: float):
         calls[kind, "forward"] = lambda f=forward, p=params: f(p, x)
         calls[kind, "forward + backward"] = lambda f=both, p=params: f(p, x)
     parts = TILED if ways()[0] == "tiled" else PARTS
-    graph, params = sparse(dim, ways()[0])
+    graph, params = sparse(dim)
     params = jax.tree.map(lambda a: a.astype(x.dtype), params)
     for i, name in enumerate(parts[:-1]):
         cut = jax.jit(partial(stacked, partial(part, i, ways()[0], graph)))

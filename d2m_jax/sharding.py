@@ -43,8 +43,7 @@ USED = {"rows": None, "inner_rows": "inner"}
 OWN = USED | {"expert_rows": None, "expert_inner_rows": "inner"}
 BY_NAME = "by name"  # in the place of logical axes: parameters, every device wants all of them
 
-# Logical axes of the last dimensions of parameters, by the end of their names. All others are
-# whole on every device: biases, norms, gates and block routers.
+# Logical axes of the last dimensions of parameters, by the end of their names.
 PARAMETERS: dict[str, Axes] = {
     "qkv.kernel": ("inner_rows", None),
     "proj.kernel": ("inner_rows", None),
@@ -61,6 +60,8 @@ PARAMETERS: dict[str, Axes] = {
     "txt_in.kernel": ("rows", None),
     "linear.kernel": ("rows", None),
 }
+# What every device has whole: biases, scales of norms and of normal experts, gates, block routers.
+WHOLE = ("bias", "scale", "gate.kernel", "gate_cond.kernel", "features.kernel", "vec.kernel")
 # mallopt's numbers for M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX (malloc.h)
 MALLOC = {-1: 2**31 - 1, -4: 0, -8: 1}
 DEVICE_COUNT = "xla_force_host_platform_device_count"  # XLA's own flag for CPUs
@@ -158,8 +159,17 @@ def _cuts(mesh, axes: Axes, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
 
 
 def axes_of(name: str) -> Axes:
-    """Logical axes of the last dimensions of a parameter, or of what an optimizer keeps for it."""
-    return PARAMETERS.get(".".join(name.split(".")[-2:]), ())
+    """Logical axes of the last dimensions of a parameter, or of what an optimizer keeps for it.
+
+    Raises ValueError for an unknown one of a transformer's blocks or routers, which would else lie
+    whole on every device in silence.
+    """
+    end = ".".join(name.split(".")[-2:])
+    if end in PARAMETERS:
+        return PARAMETERS[end]
+    if (".block." in name or ".router." in name) and not end.endswith(WHOLE):
+        raise ValueError(f"{name}: expected in PARAMETERS or WHOLE of sharding.py")
+    return ()
 
 
 def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:

@@ -97,3 +97,10 @@ def test_grid_of_an_image():
     assert ModelConfig().grid(8, 12) == (2, 3)
     with pytest.raises(ConfigError, match="image size 1000 × 1024: expected multiples of 16"):
         FLUX.grid(1000, 1024)
+
+
+def test_a_field_that_no_longer_means_anything_is_read_past():
+    config = ModelConfig()
+    value = to_json(config)
+    value["transformer"]["moe"]["implementation"] = "triton"
+    assert from_json(ModelConfig, value) == config

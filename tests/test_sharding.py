@@ -4,13 +4,26 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from d2m_jax.config import ConfigError, MeshConfig
-from d2m_jax.sharding import AXES, batch_sharding, batch_shards, make_mesh, replicated
+from d2m_jax.config import ConfigError, FluxConfig, MeshConfig, MoEConfig, StackConfig
+from d2m_jax.kernels.quantized import quantized
+from d2m_jax.models.flux import abstract
+from d2m_jax.sharding import (
+    AXES,
+    PARAMETERS,
+    WHOLE,
+    axes_of,
+    batch_sharding,
+    batch_shards,
+    make_mesh,
+    replicated,
+)
+from d2m_jax.weights.named_arrays import names, restructure
 
 DEVICES = jax.device_count()
 NAMES = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
@@ -47,6 +60,27 @@ def test_arrays_on_the_mesh():
 def test_bad_meshes(config, message):
     with pytest.raises(ConfigError, match=message):
         make_mesh(config)
+
+
+def test_every_parameter_of_a_transformer_has_its_place():
+    moe = MoEConfig(router_input="unmodulated")
+    mixed = (StackConfig(2, blocks=2, active=1, ffn="moe"), StackConfig(1))
+    config = FluxConfig(double=mixed, single=mixed, moe=moe, modulation_rank=8)
+    for name in names(abstract(config)):
+        axes_of(name)
+        end = ".".join(name.split(".")[-2:])
+        assert end in PARAMETERS or end.endswith(WHOLE), name
+    jax.eval_shape(partial(quantized, kind="int8"), abstract(config))
+
+
+@pytest.mark.parametrize("name", ["single.0.block.mlp.low.kernel", "double.1.router.out.kernel"])
+def test_an_unknown_parameter_is_no_copy_on_every_device_in_silence(name):
+    with pytest.raises(ValueError, match=f"{name}: expected in PARAMETERS or WHOLE"):
+        axes_of(name)
+    if ".block." in name:
+        params = restructure({"single": {0: {"block": {"mlp": {"low": {"kernel": 0}}}}}}, {name: 0})
+        with pytest.raises(ValueError, match=f"{name}: expected in LAYERS or STAYS"):
+            quantized(params, "int8")
 
 
 def test_mesh_that_does_not_divide():

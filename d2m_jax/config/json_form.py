@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from d2m_jax.config.errors import ConfigError, at_path, check, suggestion
 
+# Fields that files of earlier versions have, and that no longer mean anything.
+RETIRED = {"MoEConfig": ("implementation",)}
+
 
 def to_json(config: Any) -> Any:
     """The JSON form of a config: dataclasses become objects, tuples lists."""
@@ -51,6 +54,8 @@ def from_json(kind: Any, value: Any, where: str = "") -> Any:
     if dataclasses.is_dataclass(kind):
         check(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
         hints = typing.get_type_hints(kind)
+        retired = RETIRED.get(kind.__name__, ())
+        value = {key: item for key, item in value.items() if key not in retired}
         for key in value:
             check(key in hints, f"{where}.{key}: unknown field{suggestion(key, hints)}")
         for field in dataclasses.fields(kind):

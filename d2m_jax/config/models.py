@@ -48,10 +48,6 @@ class MoEConfig:
     top_k: int = 2  # k
     gate: Literal["renormalised", "softmax", "sigmoid"] = "renormalised"
     router_input: Literal["modulated", "unmodulated"] = "modulated"
-    # How the experts are computed (kernels/grouped_matmul.py); "auto": the best that is there.
-    implementation: Literal[
-        "auto", "reference", "tiled", "megablox", "triton", "mosaic_gpu", "mosaic_tpu"
-    ] = "auto"
 
     def __post_init__(self):
         check_number(self, "shared_ratio", least=0)

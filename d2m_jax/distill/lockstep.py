@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from d2m_jax.config import FluxConfig, check
 from d2m_jax.distill.losses import mean_square
-from d2m_jax.models.blocks import Context, Streams
 from d2m_jax.models.flux import Flux, Stack, join
+from d2m_jax.models.protocol import Body, Context, GroupReport, Streams
 
 
 def check_aligned(teacher: FluxConfig, student: FluxConfig) -> None:
@@ -35,7 +35,7 @@ def lockstep(
     *,
     features: bool = True,
     remat: bool = True,
-) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"], dict[str, Array], dict[str, list]]:
+) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"], dict[str, Array], Body[GroupReport]]:
     """Both velocities; per group `feature` (mean squared difference of the streams at its end) and
     `norm` (root mean square of the teacher's), each [L]; and the student's report (see
     Flux.run)."""
@@ -45,11 +45,11 @@ def lockstep(
         if kind == "single":
             t_streams, s_streams = join(t_streams), join(s_streams)
         for t_stack, s_stack in zip(getattr(teacher, kind), getattr(student, kind), strict=True):
-            t_streams, s_streams, values, aux = _stacks(
+            t_streams, s_streams, values, of_stack = _stacks(
                 t_stack, s_stack, t_streams, s_streams, t_context, s_context, features, remat
             )
             scalars.append(values)
-            report[kind].append(aux)
+            report[kind].append(of_stack)
     scalars = jax.tree.map(lambda *a: jnp.concatenate(a), *scalars)
     t_velocity = jax.lax.stop_gradient(teacher.final(t_streams, t_context))
     return t_velocity, student.final(s_streams, s_context), scalars, report
@@ -68,12 +68,12 @@ def _stacks(
     def body(streams, params):
         t, _ = teacher.run_group(t_graphs, params[0], streams[0], t_context)
         t = jax.lax.stop_gradient(t)
-        s, aux = run_student(params[1], streams[1])
+        s, of_group = run_student(params[1], streams[1])
         scalars = _compare(t, s) if features else {}
-        return (t, s), (scalars, aux)
+        return (t, s), (scalars, of_group)
 
-    (t, s), (scalars, aux) = jax.lax.scan(body, (t_streams, s_streams), (t_params, s_params))
-    return t, s, scalars, aux
+    (t, s), (scalars, report) = jax.lax.scan(body, (t_streams, s_streams), (t_params, s_params))
+    return t, s, scalars, report
 
 
 def _compare(t: Streams, s: Streams) -> dict[str, Array]:

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from d2m_jax.models.protocol import Body, GroupReport
+
 
 def mean_square(a: Float[Array, "b n c"], b: Float[Array, "b n c"]) -> Float[Array, ""]:
     """Mean squared difference over samples, tokens and channels."""
@@ -47,7 +49,9 @@ def health(load: Float[Array, "l b n"]) -> dict[str, Float[Array, " l"]]:
     }
 
 
-def routing(report: dict[str, list]) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Array]]:
+def routing(
+    report: Body[GroupReport],
+) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Array]]:
     """Balance loss over experts, the same over blocks, and metrics by layer, of one forward
     (models.flux.Flux.run).
 
@@ -55,18 +59,19 @@ def routing(report: dict[str, list]) -> tuple[Float[Array, ""], Float[Array, ""]
     """
     experts, blocks, metrics = [], [], {}
     for kind, stacks in report.items():
-        for i, aux in enumerate(stacks):
-            for name, values in aux.items():
-                if name == "blocks":
-                    used, probability = values["used"], values["probability"]
-                    blocks.append(balance(used, probability))
-                    share = used.mean(1) / jnp.maximum(used.mean(1).sum(-1, keepdims=True), 1e-9)
-                    metrics[f"{kind}.{i}.blocks/use"] = share.reshape(-1)
-                    metrics[f"{kind}.{i}.blocks/entropy"] = health(used)["entropy"]
-                elif "load" in values:
-                    experts.append(balance(values["load"], values["probability"]))
-                    load = values["load"].reshape(-1, *values["load"].shape[-2:])
-                    for metric, value in health(load).items():
-                        metrics[f"{kind}.{i}.{name}/{metric}"] = value
+        for i, stack in enumerate(stacks):
+            for name, ffn in stack.ffns.items():
+                if ffn.routing is None:
+                    continue
+                load = ffn.routing.load
+                experts.append(balance(load, ffn.routing.probability))
+                of_layers = health(load.reshape(-1, *load.shape[-2:]))
+                metrics |= {f"{kind}.{i}.{name}/{what}": value for what, value in of_layers.items()}
+            if stack.choice is not None:
+                used = stack.choice.used
+                blocks.append(balance(used, stack.choice.probability))
+                share = used.mean(1) / jnp.maximum(used.mean(1).sum(-1, keepdims=True), 1e-9)
+                metrics[f"{kind}.{i}.blocks/use"] = share.reshape(-1)
+                metrics[f"{kind}.{i}.blocks/entropy"] = health(used)["entropy"]
     mean = lambda terms: sum(terms) / len(terms) if terms else jnp.float32(0)  # noqa: E731
     return mean(experts), mean(blocks), metrics

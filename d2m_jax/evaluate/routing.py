@@ -100,19 +100,17 @@ def _route(config: ModelConfig, params: dict, inputs: Inputs) -> tuple[dict, dic
     )
     loads, places, used = {}, {}, {}
     for kind, i, _, _ in _stacks(config):
-        for name, values in report[kind][i].items():
-            if name == "blocks":
-                used[kind, i] = values["used"]
-            elif "load" in values:
-                loads[kind, i, name] = values["load"]
-                if transformer.moe.router_input == "modulated" and name != "txt_mlp":
-                    gate = params[kind][i]["block"][name]["gate"]
-                    places[kind, i, name] = _choices(
-                        gate,
-                        values["input"][..., -tokens:, :],
-                        values["load"],
-                        transformer.moe.top_k,
-                    )
+        stack = report[kind][i]
+        if stack.choice is not None:
+            used[kind, i] = stack.choice.used
+        for name, ffn in stack.ffns.items():
+            if ffn.routing is None:
+                continue
+            load = loads[kind, i, name] = ffn.routing.load
+            if transformer.moe.router_input == "modulated" and name != "txt_mlp":
+                gate = params[kind][i]["block"][name]["gate"]
+                image = ffn.inputs[..., -tokens:, :]
+                places[kind, i, name] = _choices(gate, image, load, transformer.moe.top_k)
     return loads, places, used
 
 

@@ -168,19 +168,20 @@ WAYS = {
     "mosaic_tpu": _of_tokamax("tpu", "mosaic_tpu", "mosaic_tpu"),
 }
 BEST = {"tpu": "megablox", "gpu": "triton"}
-EVERYWHERE = "reference", "tiled"  # what works without a grouped matmul (models/moe.py)
+EVERYWHERE = "reference", "tiled"  # what works without a grouped matmul (models/experts.py)
+EXPERTS = "D2M_JAX_EXPERTS"  # in the environment: the way in which a model's experts are computed
 
 
-def choose(implementation: str) -> str:
+def choose(way: str) -> str:
     """A way of WAYS or EVERYWHERE, for the device that the program being traced is for.
 
     "auto" is the best that is there, and one logged line says what is missing; a way by name that
     cannot work is a ConfigError that lists what can.
     """
     device = target()
-    if implementation in EVERYWHERE:
-        return implementation
-    if implementation == "auto":
+    if way in EVERYWHERE:
+        return way
+    if way == "auto":
         best = BEST.get(device, "tiled")
         if best in WAYS and (lack := lacks(best, device)):
             cost = (
@@ -190,12 +191,11 @@ def choose(implementation: str) -> str:
             return "tiled"
         log_once(__name__, f"grouped matmul: {best}")
         return best
-    if lack := lacks(implementation, device):
+    lack = lacks(way, device) if way in WAYS else "unknown"
+    if lack:
         works = ["auto", *EVERYWHERE, *(name for name in WAYS if not lacks(name, device))]
-        raise ConfigError(
-            f"MoEConfig.implementation = {implementation}: {lack}; here work {', '.join(works)}"
-        )
-    return implementation
+        raise ConfigError(f"{EXPERTS} = {way}: {lack}; here work {', '.join(works)}")
+    return way
 
 
 def lacks(name: str, device: str) -> str:

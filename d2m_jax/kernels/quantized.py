@@ -33,6 +33,7 @@ LAYERS = (
     "experts.in_kernel",
     "experts.out_kernel",
 )
+STAYS = ("lin.kernel", "gate.kernel", "gate_cond.kernel")  # of a block's matrices
 
 
 def check_kind(kind: str | None) -> None:
@@ -45,7 +46,8 @@ def quantized(params: Any, kind: str, release: bool = False) -> Any:
     """A transformer's parameters, the kernels of LAYERS as QArrays of a kind of KINDS.
 
     On the devices that have them, cut as they are, one after the other; with `release` the memory
-    of each original is given back at once. ConfigError for an unknown kind.
+    of each original is given back at once. ConfigError for an unknown kind, ValueError for a
+    matrix of a block that is in neither LAYERS nor STAYS.
     """
     check_kind(kind)
     if kind == "fp8" and (lack := _lacks_fp8()):
@@ -54,8 +56,10 @@ def quantized(params: Any, kind: str, release: bool = False) -> Any:
 
     def choose(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if ".block." not in name or not name.endswith(LAYERS):
+        if ".block." not in name or not name.endswith("kernel") or name.endswith(STAYS):
             return leaf
+        if not name.endswith(LAYERS):
+            raise ValueError(f"{name}: expected in LAYERS or STAYS of kernels/quantized.py")
         new = _quantized(leaf, KINDS[kind])
         if release:
             leaf.delete()

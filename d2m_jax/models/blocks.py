@@ -1,11 +1,9 @@
 """FLUX.1's two kinds of block (BFL src/flux/modules/layers.py), each with dense or MoE FFNs.
 
-A block maps a tuple of streams to the same tuple: (img, txt) in a double block, the joined (x,) in
-a single one.
+A block maps a tuple of streams to the same tuple, and reports what its FFNs did.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +14,7 @@ from d2m_jax.models.layers import (
     FFN,
     Linear,
     Modulation,
+    ModulationOut,
     QKNorm,
     SelfAttention,
     attend,
@@ -24,26 +23,7 @@ from d2m_jax.models.layers import (
     modulate,
 )
 from d2m_jax.models.moe import MoE
-
-Streams = tuple[Array, ...]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every block of one forward reads beside its streams."""
-
-    vec: Float[Array, "b d"]  # the global vector: timestep + guidance + pooled text
-    cond: Float[
-        Array, "b r"
-    ]  # what the modulations read: silu(vec) or its projection on the shared basis
-    pe: tuple[Array, Array]  # rotary tables of [txt, img]
-    text_tokens: int
-    top_k: int | None = None  # normal experts per token; None: the config's
-    collect: int = 0  # FFN inputs to hand out per sample, for calibration
-    keep_routed: bool = False  # whether to hand out what the normal experts added
-    # What a block need not compute: its modulations by name, and by the name of an FFN what its
-    # normal experts added in an earlier step.
-    known: dict[str, Array] = field(default_factory=dict)
+from d2m_jax.models.protocol import Context, FFNReport, Streams
 
 
 def ffn(config: FluxConfig, stack: StackConfig, *, out_bias: bool = True, rngs) -> FFN | MoE:
@@ -54,22 +34,23 @@ def ffn(config: FluxConfig, stack: StackConfig, *, out_bias: bool = True, rngs) 
 
 
 def call_ffn(
-    block: nnx.Module, name: str, x: Array, unmodulated: Array, context: Context
-) -> tuple[Array, dict[str, Any]]:
-    """The output of a block's FFN and what there is to know about it: routing, what the normal
-    experts added and evenly spaced inputs when asked for."""
-    module = getattr(block, name)
+    module: FFN | MoE,
+    x: Float[Array, "b n d"],
+    unmodulated: Float[Array, "b n d"],
+    context: Context,
+    routed: Float[Array, "b n d"] | None,
+) -> tuple[Float[Array, "b n d"], FFNReport]:
+    """The FFN's output and report; only a gate reads more than x. `routed` is what the normal
+    experts added in an earlier step, where that is to be added again."""
     if isinstance(module, MoE):
-        routed = context.known.get(name)
-        y, aux = module(x, unmodulated, context.vec, context.top_k, routed, context.keep_routed)
+        y, report = module(x, unmodulated, context, routed)
     else:
-        y, aux = module(x), {}
+        y, report = module(x), FFNReport()
     if context.collect:
-        spaced = (
-            jnp.linspace(0, x.shape[1] - 1, min(context.collect, x.shape[1])).round().astype(int)
-        )
-        aux = aux | {"input": x[:, spaced]}
-    return y, aux
+        count = min(context.collect, x.shape[1])
+        spaced = jnp.linspace(0, x.shape[1] - 1, count).round().astype(int)
+        report = replace(report, inputs=x[:, spaced])
+    return y, report
 
 
 class DoubleStreamBlock(nnx.Module):
@@ -78,40 +59,41 @@ class DoubleStreamBlock(nnx.Module):
     def __init__(self, config: FluxConfig, stack: StackConfig, *, rngs):
         dim, num_heads = config.hidden_size, config.num_heads
         inputs = config.modulation_rank or dim
-        self.img_mod = Modulation(inputs, dim, 6, rngs=rngs)
+        self.img_mod = Modulation(inputs, dim, 2, rngs=rngs)
         self.img_attn = SelfAttention(dim, num_heads, rngs=rngs)
         self.img_mlp = ffn(config, stack, rngs=rngs)
-        self.txt_mod = Modulation(inputs, dim, 6, rngs=rngs)
+        self.txt_mod = Modulation(inputs, dim, 2, rngs=rngs)
         self.txt_attn = SelfAttention(dim, num_heads, rngs=rngs)
         self.txt_mlp = ffn(config, stack, rngs=rngs)
 
-    def __call__(self, streams: Streams, context: Context) -> tuple[Streams, dict[str, Any]]:
-        img, txt = streams
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(
-            context.cond, context.known.get("img_mod")
-        )
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(
-            context.cond, context.known.get("txt_mod")
-        )
+    def __call__(self, streams: Streams, context: Context) -> tuple[Streams, dict[str, FFNReport]]:
+        (img, txt), known = streams, context.known
+        img_mod1, img_mod2 = self.img_mod(context.cond, known.modulations.get("img_mod"))
+        txt_mod1, txt_mod2 = self.txt_mod(context.cond, known.modulations.get("txt_mod"))
 
-        img_qkv = self.img_attn.project(modulate(layer_norm(img), img_shift1, img_scale1))
-        txt_qkv = self.txt_attn.project(modulate(layer_norm(txt), txt_shift1, txt_scale1))
+        img_qkv = self.img_attn.project(modulate(layer_norm(img), img_mod1.shift, img_mod1.scale))
+        txt_qkv = self.txt_attn.project(modulate(layer_norm(txt), txt_mod1.shift, txt_mod1.scale))
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))
         attn = attend(q, k, v, context.pe)
         txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
 
-        img = img + img_gate1.astype(img.dtype) * self.img_attn.proj(img_attn)
-        norm = layer_norm(img)
-        x = modulate(norm, img_shift2, img_scale2)
-        y, img_aux = call_ffn(self, "img_mlp", x, norm, context)
-        img = img + img_gate2.astype(img.dtype) * y
+        def update(
+            x: Float[Array, "b n d"], branch: Float[Array, "b n d"], mod: ModulationOut
+        ) -> Float[Array, "b n d"]:
+            return x + mod.gate.astype(x.dtype) * branch
 
-        txt = txt + txt_gate1.astype(txt.dtype) * self.txt_attn.proj(txt_attn)
+        img = update(img, self.img_attn.proj(img_attn), img_mod1)
+        norm = layer_norm(img)
+        x = modulate(norm, img_mod2.shift, img_mod2.scale)
+        y, img_report = call_ffn(self.img_mlp, x, norm, context, known.routed.get("img_mlp"))
+        img = update(img, y, img_mod2)
+
+        txt = update(txt, self.txt_attn.proj(txt_attn), txt_mod1)
         norm = layer_norm(txt)
-        x = modulate(norm, txt_shift2, txt_scale2)
-        y, txt_aux = call_ffn(self, "txt_mlp", x, norm, context)
-        txt = txt + txt_gate2.astype(txt.dtype) * y
-        return (img, txt), {"img_mlp": img_aux, "txt_mlp": txt_aux}
+        x = modulate(norm, txt_mod2.shift, txt_mod2.scale)
+        y, txt_report = call_ffn(self.txt_mlp, x, norm, context, known.routed.get("txt_mlp"))
+        txt = update(txt, y, txt_mod2)
+        return (img, txt), {"img_mlp": img_report, "txt_mlp": txt_report}
 
 
 class SingleStreamBlock(nnx.Module):
@@ -120,19 +102,19 @@ class SingleStreamBlock(nnx.Module):
 
     def __init__(self, config: FluxConfig, stack: StackConfig, *, rngs):
         dim = config.hidden_size
-        self.modulation = Modulation(config.modulation_rank or dim, dim, 3, rngs=rngs)
+        self.modulation = Modulation(config.modulation_rank or dim, dim, 1, rngs=rngs)
         self.qkv = Linear(dim, 3 * dim, rngs=rngs)
         self.norm = QKNorm(dim // config.num_heads)
         self.attn_out = Linear(dim, dim, rngs=rngs)
         self.mlp = ffn(config, stack, out_bias=False, rngs=rngs)
         self.num_heads = config.num_heads
 
-    def __call__(self, streams: Streams, context: Context) -> tuple[Streams, dict[str, Any]]:
-        (x,) = streams
-        shift, scale, gate = self.modulation(context.cond, context.known.get("modulation"))
+    def __call__(self, streams: Streams, context: Context) -> tuple[Streams, dict[str, FFNReport]]:
+        (x,), known = streams, context.known
+        (mod,) = self.modulation(context.cond, known.modulations.get("modulation"))
         norm = layer_norm(x)
-        x_mod = modulate(norm, shift, scale)
+        x_mod = modulate(norm, mod.shift, mod.scale)
         q, k, v = heads(self.qkv, x_mod, self.num_heads)
         attn = attend(self.norm.query_norm(q), self.norm.key_norm(k), v, context.pe)
-        y, aux = call_ffn(self, "mlp", x_mod, norm, context)
-        return (x + gate.astype(x.dtype) * (self.attn_out(attn) + y),), {"mlp": aux}
+        y, report = call_ffn(self.mlp, x_mod, norm, context, known.routed.get("mlp"))
+        return (x + mod.gate.astype(x.dtype) * (self.attn_out(attn) + y),), {"mlp": report}

@@ -1,7 +1,8 @@
 """FLUX.1 (BFL src/flux/model.py) as stacks of equal blocks; dense, MoE and MoB are configs."""
 
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any
 
 import jax
@@ -11,16 +12,26 @@ from jaxtyping import Array, Float
 
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models import parameters
-from d2m_jax.models.blocks import Context, DoubleStreamBlock, SingleStreamBlock, Streams
+from d2m_jax.models.blocks import DoubleStreamBlock, SingleStreamBlock
 from d2m_jax.models.layers import (
     Linear,
     MLPEmbedder,
+    Modulation,
     layer_norm,
     modulate,
     rope,
     timestep_embedding,
 )
 from d2m_jax.models.mob import BlockRouter, choose, run_chosen
+from d2m_jax.models.protocol import (
+    NOTHING,
+    Body,
+    Choice,
+    Context,
+    GroupReport,
+    Known,
+    Streams,
+)
 from d2m_jax.models.size import summary
 from d2m_jax.sharding import constrain, gathered, sent
 
@@ -51,15 +62,15 @@ class Stack(nnx.Module):
 
     def run_group(
         self,
-        graphs,
-        params,
+        graphs: tuple,
+        params: tuple,
         streams: Streams,
         context: Context,
-        known: dict[str, Array] | None = None,
-    ) -> tuple[Streams, dict]:
-        """One group, given its slice of the parameters and of what is known; auxiliary arrays come
-        back as [blocks, b, …]."""
-        (block, router), known = params, known or {}
+        known: Known = NOTHING,
+    ) -> tuple[Streams, GroupReport]:
+        """One group, given its slice of the parameters and of what is known; what its FFNs report
+        comes back as [blocks, b, …]."""
+        block, router = params
 
         def run_block(block, streams, context):
             block = gathered(block, streams[0].dtype)
@@ -71,30 +82,26 @@ class Stack(nnx.Module):
             def step(streams, mine):
                 return run_block(mine[0], streams, replace(context, known=mine[1]))
 
-            return parameters.scan(step, streams, (block, known))
+            streams, reports = parameters.scan(step, streams, (block, known))
+            return streams, GroupReport(reports)
         # Samples choose on their own devices, which must then have all blocks of the group.
         if parameters.is_unstacked(block):
             block = tuple(parameters.part(block, i) for i in range(self.config.blocks))
         block = sent(block, streams[0].dtype)
         # What normal experts added is known of the blocks that ran then: they run again.
-        used = known.get("used")
-        known = {name: a for name, a in known.items() if name != "used"}
-        logits = nnx.merge(graphs[1], router)(streams, context) if used is None else used
+        logits = known.used
+        if logits is None:
+            logits = nnx.merge(graphs[1], router)(streams, context)
         probability, chosen, weight = choose(logits, self.config.active)
-        streams, aux = run_chosen(run_block, block, streams, context, chosen, weight, known)
+        known = replace(known, used=None)
+        streams, reports = run_chosen(run_block, block, streams, context, chosen, weight, known)
         used = jax.nn.one_hot(chosen, self.config.blocks).sum(1)
-        return streams, aux | {"blocks": {"probability": probability, "used": used}}
+        return streams, GroupReport(reports, Choice(used, probability))
 
     def __call__(
-        self,
-        streams: Streams,
-        context: Context,
-        known: dict[str, Array] | None = None,
-        *,
-        remat: bool = False,
-    ) -> tuple[Streams, dict]:
-        """All groups; auxiliary arrays come back, and known ones are given, as [groups, blocks, b,
-        …] ("blocks" as [groups, b, m])."""
+        self, streams: Streams, context: Context, known: Known = NOTHING, *, remat: bool = False
+    ) -> tuple[Streams, GroupReport]:
+        """All groups."""
         graphs, params = self.split()
 
         def body(streams, group):
@@ -103,7 +110,7 @@ class Stack(nnx.Module):
 
         if remat:
             body = jax.checkpoint(body, prevent_cse=False)
-        return parameters.scan(body, streams, (params, known or {}))
+        return parameters.scan(body, streams, (params, known))
 
 
 def over_axes(create, axes: tuple[int, ...], rngs) -> nnx.Module:
@@ -209,25 +216,23 @@ class Flux(nnx.Module):
         return (self.img_in(img.astype(self.dtype)), self.txt_in(txt.astype(self.dtype))), context
 
     def run(
-        self, streams: Streams, context: Context, *known: dict[str, list], remat: bool = False
-    ) -> tuple[Float[Array, "b n c"], dict[str, list]]:
-        """Blocks and last layer: the velocity, and per stack what its blocks reported (see
-        Stack). `known` are results of `modulations` and `routed_of`, one per stack."""
+        self, streams: Streams, context: Context, *known: Body[Known], remat: bool = False
+    ) -> tuple[Float[Array, "b n c"], Body[GroupReport]]:
+        """Blocks and last layer: the velocity, and what every stack reports. `known` is what
+        `modulations` and `known_of` gave."""
         report = {"double": [], "single": []}
         for kind in report:
             if kind == "single":
                 streams = join(streams)
             for i, stack in enumerate(getattr(self, kind)):
-                mine = {name: a for part in known for name, a in part[kind][i].items()}
-                streams, aux = stack(streams, context, mine, remat=remat)
-                report[kind].append(aux)
+                mine = reduce(or_, (body[kind][i] for body in known), NOTHING)
+                streams, of_stack = stack(streams, context, mine, remat=remat)
+                report[kind].append(of_stack)
         return self.final(streams, context), report
 
-    def modulations(
-        self, cond: Float[Array, "*s b r"]
-    ) -> dict[str, list[dict[str, Float[Array, "*s g m b o"]]]]:
-        """The modulations of all blocks, for `run`: weights are read once, for however many
-        steps."""
+    def modulations(self, cond: Float[Array, "*s b r"]) -> Body[Known]:
+        """The modulations of all blocks, for `run`: weights are read once, for however many steps,
+        whose axes come first."""
 
         def of(lin: dict):
             kernel, bias = jax.tree.map(
@@ -239,14 +244,16 @@ class Flux(nnx.Module):
             groups = [[cond @ k + b for k, b in group] for group in pairs]
             return jnp.stack([jnp.stack(group, -3) for group in groups], -4)
 
-        names = {"double": ("img_mod", "txt_mod"), "single": ("modulation",)}
-        return {
-            kind: [
-                {n: of(nnx.to_pure_dict(nnx.state(getattr(stack.block, n).lin))) for n in mine}
-                for stack in getattr(self, kind)
-            ]
-            for kind, mine in names.items()
-        }
+        def of_stack(stack: Stack) -> Known:
+            lins = {
+                name: nnx.to_pure_dict(nnx.state(module.lin))
+                for name, module in vars(stack.block).items()
+                if isinstance(module, Modulation)
+            }
+            return Known(modulations={name: of(lin) for name, lin in lins.items()})
+
+        bodies = {"double": self.double, "single": self.single}
+        return {kind: [of_stack(stack) for stack in stacks] for kind, stacks in bodies.items()}
 
     def final(self, streams: Streams, context: Context) -> Float[Array, "b n c"]:
         """Velocity of the image tokens, float32."""
@@ -254,15 +261,10 @@ class Flux(nnx.Module):
         return self.final_layer(x, context.vec.astype(self.dtype)).astype(jnp.float32)
 
 
-def routed_of(report: dict[str, list]) -> dict[str, list[dict[str, Array]]]:
+def known_of(report: Body[GroupReport]) -> Body[Known]:
     """Of a report under Context.keep_routed, what a later step can take as known: what the normal
     experts added, and in a Mixture of Blocks which blocks ran."""
-
-    def of(aux):
-        kept = {name: ffn["routed"] for name, ffn in aux.items() if "routed" in ffn}
-        return kept | {"used": aux["blocks"]["used"]} if kept and "blocks" in aux else kept
-
-    return {kind: [of(aux) for aux in stacks] for kind, stacks in report.items()}
+    return {kind: [stack.known() for stack in stacks] for kind, stacks in report.items()}
 
 
 def join(streams: Streams) -> Streams:

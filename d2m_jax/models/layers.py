@@ -1,5 +1,7 @@
 """The parts of FLUX.1's blocks (BFL src/flux/modules/layers.py), with fused matrices split."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,26 +80,34 @@ class FFN(nnx.Module):
         return self.out_layer(jax.nn.gelu(hidden, approximate=True))
 
 
+class ModulationOut(NamedTuple):
+    """What a branch of a block is modulated by."""
+
+    shift: Float[Array, "b 1 d"]
+    scale: Float[Array, "b 1 d"]
+    gate: Float[Array, "b 1 d"]
+
+
 class Modulation(nnx.Module):
-    """lin(silu(vec)) in chunks of D: (shift, scale, gate) once or twice, each [b, 1, D].
+    """lin(cond), for one branch of a block or for two. `cond` is silu(vec), or its projection on
+    the basis that all blocks share (Flux.modulation_basis)."""
 
-    `cond` is silu(vec), or its projection on the basis that all blocks share
-    (Flux.modulation_basis).
-    """
-
-    def __init__(self, inputs: int, dim: int, chunks: int, *, rngs):
-        self.lin = Linear(inputs, chunks * dim, zero=True, rngs=rngs)
-        self.chunks = chunks
+    def __init__(self, inputs: int, dim: int, branches: int, *, rngs):
+        self.lin = Linear(inputs, 3 * branches * dim, zero=True, rngs=rngs)
+        self.branches = branches
 
     def __call__(
         self, cond: Float[Array, "b r"], known: Float[Array, "b o"] | None = None
-    ) -> list[Float[Array, "b 1 d"]]:
+    ) -> list[ModulationOut]:
         """`known` is lin(cond) where it was computed beforehand (Flux.modulations)."""
-        modulation = constrain(self.lin(cond) if known is None else known, "batch", None)
-        return jnp.split(modulation[:, None], self.chunks, axis=-1)
+        out = constrain(self.lin(cond) if known is None else known, "batch", None)
+        parts = jnp.split(out[:, None], 3 * self.branches, axis=-1)
+        return [ModulationOut(*parts[3 * i : 3 * i + 3]) for i in range(self.branches)]
 
 
-def modulate(x: Float[Array, "b n d"], shift: Array, scale: Array) -> Float[Array, "b n d"]:
+def modulate(
+    x: Float[Array, "b n d"], shift: Float[Array, "b 1 d"], scale: Float[Array, "b 1 d"]
+) -> Float[Array, "b n d"]:
     """x·(1 + scale) + shift."""
     return x * (1 + scale).astype(x.dtype) + shift.astype(x.dtype)
 

@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from d2m_jax.models.blocks import Context, Streams
 from d2m_jax.models.layers import Linear
+from d2m_jax.models.protocol import NOTHING, Context, FFNReport, Known, Streams
 from d2m_jax.sharding import BY_NAME, on_own_part
 
 # Samples run side by side while copies of their blocks' weights fit in this many bytes, else one
@@ -56,33 +57,36 @@ def choose(
     return probability, chosen, 1 + (p - jax.lax.stop_gradient(p))
 
 
+RunBlock = Callable[[Any, Streams, Context], tuple[Streams, dict[str, FFNReport]]]
+
+
 def run_chosen(
-    run_block: Callable,
-    params,
+    run_block: RunBlock,
+    params: Any,
     streams: Streams,
     context: Context,
     chosen: Int[Array, "b k"],
     weight: Float[Array, "b k"],
-    known: dict[str, Array] | None = None,
-) -> tuple[Streams, dict]:
-    """Run each sample through its chosen blocks. `params` leaves are [m, …]; `run_block(params,
-    streams, context)`. They can also be a tuple of the blocks', whose weights are then read where
-    they are. `known` is what Context.known is to be, for all blocks: [m, b, …].
+    known: Known = NOTHING,
+) -> tuple[Streams, dict[str, FFNReport]]:
+    """Run each sample through its chosen blocks. `params` leaves are [m, …]; or they are a tuple of
+    the blocks' parameters, whose weights are then read where they are. `known` is what
+    Context.known is to be, for all blocks: [m, b, …].
 
     What a block reports per sample comes back as [m, b, …], zero where the block did not run.
     """
     # Position tables of one row serve all samples, those of many belong to theirs.
     pe_mapped = context.pe[0].shape[0] != 1
-    known = jax.tree.map(lambda a: a.swapaxes(0, 1), known or {})
+    known = jax.tree.map(lambda a: a.swapaxes(0, 1), known)
     pe = context.pe if pe_mapped else None
     samples = streams, context.vec, context.cond, chosen, weight, pe, known
     arguments = samples, params, None if pe_mapped else context.pe
     run = partial(_run_samples, run_block, context)
-    streams, aux = on_own_part(run, arguments, (("batch",), BY_NAME, ()), ("batch",))
-    return streams, jax.tree.map(lambda a: a.swapaxes(0, 1), aux)
+    streams, reports = on_own_part(run, arguments, (("batch",), BY_NAME, ()), ("batch",))
+    return streams, jax.tree.map(lambda a: a.swapaxes(0, 1), reports)
 
 
-def _run_samples(run_block: Callable, context: Context, samples: tuple, params, pe_of_all):
+def _run_samples(run_block: RunBlock, context: Context, samples: tuple, params: Any, pe_of_all):
     apart, batch = isinstance(params, tuple), samples[1].shape[0]
     blocks = len(params) if apart else jax.tree.leaves(params)[0].shape[0]
 
@@ -104,21 +108,21 @@ def _run_samples(run_block: Callable, context: Context, samples: tuple, params, 
             here = replace(mine, known=picked(known, keepdims=True))
             if apart:  # no weights are copied: each block is a branch that reads its own
                 branches = [partial(lambda p, x: run_block(p, x, here), p) for p in params]
-                new, aux = jax.lax.switch(block, branches, streams)
+                new, reports = jax.lax.switch(block, branches, streams)
             else:
-                new, aux = run_block(picked(params, keepdims=False), streams, here)
+                new, reports = run_block(picked(params, keepdims=False), streams, here)
             # w − 1 is exactly 0, so the block's output passes as it is; the gradient of w is y − x.
             streams = tuple(
                 y + (w - 1).astype(x.dtype) * (y - x) for x, y in zip(streams, new, strict=True)
             )
-            return streams, aux
+            return streams, reports
 
-        streams, aux = jax.lax.scan(step, streams, (chosen, weight))
+        streams, reports = jax.lax.scan(step, streams, (chosen, weight))
         used = jax.nn.one_hot(chosen, blocks)
-        aux = jax.tree.map(
-            lambda a: jnp.einsum("km,k...->m...", used.astype(a.dtype), a[:, 0]), aux
+        reports = jax.tree.map(
+            lambda a: jnp.einsum("km,k...->m...", used.astype(a.dtype), a[:, 0]), reports
         )
-        return tuple(x[0] for x in streams), aux
+        return tuple(x[0] for x in streams), reports
 
     if apart:
         return jax.lax.map(one, samples)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from d2m_jax import flow
-from d2m_jax.models.flux import Flux, routed_of
+from d2m_jax.models.flux import Flux, known_of
 
 Text = tuple[Float[Array, "b l e"], Float[Array, "b v"]]  # token features and pooled vector
 
@@ -52,7 +52,7 @@ def denoise(
         v, report = model.run(*start, modulations, *([] if fresh else [routed]))
         if negative is not None:
             v = v[batch:] + true_cfg * (v[:batch] - v[batch:])
-        return v, routed_of(report) if reuse > 1 else None
+        return v, known_of(report) if reuse > 1 else None
 
     # Modulations depend on the time alone: their weights, a quarter of FLUX.1's, are read once.
     times = jnp.asarray(times)

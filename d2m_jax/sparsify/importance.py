@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from d2m_jax.config import FluxConfig
 from d2m_jax.models.flux import model_of
+from d2m_jax.models.protocol import Body, GroupReport
 from d2m_jax.sharding import whole
 
 # (batch, key) → the arguments of Flux.embed at random times, and the velocity that is true there
@@ -87,7 +88,7 @@ def _measure(
     return each(_per_neuron, product), seen, jax.nn.silu(context.vec)
 
 
-def _draw(report: dict, key: Array, count: int) -> dict:
+def _draw(report: Body[GroupReport], key: Array, count: int) -> dict:
     """`count` of the inputs that every FFN reported, or all where there are fewer."""
 
     def draw(x: Float[Array, "g m b n d"]) -> Float[Array, "g m t d"]:
@@ -97,8 +98,8 @@ def _draw(report: dict, key: Array, count: int) -> dict:
 
     return {
         kind: {
-            i: {name: draw(aux[name]["input"]) for name in names}
-            for i, aux in enumerate(report[kind])
+            i: {name: draw(stack.ffns[name].inputs) for name in names}
+            for i, stack in enumerate(report[kind])
         }
         for kind, names in FFNS.items()
     }

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from d2m_jax import hosts
-from d2m_jax.config import ConfigError, RunConfig, differences, to_json
+from d2m_jax.config import ConfigError, RunConfig, differences, from_json, to_json
 from d2m_jax.training import lock
 from d2m_jax.weights import blocks
 from d2m_jax.weights.named_arrays import fingerprint, names, restructure
@@ -190,11 +190,12 @@ def _open_run(directory: Path, config: RunConfig) -> Path:
     begun = [name for name in BEGUN if (directory / name).exists()]
     if file.exists():
         try:
-            theirs = json.loads(file.read_text())
+            saved = json.loads(file.read_text())
         except ValueError as error:
             raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
         # A run that failed before its first training left nothing that another would spoil.
         if begun:
+            theirs = to_json(from_json(RunConfig, saved, str(file)))  # as this version has it
             free = ("mesh", "keep_checkpoints")
             both = ({k: v for k, v in c.items() if k not in free} for c in (theirs, mine))
             refuse_other(file, *both)

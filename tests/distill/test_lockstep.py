@@ -44,13 +44,13 @@ def apart(config, params):
         streams = join(streams) if kind == "single" else streams
         for stack in getattr(model, kind):
             graphs, parameters = stack.split()
-            auxes = []
+            groups = []
             for i in range(stack.config.groups):
                 mine = jax.tree.map(lambda a, i=i: a[i], parameters)
-                streams, aux = stack.run_group(graphs, mine, streams, context)
+                streams, of_group = stack.run_group(graphs, mine, streams, context)
                 features.append(jnp.concatenate(streams, axis=1))
-                auxes.append(aux)
-            report[kind].append(jax.tree.map(lambda *a: jnp.stack(a), *auxes))
+                groups.append(of_group)
+            report[kind].append(jax.tree.map(lambda *a: jnp.stack(a), *groups))
     return model.final(streams, context), features, report
 
 

@@ -1,11 +1,16 @@
 """The losses against docs/method.md's formulas in NumPy, and what the health numbers say."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from d2m_jax.distill import losses
+from d2m_jax.models.protocol import Choice, FFNReport, GroupReport, Routing
+
+DENSE = GroupReport({"mlp": FFNReport()})
 
 
 def test_mean_square_is_float32():
@@ -88,9 +93,10 @@ def test_health_sees_the_batch_not_the_sample():
 def test_routing_names_layers_like_parameters():
     even = jnp.full((2, 3, 5, 4), 0.25)  # groups, blocks, batch, experts
     used = jnp.zeros((2, 5, 3)).at[..., 0].set(1)
+    moe = FFNReport(Routing(even, even))
     report = {
-        "double": [{"img_mlp": {"load": even, "probability": even}, "txt_mlp": {}}],
-        "single": [{}, {"blocks": {"used": used, "probability": used}}],
+        "double": [GroupReport({"img_mlp": moe, "txt_mlp": FFNReport()})],
+        "single": [DENSE, replace(DENSE, choice=Choice(used, used))],
     }
     experts, blocks, metrics = losses.routing(report)
     assert experts == pytest.approx(1) and blocks == pytest.approx(3)
@@ -106,5 +112,5 @@ def test_routing_names_layers_like_parameters():
 
 
 def test_routing_of_a_dense_model_is_nothing():
-    experts, blocks, metrics = losses.routing({"double": [{"img_mlp": {}}], "single": []})
+    experts, blocks, metrics = losses.routing({"double": [DENSE], "single": []})
     assert experts == 0 and blocks == 0 and metrics == {}

@@ -144,7 +144,7 @@ def test_a_forced_way_that_cannot_work_says_what_can(name):
     with pytest.raises(ConfigError) as error:
         gmm.choose(name)
     assert str(error.value) == (
-        f"MoEConfig.implementation = {name}: is for {device}, found cpu; here work auto,"
+        f"D2M_JAX_EXPERTS = {name}: is for {device}, found cpu; here work auto,"
         " reference, tiled, tokamax"  # which this file added
     )
 

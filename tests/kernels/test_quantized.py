@@ -18,6 +18,7 @@ from qwix import QArray
 from d2m_jax.config import ConfigError, FluxConfig, StackConfig
 from d2m_jax.kernels import grouped_matmul as gmm
 from d2m_jax.kernels import target
+from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.kernels.quantized import KINDS, dot, plain, quantized
 from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.models.moe import MoE
@@ -30,7 +31,6 @@ ROOT = Path(__file__).parents[2]
 MODELS = {
     "dense": toy.DENSE,
     "moe": toy.SPARSE,
-    "tiled": replace(toy.SPARSE, moe=replace(toy.SPARSE.moe, implementation="tiled")),
     "mob": replace(toy.DENSE, single=(StackConfig(1, 3, 2, ffn="moe"),), moe=toy.SPARSE.moe),
 }
 
@@ -127,9 +127,10 @@ def test_a_block_of_a_stack_is_that_block_quantised(kind):
     jax.tree.map(np.testing.assert_array_equal, part, alone)
 
 
-@pytest.mark.parametrize("name", ["dense", "tiled", "mob"])
-def test_a_model_is_near(name, kind):
+@pytest.mark.parametrize(("name", "way"), [("dense", "auto"), ("moe", "tiled"), ("mob", "auto")])
+def test_a_model_is_near(name, way, kind, monkeypatch):
     config, inputs = MODELS[name], toy.inputs(MODELS[name])
+    monkeypatch.setenv(EXPERTS, way)
     params = toy.params(config)
     run = jax.jit(lambda params: model_of(config, params)(*inputs))
     true = run(params)
@@ -156,12 +157,14 @@ def test_routing_is_as_it_was(kind):
         mine = mine if wanted is None else quantized(mine, wanted)
         nnx.replace_by_pure_dict(state, mine["a"]["block"])
         module = nnx.merge(graph, state)
-        module.config = replace(config.moe, implementation=way)
-        results.append(jax.jit(lambda x, module=module: module(x, x, x[:, 0]))(x))
-    (y, aux), (masked, aux_masked), (tiled, _) = results
-    np.testing.assert_array_equal(aux["load"], aux_masked["load"])
+        call = jax.jit(lambda x, module=module: module(x, x, toy.context(x[:, 0])))
+        with toy.computed_by(way):
+            results.append(call(x))
+    (y, report), (masked, report_masked), (tiled, _) = results
+    routing, routing_masked = report.routing, report_masked.routing
+    np.testing.assert_array_equal(routing.load, routing_masked.load)
     # of two programs: float32's rounding
-    np.testing.assert_allclose(aux["probability"], aux_masked["probability"], rtol=1e-5)
+    np.testing.assert_allclose(routing.probability, routing_masked.probability, rtol=1e-5)
     assert 1e-3 < jnp.linalg.norm(masked - y) / jnp.linalg.norm(y) < 0.1
     # The same rounded numbers, summed in another order: but for one that this moves over the edge
     # between two steps, of which a token has one in a hundred.
@@ -268,8 +271,8 @@ x = x.astype("f")
 def run(way, params, x):
     nnx.replace_by_pure_dict(state, params)
     module = nnx.merge(graph, state)
-    module.config = replace(module.config, implementation=way)
-    return module(x, x, x[:, 0])[0]
+    with toy.computed_by(way):
+        return module(x, x, toy.context(x[:, 0]))[0]
 
 small = quantized({"a": {"block": params}}, sys.argv[1])["a"]["block"]
 for way in ("reference", "tiled", "sorted"):
@@ -289,8 +292,7 @@ print("equal")
 """
 
 MODEL = """
-moe = replace(toy.SPARSE.moe, implementation="tiled")
-config = replace(toy.DENSE, single=(StackConfig(1, ffn="moe"),), moe=moe)
+config = replace(toy.DENSE, single=(StackConfig(1, ffn="moe"),), moe=toy.SPARSE.moe)
 params = toy.params(config)
 img, img_ids, txt, txt_ids, *rest = toy.inputs(config, batch=4)
 arrays = jax.tree.map(np.asarray, (img, txt, *rest))
@@ -298,7 +300,8 @@ arrays = jax.tree.map(np.asarray, (img, txt, *rest))
 @jax.jit
 def run(params, arrays):
     img, txt, *rest = arrays
-    return model_of(config, params)(img, img_ids, txt, txt_ids, *rest)
+    with toy.computed_by("tiled"):
+        return model_of(config, params)(img, img_ids, txt, txt_ids, *rest)
 
 def leaves(tree):
     return jax.tree.leaves(tree, is_leaf=lambda a: isinstance(a, QArray))

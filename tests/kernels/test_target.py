@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
 from d2m_jax.kernels.attention import attention
 from d2m_jax.kernels.target import target
-from d2m_jax.models.moe import run_experts
+from d2m_jax.models.experts import run_experts
 
 TOKENS, DIM, EXPERTS, WIDTH = 1536, 512, 4, 128
 devices = topologies.get_topology_desc(sys.argv[1], platform="tpu").devices

@@ -140,7 +140,7 @@ def product_flops(jaxpr, times: int = 1) -> int:
         replace(
             TINY,
             double=(StackConfig(2, ffn="moe"),),
-            moe=MoEConfig(experts=4, top_k=4, implementation="reference"),
+            moe=MoEConfig(experts=4, top_k=4),
         ),
     ],
     ids=["dense", "low rank", "groups", "all experts"],

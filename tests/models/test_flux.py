@@ -11,6 +11,7 @@ from flax import nnx
 
 from d2m_jax import flow
 from d2m_jax.config import FluxConfig, StackConfig
+from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.models import flux
 from tests.models import toy
 from tests.models.oracle import operations
@@ -119,12 +120,12 @@ def test_mob_runs_the_chosen_blocks(six):
     np.testing.assert_allclose(run(config, mixed, *toy.inputs()), four, atol=1e-4)
 
 
-def test_a_sample_does_not_depend_on_its_batch():
+def test_a_sample_does_not_depend_on_its_batch(monkeypatch):
     """MoE and MoB together; up to float rounding, for another batch is another program."""
+    monkeypatch.setenv(EXPERTS, "tiled")
     config = replace(
         toy.SPARSE,
         single=(StackConfig(2, 3, 2, ffn="moe"),),
-        moe=replace(toy.SPARSE.moe, implementation="tiled"),
     )
     params = toy.params(config)
     img, img_ids, txt, txt_ids, t, y, guidance = toy.inputs(config, batch=4)
@@ -212,7 +213,9 @@ def test_top_k_reaches_every_layer():
 
     def load(k):
         model = flux.model_of(toy.SPARSE, params)
-        return model.run(*model.embed(*toy.inputs(), top_k=k))[1]["single"][0]["mlp"]["load"]
+        return (
+            model.run(*model.embed(*toy.inputs(), top_k=k))[1]["single"][0].ffns["mlp"].routing.load
+        )
 
     # one choice per token out of 19: multiples of 1/19
     loads = np.asarray(jax.jit(load, static_argnums=0)(1)) * 19

@@ -29,7 +29,7 @@ def velocity(config):
         model = flux.model_of(config, params)
         inputs = *INPUTS[:4], TIMES[step], *INPUTS[5:]
         v, report = model.run(*model.embed(*inputs, keep_routed=True), *known)
-        return v, flux.routed_of(report)
+        return v, flux.known_of(report)
 
     return jax.jit(call, static_argnums=1)
 

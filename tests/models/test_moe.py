@@ -10,7 +10,8 @@ from flax import nnx
 
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
 from d2m_jax.kernels import grouped_matmul
-from d2m_jax.models import moe
+from d2m_jax.models import experts, moe
+from d2m_jax.models.protocol import FFNReport
 from tests.models import toy
 from tests.seed import generator
 
@@ -19,13 +20,14 @@ STACK = StackConfig(1, ffn="moe")
 CONFIG = FluxConfig(hidden_size=DIM, num_heads=1, axes_dim=(4, 6, 6), moe=MoEConfig(experts=N))
 
 
-def build(**changes):
-    """The layer's program, parameters, and a function (params, x, unmodulated, vec, k) → output."""
+def build(way="auto", **changes):
+    """Parameters, and a function (params, x, unmodulated, vec, k) → output and report."""
     config = replace(CONFIG, moe=replace(CONFIG.moe, **changes))
     graph, state = nnx.split(nnx.eval_shape(lambda: moe.MoE(config, STACK, rngs=nnx.Rngs(0))))
 
     def call(params, x, unmodulated, vec, k=None):
-        return nnx.merge(graph, params)(x, unmodulated, vec, k)
+        with toy.computed_by(way):
+            return nnx.merge(graph, params)(x, unmodulated, toy.context(vec, top_k=k))
 
     return toy.random_like(state, seed=1), jax.jit(call, static_argnums=4)
 
@@ -38,32 +40,33 @@ def inputs(batch=BATCH, seed=0):
 
 @pytest.fixture(scope="module")
 def reference():
-    return build(implementation="reference")
+    return build(way="reference")
 
 
 @pytest.fixture(scope="module")
 def tiled():
-    return build(implementation="tiled")
+    return build(way="tiled")
 
 
 @pytest.mark.parametrize("k", [1, 2, 6])
 def test_tiled_is_the_reference_forward_and_gradient(k):
-    (params, fast), (_, plain) = build(implementation="tiled"), build(implementation="reference")
+    (params, fast), (_, plain) = build(way="tiled"), build(way="reference")
     x, unmodulated, vec = inputs()
     target = jnp.sin(x)
 
     def loss(call):
         def value(params, x):
-            y, aux = call(params, x, unmodulated, vec, k)
-            return jnp.square(y - target).mean(), (y, aux)
+            y, report = call(params, x, unmodulated, vec, k)
+            return jnp.square(y - target).mean(), (y, report)
 
         return jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
 
-    ((_, (y, aux)), gradients), ((_, (y2, aux2)), gradients2) = (
+    ((_, (y, report)), gradients), ((_, (y2, report2)), gradients2) = (
         loss(call)(params, x) for call in (fast, plain)
     )
     np.testing.assert_allclose(y, y2, atol=2e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), aux, aux2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), report, report2)
+    assert report.routing is not None
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(gradients2), strict=True
     ):
@@ -107,9 +110,9 @@ def softmax(a):
 
 @pytest.mark.parametrize("gate", ["renormalised", "softmax", "sigmoid"])
 def test_gate_kinds_by_hand(gate):
-    params, call = build(gate=gate, implementation="reference")
+    params, call = build(gate=gate, way="reference")
     x, unmodulated, vec = inputs()
-    y, aux = call(params, x, unmodulated, vec)
+    y, report = call(params, x, unmodulated, vec)
     logits = scores(params, x)
     probability = softmax(logits)
     chosen = logits >= np.sort(logits, axis=-1)[..., -2:-1]  # the two best
@@ -119,11 +122,9 @@ def test_gate_kinds_by_hand(gate):
         "sigmoid": 2 / (1 + np.exp(-logits)),
     }[gate]
     np.testing.assert_allclose(y, by_hand(params, x, weights * chosen), atol=2e-5)
-    np.testing.assert_allclose(aux["load"], chosen.mean(1) / 2, atol=1e-6)
-    np.testing.assert_allclose(aux["probability"], probability.mean(1), atol=1e-6)
-    entropy = -(probability * np.log(probability)).sum(-1).mean(1)
-    np.testing.assert_allclose(aux["entropy"], entropy, atol=1e-5)
-    np.testing.assert_allclose(aux["load"].sum(-1), 1, atol=1e-6)
+    np.testing.assert_allclose(report.routing.load, chosen.mean(1) / 2, atol=1e-6)
+    np.testing.assert_allclose(report.routing.probability, probability.mean(1), atol=1e-6)
+    np.testing.assert_allclose(report.routing.load.sum(-1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("gate", ["renormalised", "softmax", "sigmoid"])
@@ -139,9 +140,9 @@ def test_all_experts_with_a_uniform_gate_are_the_whole_ffn(gate):
 def test_top_k_0_is_the_shared_expert(tiled):
     params, call = tiled
     x, unmodulated, vec = inputs()
-    y, aux = call(params, x, unmodulated, vec, 0)
+    y, report = call(params, x, unmodulated, vec, 0)
     np.testing.assert_allclose(y, by_hand(params, x, np.zeros((BATCH, TOKENS, N))), atol=1e-5)
-    assert aux == {}
+    assert report == FFNReport()
 
 
 def test_top_k_is_a_knob_and_defaults_to_the_config_s(tiled):
@@ -156,15 +157,15 @@ def test_the_batch_never_changes_a_sample(path, request):
     """Up to float rounding: a matmul of another size may sum in another order."""
     params, call = request.getfixturevalue(path)
     x, unmodulated, vec = inputs()
-    whole, aux = call(params, x, unmodulated, vec)
+    whole, report = call(params, x, unmodulated, vec)
     # beside other neighbours, which all want one expert
     crowd = x.at[1:].set(x[1, 0])
-    crowded, aux2 = call(params, crowd, unmodulated, vec)
-    alone, aux3 = call(params, x[:1], unmodulated[:1], vec[:1])
+    crowded, report2 = call(params, crowd, unmodulated, vec)
+    alone, report3 = call(params, x[:1], unmodulated[:1], vec[:1])
     np.testing.assert_allclose(crowded[0], whole[0], atol=1e-5)
     np.testing.assert_allclose(alone[0], whole[0], atol=1e-5)
-    np.testing.assert_array_equal(aux["load"][0], aux2["load"][0])
-    np.testing.assert_array_equal(aux["load"][0], aux3["load"][0])
+    np.testing.assert_array_equal(report.routing.load[0], report2.routing.load[0])
+    np.testing.assert_array_equal(report.routing.load[0], report3.routing.load[0])
 
 
 def test_order_of_tokens_does_not_matter(tiled):
@@ -178,29 +179,29 @@ def test_order_of_tokens_does_not_matter(tiled):
 
 def test_router_is_float32_in_half_precision():
     """Scores that differ by less than bfloat16 can tell still have an order."""
-    params, call = build(implementation="reference")
+    params, call = build(way="reference")
     kernel = np.zeros((DIM, N), np.float32)
     kernel[0] = 1 + np.arange(N) / 2**12
     params["gate"]["kernel"][...], params["gate"]["bias"][...] = jnp.asarray(kernel), jnp.zeros(N)
     x, unmodulated, vec = inputs()
     x = jnp.abs(x).astype(jnp.bfloat16) + 1
-    y, aux = call(params, x, unmodulated.astype(jnp.bfloat16), vec, 1)
+    y, report = call(params, x, unmodulated.astype(jnp.bfloat16), vec, 1)
     assert y.dtype == jnp.bfloat16
-    assert aux["load"].dtype == aux["probability"].dtype == jnp.float32
-    np.testing.assert_array_equal(aux["load"], [[0, 0, 0, 0, 0, 1]] * BATCH)
+    assert report.routing.load.dtype == report.routing.probability.dtype == jnp.float32
+    np.testing.assert_array_equal(report.routing.load, [[0, 0, 0, 0, 0, 1]] * BATCH)
 
 
 def test_router_input_unmodulated_reads_the_token_and_the_time():
-    params, call = build(router_input="unmodulated", implementation="reference")
+    params, call = build(router_input="unmodulated", way="reference")
     x, unmodulated, vec = inputs()
-    _, aux = call(params, x, unmodulated, vec)
+    _, report = call(params, x, unmodulated, vec)
     gate = np.asarray(params["gate_cond"]["kernel"][...])
     cond = np.asarray(jax.nn.silu(vec)) @ gate
     probability = softmax(scores(params, unmodulated) + cond[:, None])
-    np.testing.assert_allclose(aux["probability"], probability.mean(1), atol=1e-5)
+    np.testing.assert_allclose(report.routing.probability, probability.mean(1), atol=1e-5)
     # what the experts read does not move the router
     _, scaled = call(params, 10 * x, unmodulated, vec)
-    np.testing.assert_array_equal(scaled["load"], aux["load"])
+    np.testing.assert_array_equal(scaled.routing.load, report.routing.load)
     # at birth the time has no say
     config = replace(CONFIG, moe=MoEConfig(experts=N, router_input="unmodulated"))
     born = jax.jit(lambda: moe.MoE(config, STACK, rngs=nnx.Rngs(0)).gate_cond.kernel[...])()
@@ -210,14 +211,14 @@ def test_router_input_unmodulated_reads_the_token_and_the_time():
 def test_auto_takes_the_sparse_path_for_many_tokens(monkeypatch):
     taken = []
     for name in ("reference_experts", "tiled_experts"):
-        function = getattr(moe, name)
+        function = getattr(experts, name)
 
         def spy(*arguments, name=name, function=function):
             taken.append(name)
             return function(*arguments)
 
-        monkeypatch.setattr(moe, name, spy)
-    params, call = build(implementation="auto")
+        monkeypatch.setattr(experts, name, spy)
+    params, call = build(way="auto")
     for tokens, k in ((50, 2), (80, 2), (80, N)):
         x, vec = jnp.ones((1, tokens, DIM)), jnp.ones((1, DIM))
         jax.eval_shape(lambda x, v, k=k: call(params, x, x, v, k), x, vec)
@@ -226,39 +227,39 @@ def test_auto_takes_the_sparse_path_for_many_tokens(monkeypatch):
 
 @pytest.mark.parametrize("chosen", [[0] * 9, [5] * 9, [5, 0, 5, 3, 0, 5, 1, 0, 5], [6, 0, 6, 2]])
 def test_sort_gives_every_choice_a_row_of_its_expert(chosen):
-    order, row, sizes = moe.sort(jnp.asarray(chosen)[:, None], N)
+    order, row, sizes = experts.sort(jnp.asarray(chosen)[:, None], N)
     np.testing.assert_array_equal(np.asarray(chosen)[order], np.sort(chosen))
     np.testing.assert_array_equal(np.asarray(order)[row[:, 0]], np.arange(len(chosen)))
     np.testing.assert_array_equal(sizes, np.bincount(chosen, minlength=N + 1)[:N])
 
 
-@pytest.mark.parametrize("implementation", ["reference", "tiled", "megablox"])
-def test_devices_with_some_of_the_experts_add_up(implementation, monkeypatch):
+@pytest.mark.parametrize("way", ["reference", "tiled", "megablox"])
+def test_devices_with_some_of_the_experts_add_up(way, monkeypatch):
     """A choice of another device's expert adds exactly zero, to gradients too."""
     monkeypatch.setattr(grouped_matmul, "INTERPRET", True)  # megablox on a CPU
-    monkeypatch.setattr(moe, "choose", lambda implementation: implementation)
+    monkeypatch.setattr(experts, "choose", lambda way: way)
     rng = generator()
     x = jnp.asarray(rng.normal(size=(2, 40, DIM)), jnp.float32)
     chosen = jnp.asarray(rng.integers(0, N, (2, 40, 2)), jnp.int32)
     weight = jnp.asarray(rng.uniform(0.5, 1.5, (2, 40, 2)), jnp.float32)
     shapes = (N, DIM, 8), (N, 8), (N, 8, DIM)
-    experts = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    weights = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
     @jax.jit
-    def compute(x, chosen, weight, experts, dy):
-        def run(x, weight, experts):
-            return moe.run_experts(implementation, (x, chosen, weight), experts, among=N)
+    def compute(x, chosen, weight, weights, dy):
+        def run(x, weight, weights):
+            return experts.run_experts(way, (x, chosen, weight), weights, among=N)
 
-        y, back = jax.vjp(run, x, weight, experts)
+        y, back = jax.vjp(run, x, weight, weights)
         return y, *back(dy)
 
     dy = jnp.sin(x)
-    whole = compute(x, chosen, weight, experts, dy)
+    whole = compute(x, chosen, weight, weights, dy)
     half = N // 2
     parts = []
     for first in (0, half):
         mine = jnp.where((chosen >= first) & (chosen < first + half), chosen - first, half)
-        own = tuple(a[first : first + half] for a in experts)
+        own = tuple(a[first : first + half] for a in weights)
         parts.append(compute(x, mine, weight, own, dy))
         # to the bit, per choice: the weight of another's expert has no gradient
         np.testing.assert_array_equal(parts[-1][2][np.asarray(mine) == half], 0)

@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from d2m_jax.config import FluxConfig, MeshConfig, MoEConfig, StackConfig
-from d2m_jax.models import moe
+from d2m_jax.models import experts, moe
 from d2m_jax.models.flux import initialise
 from d2m_jax.sharding import (
     make_mesh, parameter_shardings, put_batch, put_parameters, replicated, whole
 )
 from d2m_jax.planning.collectives import collectives
+from tests.models import toy
 from tests.seed import generator
 
-moe.SPARSE_TOKENS = 16  # the sparse path at a test's size
+experts.SPARSE_TOKENS = 16  # the sparse path at a test's size
 
 def random(config, seed):
     # Everything random: gates and last layer start at zero and would hide what the blocks do.
@@ -54,8 +55,8 @@ batch = {"x": draw.normal(size=(12, 16, 48)).astype("f"), "dy": draw.normal(size
 
 def both(params, batch):
     def product(params, x):
-        y, aux = nnx.merge(graph, params)(x, x, x[:, 0])
-        return (y * batch["dy"]).sum(), (y, aux["load"])
+        y, report = nnx.merge(graph, params)(x, x, toy.context(x[:, 0]))
+        return (y * batch["dy"]).sum(), (y, report.routing.load)
     gradients, (y, load) = jax.grad(product, (0, 1), has_aux=True)(params, batch["x"])
     return y, load, nnx.to_pure_dict(gradients[0]), gradients[1]
 

@@ -1,6 +1,8 @@
 """Small transformers whose every parameter matters, and inputs for them."""
 
+import os
 from dataclasses import replace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ from flax import nnx
 
 from d2m_jax import flow
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
+from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.models.flux import Flux
+from d2m_jax.models.protocol import Context
 from tests.seed import generator
 
 DENSE = FluxConfig(
@@ -26,7 +30,7 @@ SPARSE = replace(
     DENSE,
     double=(StackConfig(1, ffn="moe"),),
     single=(StackConfig(2, ffn="moe"),),
-    moe=MoEConfig(experts=6, implementation="reference"),
+    moe=MoEConfig(experts=6),
 )
 
 
@@ -50,6 +54,17 @@ def params(config, seed=0):
 def shapes(config):
     """The abstract parameters of a model, as a pure dict."""
     return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0)))))
+
+
+def computed_by(way):
+    """While programs are traced in here, experts are computed in this way."""
+    return mock.patch.dict(os.environ, {EXPERTS: way})
+
+
+def context(vec, **fields):
+    """What an FFN reads of a Context."""
+    table = jnp.zeros((1, 1, 1, 1))
+    return Context(vec=vec, cond=vec, pe=(table, table), text_tokens=0, **fields)
 
 
 def inputs(config=DENSE, batch=3, grid=(3, 5), text=4, seed=0):

@@ -9,6 +9,7 @@ import pytest
 
 from d2m_jax import flow
 from d2m_jax.models.flux import Flux
+from d2m_jax.models.protocol import FFNReport, GroupReport
 from d2m_jax.sampling.denoise import denoise
 from tests.seed import generator
 
@@ -28,11 +29,11 @@ class Recorder(Flux, pytree=False):
 
     def run(self, img, context, modulations, routed=None):
         """Its only MoE layer adds 1 more than the time, or what it added before."""
-        added = context[0] + 1 + img * 0 if routed is None else routed["single"][0]["mlp"]
+        added = context[0] + 1 + img * 0 if routed is None else routed["single"][0].routed["mlp"]
         velocity = self.velocity(img, *context)
         if self.adds:
             velocity = velocity + added
-        return velocity, {"double": [], "single": [{"mlp": {"routed": added}}]}
+        return velocity, {"double": [], "single": [GroupReport({"mlp": FFNReport(routed=added)})]}
 
     def condition(self, timesteps, y, guidance):
         return y, y

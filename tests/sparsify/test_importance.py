@@ -62,7 +62,7 @@ def test_inputs_are_what_the_ffns_read(small, calibration):
         return model.run(*model.embed(*inputs, collect=11))[1]
 
     report = report(small.params, inputs)
-    read = np.asarray(report["single"][0]["mlp"]["input"])[3, 0].reshape(-1, 32)
+    read = np.asarray(report["single"][0].ffns["mlp"].inputs)[3, 0].reshape(-1, 32)
     drawn = calibration.inputs["single"][0]["mlp"][3, 0, -32:]  # of the last batch
     distance = np.abs(drawn[:, None] - read[None]).max(-1)
     assert (distance.min(1) < 1e-4).all()

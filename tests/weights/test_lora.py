@@ -456,7 +456,7 @@ def test_strength_of_zero_and_of_dora(tmp_path, capsys):
 def sparse():
     """A model whose second stack of single blocks is a mixture of experts and of blocks."""
     config = toy.config(1, 1)
-    moe = MoEConfig(experts=4, top_k=2, shared_ratio=2.0, implementation="reference")
+    moe = MoEConfig(experts=4, top_k=2, shared_ratio=2.0)
     stacks = (StackConfig(1), StackConfig(1, 2, 1, ffn="moe"))
     config = replace(config, single=stacks, moe=moe, modulation_rank=8)
     tree = sizes(abstract(config))

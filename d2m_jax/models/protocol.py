@@ -1,0 +1,102 @@
+"""What blocks read beside their streams, and what they report: the types between a model and the
+code that trains, calibrates, samples and measures it.
+
+Those that are trees may hold other leaves than arrays: shapes, or what a map over them gives.
+
+What belongs to a whole body is a `Body`: like its parameters, {"double": [one per stack], "single":
+[…]}; arrays of a stack have the leading axes (groups, blocks).
+"""
+
+from dataclasses import dataclass, field
+from typing import TypeVar, no_type_check
+
+import jax
+from jaxtyping import Array, Float
+
+T = TypeVar("T")
+Streams = tuple[Float[Array, "b _ d"], ...]  # (img, txt) in a double block, (x,) in a single one
+Body = dict[str, list[T]]
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Known:
+    """What a block, or the blocks of a stack, need not compute."""
+
+    # By the name of a modulation: its output (Flux.modulations).
+    modulations: dict[str, Float[Array, "*s b o"]] = field(default_factory=dict)
+    # By the name of an FFN: what its normal experts added in an earlier step.
+    routed: dict[str, Float[Array, "*s b n d"]] = field(default_factory=dict)
+    # Of a Mixture of Blocks, whether a block ran in that step: no router is asked again.
+    used: Float[Array, "*g b m"] | None = None
+
+    def __or__(self, other: "Known") -> "Known":
+        return Known(
+            self.modulations | other.modulations,
+            self.routed | other.routed,
+            self.used if other.used is None else other.used,
+        )
+
+
+NOTHING = Known()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block of one forward reads beside its streams."""
+
+    vec: Float[Array, "b d"]  # the global vector: timestep + guidance + pooled text
+    cond: Float[Array, "b r"]  # of the modulations: silu(vec), or that on the shared basis
+    pe: tuple[Float[Array, "i n 1 f"], Float[Array, "i n 1 f"]]  # rotary tables of [txt, img]
+    text_tokens: int
+    top_k: int | None = None  # normal experts per token; None: the config's
+    collect: int = 0  # FFN inputs to report per sample, for calibration
+    keep_routed: bool = False  # whether to report what the normal experts added
+    known: Known = NOTHING  # of the block that reads it
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routing:
+    """What the gate of an FFN did, per sample, in float32."""
+
+    load: Float[Array, "*s b n"]  # each expert's share of the tokens' choices
+    probability: Float[Array, "*s b n"]  # means over tokens
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FFNReport:
+    """What an FFN did. In a Mixture of Blocks it is zero for samples that skip the block."""
+
+    routing: Routing | None = None  # None: dense, or no normal expert ran
+    routed: Float[Array, "*s b n d"] | None = None  # what these added, under Context.keep_routed
+    inputs: Float[Array, "*s b t d"] | None = None  # evenly spaced tokens, under Context.collect
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Choice:
+    """What the router of a group of blocks did, per sample, in float32."""
+
+    used: Float[Array, "*g b m"]  # 1 for a block that runs, else 0
+    probability: Float[Array, "*g b m"]
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GroupReport:
+    """What a group did, or with leading axes all groups of a stack."""
+
+    ffns: dict[str, FFNReport]  # by the name of the FFN in its block
+    choice: Choice | None = None  # None: all its blocks run
+
+    def known(self) -> Known:
+        """What a later step can take from it, under Context.keep_routed."""
+        routed = {name: ffn.routed for name, ffn in self.ffns.items() if ffn.routed is not None}
+        return Known(routed=routed, used=self.choice.used if routed and self.choice else None)
