@@ -13,7 +13,7 @@ from itertools import islice
 import jax
 import jax.numpy as jnp
 
-from d2m_jax.config import LossConfig, SparsifyConfig
+from d2m_jax.config import SparsifyConfig
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import noisy_inputs
 from d2m_jax.evaluate.benchmark import task_of
@@ -50,7 +50,7 @@ def judge(ffn: dict, x: jax.Array) -> dict[str, float]:
 def main() -> None:
     config, params = model_directory.load(TEACHER)
     task = task_of(config)
-    noisy = partial(noisy_inputs, config, LossConfig())
+    noisy = partial(noisy_inputs, config, "uniform")
     encoders = Encoders(config)
 
     def batches(seed: int, count: int) -> list[dict]:

@@ -7,7 +7,6 @@ Its pictures are those of the embedded task, the only ones that this repository 
 
 from d2m_jax.config import (
     GroupsConfig,
-    LossConfig,
     MeshConfig,
     MoEConfig,
     OptimizerConfig,
@@ -29,7 +28,6 @@ def stage(steps: int, train: tuple[str, ...], **fields) -> StageConfig:
         batch_size=64,
         train=train,
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup=500),
-        loss=LossConfig(timesteps="logit_normal"),
         dtype="bfloat16",
         evaluate_every=1000,
         checkpoint_every=500,
@@ -41,6 +39,7 @@ def get_config() -> RunConfig:
     return RunConfig(
         name="flux_distill",
         teacher="models/flux_dev",
+        timesteps="logit_normal",
         sparsify=SparsifyConfig(moe=MoEConfig(), routed_scale=0.0, modulation_rank=64),
         stages={
             "shared": stage(10_000, SHARED, top_k=0),

@@ -18,7 +18,6 @@ from d2m_jax.config import (
 
 def stage(steps: int, learning_rate: float) -> StageConfig:
     return StageConfig(
-        kind="flow",
         steps=steps,
         batch_size=128,
         optimizer=OptimizerConfig(

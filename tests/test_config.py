@@ -78,8 +78,8 @@ def test_numbers_that_can_only_fail_later(kind, field, values):
             kind(**{field: value})
 
 
-def test_names_and_kinds_of_stages():
-    stage, rival = StageConfig(), StudentConfig(stages={"flow": StageConfig(kind="flow")})
+def test_names_of_stages():
+    stage = StageConfig()
 
     def refused(message, **fields):
         with pytest.raises(ConfigError, match=message):
@@ -88,7 +88,6 @@ def test_names_and_kinds_of_stages():
     for name in ("start", "..", "a/b", "", ".a"):
         refused(rf"RunConfig.stages.{name}: expected letters", stages={name: stage})
         refused(rf"RunConfig.rivals.{name}: expected letters", rivals={name: StudentConfig()})
-    refused("RunConfig.rivals.a.stages.flow.kind = flow: a student", rivals={"a": rival})
     refused("RunConfig.keep_checkpoints = 0: expected a whole number", keep_checkpoints=0)
 
 

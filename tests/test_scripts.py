@@ -127,12 +127,12 @@ def test_fields_at_any_depth_can_be_overridden():
 
 def test_without_options_the_config_is_unchanged():
     assert parse() == STUDENT
-    dense = RunConfig(name="dense", model=ModelConfig(), stages={"flow": StageConfig(kind="flow")})
+    dense = RunConfig(name="dense", model=ModelConfig(), stages={"flow": StageConfig()})
     assert parse(default=dense) == dense
 
 
 def test_stacks_can_be_overridden():
-    dense = RunConfig(name="dense", model=ModelConfig(), stages={"flow": StageConfig(kind="flow")})
+    dense = RunConfig(name="dense", model=ModelConfig(), stages={"flow": StageConfig()})
     config = parse("--model.transformer.double.0.groups", "3", default=dense)
     assert config.model.transformer.double == (StackConfig(3),)
     assert config.model.transformer.single == (StackConfig(38),)
@@ -221,7 +221,7 @@ def test_train_answers_bad_input(script, error_of, tmp_path):
     config.write_text(
         "from d2m_jax.config import ModelConfig, RunConfig, StageConfig\n"
         "def get_config():\n"
-        "    stages = {'flow': StageConfig(kind='flow')}\n"
+        "    stages = {'flow': StageConfig()}\n"
         "    return RunConfig(name='dense', model=ModelConfig(), stages=stages)\n"
     )
     run_dir = tmp_path / "run"

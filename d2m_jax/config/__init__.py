@@ -25,6 +25,7 @@ from d2m_jax.config.runs import (
     SparsifyConfig,
     StageConfig,
     StudentConfig,
+    Timesteps,
 )
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "StageConfig",
     "StudentConfig",
     "T5Config",
+    "Timesteps",
     "WordsConfig",
     "at_path",
     "check",

@@ -9,7 +9,11 @@ from typing import Any, Literal
 from d2m_jax.config.errors import ConfigError, at_path, check, suggestion
 
 # Fields that files of earlier versions have, and that no longer mean anything.
-RETIRED = {"MoEConfig": ("implementation",)}
+RETIRED = {
+    "LossConfig": ("timesteps",),
+    "MoEConfig": ("implementation",),
+    "StageConfig": ("kind",),
+}
 
 
 def to_json(config: Any) -> Any:

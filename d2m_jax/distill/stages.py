@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from d2m_jax import flow
-from d2m_jax.config import LossConfig, ModelConfig, StageConfig
+from d2m_jax.config import ModelConfig, StageConfig, Timesteps
 from d2m_jax.distill.lockstep import check_aligned, lockstep
 from d2m_jax.distill.losses import feature_weights, mean_square, routing
 from d2m_jax.models.flux import model_of
@@ -16,13 +16,13 @@ from d2m_jax.models.flux import model_of
 Loss = Callable[[dict, Any, dict, Array], tuple[Float[Array, ""], dict[str, Array]]]
 
 
-def flow_loss(config: ModelConfig, stage: StageConfig) -> Loss:
+def flow_loss(config: ModelConfig, stage: StageConfig, timesteps: Timesteps = "uniform") -> Loss:
     """Flow matching from scratch: E ‖v(x_t, t) − (noise − data)‖²."""
     dtype = jnp.dtype(stage.dtype)
 
     def loss(params, constants, batch, key):
         model = model_of(config.transformer, params, dtype)
-        inputs, target = noisy_inputs(config, stage.loss, batch, key)
+        inputs, target = noisy_inputs(config, timesteps, batch, key)
         streams, context = model.embed(*inputs, top_k=stage.top_k)
         velocity, _ = model.run(streams, context, remat=stage.remat)
         return mean_square(velocity, target), {}
@@ -30,7 +30,12 @@ def flow_loss(config: ModelConfig, stage: StageConfig) -> Loss:
     return loss
 
 
-def distill_loss(teacher: ModelConfig, student: ModelConfig, stage: StageConfig) -> Loss:
+def distill_loss(
+    teacher: ModelConfig,
+    student: ModelConfig,
+    stage: StageConfig,
+    timesteps: Timesteps = "uniform",
+) -> Loss:
     """Output distillation, block or group features, balance of experts and of blocks
     (docs/method.md).
 
@@ -43,7 +48,7 @@ def distill_loss(teacher: ModelConfig, student: ModelConfig, stage: StageConfig)
     def loss(params, constants, batch, key):
         teacher_model = model_of(teacher.transformer, constants, dtype)
         student_model = model_of(student.transformer, params, dtype)
-        inputs, _ = noisy_inputs(student, weight, batch, key)
+        inputs, _ = noisy_inputs(student, timesteps, batch, key)
         t_velocity, s_velocity, layers, report = lockstep(
             teacher_model,
             student_model,
@@ -66,14 +71,14 @@ def distill_loss(teacher: ModelConfig, student: ModelConfig, stage: StageConfig)
 
 
 def noisy_inputs(
-    config: ModelConfig, loss: LossConfig, batch: dict[str, Array], key: Array
+    config: ModelConfig, timesteps: Timesteps, batch: dict[str, Array], key: Array
 ) -> tuple[tuple, Float[Array, "b n c"]]:
     """An encoded batch (Encoders.encode; images of the config's size) at random times: the
     arguments of Flux.embed, and the velocity that is true there."""
     data, txt, y = batch["latents"], batch["txt"], batch["y"]
     noise_key, time_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, data.shape)
-    t = times(loss, time_key, data.shape[0])
+    t = times(timesteps, time_key, data.shape[0])
     t = flow.shift(t, config.shift, data.shape[1])
     guidance = jnp.full(t.shape, config.guidance) if config.transformer.guidance_embed else None
     ids = flow.image_ids(*config.grid()), flow.text_ids(txt.shape[1])
@@ -81,10 +86,10 @@ def noisy_inputs(
     return inputs, flow.velocity(data, noise)
 
 
-def times(loss: LossConfig, key: Array, count: int) -> Float[Array, " b"]:
+def times(timesteps: Timesteps, key: Array, count: int) -> Float[Array, " b"]:
     """Times in (0, 1), not yet shifted: uniform, evenly spread over the batch, or the logistic of a
     normal."""
-    if loss.timesteps == "logit_normal":
+    if timesteps == "logit_normal":
         return jax.nn.sigmoid(jax.random.normal(key, (count,)))
     start, order = jax.random.split(key)
     spread = (jnp.arange(count) + jax.random.uniform(start)) / count

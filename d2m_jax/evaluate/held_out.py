@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from d2m_jax import flow
-from d2m_jax.config import LossConfig, ModelConfig, RunConfig
+from d2m_jax.config import ModelConfig, RunConfig
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import noisy_inputs
 from d2m_jax.models.flux import model_of
@@ -44,7 +44,7 @@ def noisy_batches(config: RunConfig, encoders: Encoders, pairs: str) -> list[Inp
 
 @partial(jax.jit, static_argnums=0)
 def _noisy(config: ModelConfig, batch: dict[str, Array], key: Array) -> Inputs:
-    inputs, _ = noisy_inputs(config, LossConfig(), batch, key)
+    inputs, _ = noisy_inputs(config, "uniform", batch, key)
     img, _, txt, _, timesteps, y, _ = inputs
     return {"img": img, "txt": txt, "timesteps": timesteps, "y": y}
 

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from d2m_jax import hosts
-from d2m_jax.config import ConfigError, RunConfig, differences, from_json, to_json
+from d2m_jax.config import ConfigError, RunConfig, StageConfig, differences, from_json, to_json
 from d2m_jax.training import lock
 from d2m_jax.weights import blocks
 from d2m_jax.weights.named_arrays import fingerprint, names, restructure
@@ -39,7 +39,8 @@ class Checkpoints:
     Of several processes all call everything here, on one file system: each writes and reads its
     part of the arrays, in whatever mesh; what is done once, the first does.
 
-    `identity` (JSON) is what a checkpoint must have been made with to be continued here.
+    `identity` (JSON; `stage` is the StageConfig's) is what a checkpoint must have been made with to
+    be continued here.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any], keep: int = 2):
@@ -83,8 +84,7 @@ class Checkpoints:
         for step in hosts.by_first(lambda: sorted(self._manager.all_steps(), reverse=True)):
             content, damage = hosts.by_first(lambda step=step: self._content(step))
             if damage is None:
-                other = self.directory / str(step)
-                refuse_other(other, content["identity"], self.identity)
+                refuse_other(self.directory / str(step), content["identity"], self.identity)
                 state, damage = self._state(step, like, content["fingerprint"])
             if damage is None:
                 return Restored(step, state, content["progress"])
@@ -100,6 +100,9 @@ class Checkpoints:
                 raise ValueError("run/metadata is not what was saved")
         except Exception as error:  # of files and JSON; damage can look like anything
             return None, _line(error)
+        identity = content["identity"]
+        if "stage" in identity:  # as this version has it
+            identity["stage"] = to_json(from_json(StageConfig, identity["stage"]))
         return content, None
 
     def _state(self, step: int, like: Any, expected: str) -> tuple[Any, str | None]:

@@ -15,12 +15,12 @@ from d2m_jax import hosts
 from d2m_jax.config import (
     ROOT,
     ConfigError,
-    LossConfig,
     ModelConfig,
     RunConfig,
     SparsifyConfig,
     StageConfig,
     StudentConfig,
+    Timesteps,
     WordsConfig,
     at_path,
     check,
@@ -93,7 +93,7 @@ def run(config: RunConfig, run_directory: Path | str) -> None:
         return
     model = model_directory.load_config(ROOT / config.teacher)
     _check_students(config, model, mesh)
-    noisy = partial(noisy_inputs, model, LossConfig())
+    noisy = partial(noisy_inputs, model, config.timesteps)
     work = _Work(config, mesh, Encoders(model, mesh=mesh), noisy)
     teacher = work.load(ROOT / config.teacher)
     for name, rival in config.rivals.items():
@@ -209,7 +209,8 @@ def _train_stage(
 ) -> tuple[ModelConfig, dict]:
     """The model of the directory `before`, trained."""
     ((_, _, model),) = models_of({name: stage}, model_directory.load_config(before))
-    loss, flops, _ = objective(model, stage, teacher and teacher[0])
+    of_teacher = teacher and teacher[0]
+    loss, flops, _ = objective(model, stage, of_teacher, work.config.timesteps)
     constants = {}
     if teacher is not None:
         constants = align(teacher[0].transformer, teacher[1], shapes(model.transformer))[1]
@@ -241,7 +242,10 @@ def _train_stage(
 
 
 def objective(
-    model: ModelConfig, stage: StageConfig, teacher: ModelConfig | None
+    model: ModelConfig,
+    stage: StageConfig,
+    teacher: ModelConfig | None,
+    timesteps: Timesteps = "uniform",
 ) -> tuple[Loss, int, int]:
     """A stage's loss, and the FLOPs of one example: the step's, and what rematerialisation adds."""
     tokens = math.prod(model.grid()), model.text.length
@@ -252,10 +256,10 @@ def objective(
     forward = count(student)
     again = forward if stage.remat else 0
     if teacher is None:
-        return flow_loss(model, stage), 3 * forward, again
+        return flow_loss(model, stage, timesteps), 3 * forward, again
     # Lockstep pairs the stacks of teacher and student one to one.
     transformer = aligned(teacher.transformer, shapes(model.transformer))
-    loss = distill_loss(replace(teacher, transformer=transformer), model, stage)
+    loss = distill_loss(replace(teacher, transformer=transformer), model, stage, timesteps)
     return loss, 3 * forward + count(transformer), again
 
 

@@ -49,10 +49,9 @@ def batch(count=4):
 
 @pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])
 def test_times(timesteps):
-    loss = LossConfig(timesteps=timesteps)
-    t = np.asarray(stages.times(loss, jax.random.key(0), 1000))
+    t = np.asarray(stages.times(timesteps, jax.random.key(0), 1000))
     assert t.shape == (1000,) and t.min() > 0 and t.max() < 1
-    other = np.asarray(stages.times(loss, jax.random.key(1), 1000))
+    other = np.asarray(stages.times(timesteps, jax.random.key(1), 1000))
     assert not np.array_equal(t, other)
     if timesteps == "uniform":  # one in each thousandth, in any order
         np.testing.assert_array_equal(np.sort((t * 1000).astype(int)), np.arange(1000))
@@ -63,7 +62,7 @@ def test_times(timesteps):
 
 
 def test_noisy_inputs_lie_on_the_path_to_their_target():
-    inputs, target = stages.noisy_inputs(TEACHER, LossConfig(), batch(), jax.random.key(0))
+    inputs, target = stages.noisy_inputs(TEACHER, "uniform", batch(), jax.random.key(0))
     x, img_ids, txt, txt_ids, t, y, guidance = inputs
     assert img_ids.shape == (1, 12, 3) and txt_ids.shape == (1, 3, 3) and txt.shape == (4, 3, 16)
     # x_t − t·v is the image itself
@@ -71,20 +70,20 @@ def test_noisy_inputs_lie_on_the_path_to_their_target():
     np.testing.assert_allclose(x - t[:, None, None] * target, data, atol=1e-5)
     assert data.min() >= -1 - 1e-6 and data.max() <= 1 + 1e-6
     np.testing.assert_array_equal(guidance, [TEACHER.guidance] * 4)
-    again, _ = stages.noisy_inputs(TEACHER, LossConfig(), batch(), jax.random.key(0))
+    again, _ = stages.noisy_inputs(TEACHER, "uniform", batch(), jax.random.key(0))
     np.testing.assert_array_equal(again[0], x)
     shifted = replace(TEACHER, shift=3.0)
-    later = stages.noisy_inputs(shifted, LossConfig(), batch(), jax.random.key(0))[0][4]
+    later = stages.noisy_inputs(shifted, "uniform", batch(), jax.random.key(0))[0][4]
     np.testing.assert_allclose(later, flow.shift(t, 3.0, 12), rtol=1e-6)
     without = replace(TEACHER, transformer=replace(BODY, guidance_embed=False))
-    assert stages.noisy_inputs(without, LossConfig(), batch(), jax.random.key(0))[0][6] is None
+    assert stages.noisy_inputs(without, "uniform", batch(), jax.random.key(0))[0][6] is None
 
 
 def test_flow_loss_is_the_error_of_the_velocity():
-    loss = stages.flow_loss(TEACHER, StageConfig(kind="flow"))
+    loss = stages.flow_loss(TEACHER, StageConfig())
     params, key = toy.params(BODY), jax.random.key(3)
     value, metrics = jax.jit(loss)(params, None, batch(), key)
-    inputs, target = stages.noisy_inputs(TEACHER, LossConfig(), batch(), key)
+    inputs, target = stages.noisy_inputs(TEACHER, "uniform", batch(), key)
     velocity = jax.jit(lambda p, *a: model_of(BODY, p)(*a))(params, *inputs)
     assert value == pytest.approx(float(jnp.square(velocity - target).mean()), rel=1e-4)
     np.testing.assert_allclose(target, flow.velocity(*_ends(key)), atol=1e-6)
@@ -120,7 +119,7 @@ def test_distill_loss_is_the_sum_of_its_parts():
 
 def _features(teacher, key):
     """Mean squares of the teacher's streams after each group."""
-    inputs, _ = stages.noisy_inputs(TEACHER, LossConfig(), batch(), key)
+    inputs, _ = stages.noisy_inputs(TEACHER, "uniform", batch(), key)
 
     @jax.jit
     def squares(teacher):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from d2m_jax.config import LossConfig, SparsifyConfig
+from d2m_jax.config import SparsifyConfig
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import noisy_inputs
 from d2m_jax.evaluate.benchmark import task_of
@@ -37,7 +37,7 @@ def pruned(teacher, mlp_ratio: float, kept: str) -> float:
     encoders = Encoders(config)
     drawn = icons.batches(task_of(config), encoders.tokenizer, config.image, 64)
     batches = map(encoders.encode, drawn)
-    noisy = partial(noisy_inputs, config, LossConfig())
+    noisy = partial(noisy_inputs, config, "uniform")
     cut = SparsifyConfig(method="prune", mlp_ratio=mlp_ratio, shared=kept, batches=8)
     return overall(*make_student(config, params, cut, batches, noisy, seed=0))
 

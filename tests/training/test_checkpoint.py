@@ -142,7 +142,7 @@ def test_not_finite_is_not_saved(tmp_path):
 
 
 def run_config(**changes):
-    stages = {"dense": StageConfig(kind="flow", steps=changes.pop("steps", 100))}
+    stages = {"dense": StageConfig(steps=changes.pop("steps", 100))}
     return RunConfig(name="run", model=ModelConfig(), stages=stages, **changes)
 
 

@@ -33,9 +33,7 @@ def scratch(mesh: MeshConfig) -> RunConfig:
         PixelsConfig(24, 24, 6),
         sample_steps=2,
     )
-    stage = replace(
-        tiny.STAGE, kind="flow", steps=STEPS, evaluate_every=6, checkpoint_every=3, sample_every=0
-    )
+    stage = replace(tiny.STAGE, steps=STEPS, evaluate_every=6, checkpoint_every=3, sample_every=0)
     return RunConfig(
         name="scratch",
         model=model,

@@ -63,7 +63,6 @@ def teacher(tmp_path_factory):
         stages={
             "flow": replace(
                 STAGE,
-                kind="flow",
                 steps=12,
                 optimizer=OptimizerConfig(learning_rate=2e-2, warmup=1),
             )
