@@ -19,6 +19,7 @@ import tyro
 from d2m_jax import command_line, weights
 from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check, suggestion
 from d2m_jax.evaluate import benchmark
+from d2m_jax.evaluate.scores import table, to_json
 from d2m_jax.models import accounting
 from d2m_jax.sampling.options import check_options
 
@@ -86,11 +87,11 @@ def icons(arguments: Sequence[str]) -> None:
         for path in parsed.models
     }
     if parsed.json:
-        print(json.dumps({name: benchmark.to_json(s) for name, s in scores.items()}, indent=1))
+        print(json.dumps({name: to_json(s) for name, s in scores.items()}, indent=1))
         return
     first = None
     for name, mine in scores.items():
-        rich.print(benchmark.table(name, mine, first))
+        rich.print(table(name, mine, first))
         first = first or mine
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from timing import finish, measure, parser, table
 
 from d2m_jax.data import icons
-from d2m_jax.evaluate.benchmark import task_of
-from d2m_jax.evaluate.icons import paired_difference, score
+from d2m_jax.evaluate.icons import score, task_of
+from d2m_jax.evaluate.scores import paired_difference
 from d2m_jax.sampling.pipeline import Pipeline, load_pipeline
 
 PLAIN = "plain"

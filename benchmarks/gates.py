@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from d2m_jax.config import SparsifyConfig
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import noisy_inputs
-from d2m_jax.evaluate.benchmark import task_of
+from d2m_jax.evaluate.icons import task_of
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sparsify import importance
 from d2m_jax.sparsify.student import make_student

@@ -9,31 +9,22 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Float, Int, PyTree, UInt8
+from jaxtyping import Float, Int, UInt8
 
-from d2m_jax.config import AutoencoderConfig, IconsConfig, PixelsConfig, check
+from d2m_jax.config import IconsConfig, check
 from d2m_jax.data.glyphs import COLOURS, MARGIN, Lexicon, lexicon
+from d2m_jax.data.protocol import Canvas, Split, Tokenizer
 
 CATEGORIES = ("single", "two", "counting", "colours", "position", "attribution")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("two", "three")
 WORDS = ("and", "of", *NUMBERS, "left", "right", "above", "below", *COLOURS)  # before the glyphs
 LONGEST = 6  # words of a caption
-
-Split = Literal["train", "validation", "held_out"]
-Canvas = PixelsConfig | AutoencoderConfig  # what knows an image's height and width
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What turns captions into arrays with the batch in front."""
-
-    def ids(self, captions: list[str]) -> PyTree: ...
 
 
 def lexicon_for(config: IconsConfig, image: Canvas) -> Lexicon:
@@ -100,6 +91,33 @@ def prompts(config: IconsConfig, image: Canvas, count: int, held_out: bool = Fal
         relation = RELATIONS[drawn.relation[i]] if category == "position" else ""
         scenes.append(Scene(category, captions[i], objects, relation))
     return scenes
+
+
+class Icons:
+    """The task on one canvas, as data/protocol.py, Data, wants it."""
+
+    def __init__(self, config: IconsConfig, image: Canvas):
+        self.config, self.image = config, image
+        self.lexicon = lexicon_for(config, image)
+
+    def vocabulary(self) -> tuple[str, ...]:
+        """Every word of its captions."""
+        return vocabulary(self.config, self.image)
+
+    def batches(
+        self,
+        tokenizer: Tokenizer,
+        size: int,
+        seed: int = 0,
+        split: Split = "train",
+        rows: slice = slice(None),
+    ) -> grain.DatasetIterator:
+        """Endless batches of `size`, of which `rows` are drawn."""
+        return batches(self.config, tokenizer, self.image, size, seed, split, rows)
+
+    def prompts(self, count: int, held_out: bool = False) -> list[Scene]:
+        """Scenes to evaluate on, the categories in turn."""
+        return prompts(self.config, self.image, count, held_out)
 
 
 def batches(

@@ -1,18 +1,30 @@
-"""The icons benchmark of whole models: prompts, images, scores, and the table that people read."""
+"""The benchmark of whole models: prompts of their data, images, and scores where the data has a
+judge."""
 
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
+import numpy as np
+from jaxtyping import Array, Float
 
-from d2m_jax.config import ConfigError, IconsConfig, ModelConfig, WordsConfig, check
-from d2m_jax.data import icons
-from d2m_jax.evaluate.icons import Estimate, Score, paired_difference, score
+from d2m_jax.config import ConfigError
+from d2m_jax.data.icons import Icons
+from d2m_jax.data.protocol import Data, Prompt
+from d2m_jax.data.source import open_data
+from d2m_jax.evaluate import icons
+from d2m_jax.evaluate.scores import Score, Scores
 from d2m_jax.sampling.pipeline import Pipeline, load_pipeline
 
-Scores = dict[str, Score]  # of "seen" combinations of glyph and colour, and of those "held_out"
+
+def judge(
+    data: Data, images: Float[Array | np.ndarray, "n h w 3"], prompts: Sequence[Prompt]
+) -> Score:
+    """Which of the images in [0, 1], one per prompt, are what the prompt asks for. TypeError for
+    data without a benchmark."""
+    if isinstance(data, Icons):
+        return icons.score(images, prompts, data.lexicon)
+    raise TypeError(f"{type(data).__name__}: no benchmark judges images of this data")
 
 
 def evaluate(
@@ -22,90 +34,17 @@ def evaluate(
     are those of Pipeline."""
     pipe = load_pipeline(path, quantize=quantize)
     try:
-        task = task_of(pipe.config)
+        task = icons.task_of(pipe.config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return scores_of(pipe, task, prompts, seed, **options)
+    return scores_of(pipe, open_data(task, pipe.config.image), prompts, seed, **options)
 
 
-def scores_of(
-    pipe: Pipeline, task: IconsConfig, prompts: int, seed: int = 0, **options: Any
-) -> Scores:
-    """The same for a pipeline at hand."""
-    lexicon = icons.lexicon_for(task, pipe.config.image)
+def scores_of(pipe: Pipeline, data: Data, prompts: int, seed: int = 0, **options: Any) -> Scores:
+    """The same for a pipeline at hand and the data that it was made for."""
     scores = {}
     for kind in ("seen", "held_out"):
-        scenes = icons.prompts(task, pipe.config.image, prompts, held_out=kind == "held_out")
-        images = pipe([scene.caption for scene in scenes], seed=seed, **options)
-        scores[kind] = score(images, scenes, lexicon)
+        asked = data.prompts(prompts, held_out=kind == "held_out")
+        images = pipe([prompt.caption for prompt in asked], seed=seed, **options)
+        scores[kind] = judge(data, images, asked)
     return scores
-
-
-def task_of(config: ModelConfig) -> IconsConfig:
-    """The task that a model was made for, which its vocabulary, canvas and caption length tell."""
-    check(
-        isinstance(config.text, WordsConfig),
-        "its prompts go through T5 and CLIP, expected a model of the embedded task's words",
-    )
-    words, image = config.text.vocabulary, config.image
-    glyphs = len(words) - len(icons.WORDS)
-    for task in ("scenes", "single"):
-        candidate = IconsConfig(task=task, glyphs=glyphs)
-        long_enough = task == "single" or config.text.length >= icons.LONGEST
-        if glyphs > 0 and long_enough and icons.vocabulary(candidate, image) == words:
-            return candidate
-    raise ConfigError(
-        f"its vocabulary of {len(words)} words is not that of a task of data/icons.py on"
-        f" {image.height} × {image.width} pixels"
-    )
-
-
-def to_json(scores: Scores) -> dict[str, Any]:
-    """Scores in percent, for programs."""
-    return {
-        kind: {
-            "prompts": len(mine.prompts),
-            "overall": _percent(mine.overall.mean),
-            "confidence_95": [_percent(mine.overall.low), _percent(mine.overall.high)],
-            "chance": _percent(mine.chance.mean),
-            "categories": {
-                name: {"score": _percent(share), "chance": _percent(chance)}
-                for name, share, chance in _categories(mine)
-            },
-        }
-        for kind, mine in scores.items()
-    }
-
-
-def table(name: str, scores: Scores, first: Scores | None = None) -> Table:
-    """Scores in percent, for people; with `first`, the difference to it over the same prompts."""
-    prompts = len(next(iter(scores.values())).prompts)
-    result = Table("", title=Text(f"{name}, {prompts} prompts"), title_justify="left")
-    overall, difference = ["overall"], ["difference to the first"]
-    for kind, mine in scores.items():
-        result.add_column(kind.replace("_", " "), justify="right")
-        result.add_column("chance", justify="right")
-        overall += [_interval(mine.overall), _interval(mine.chance)]
-        if first is not None:
-            difference += [_interval(paired_difference(mine, first[kind])), ""]
-    for row in zip(*map(_categories, scores.values()), strict=True):
-        result.add_row(row[0][0], *(str(_percent(value)) for _, *pair in row for value in pair))
-    result.add_section()
-    result.add_row(*overall)
-    if first is not None:
-        result.add_row(*difference)
-    return result
-
-
-def _categories(score: Score) -> list[tuple[str, float, float]]:
-    """Name, score and chance floor of every category."""
-    floor = replace(score, correct=score.floor).categories
-    return [(name, share, floor[name]) for name, share in score.categories.items()]
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{_percent(estimate.mean)} ± {_percent(1.96 * estimate.standard_error)}"
-
-
-def _percent(share: float) -> float:
-    return round(100 * share, 1)

@@ -13,14 +13,20 @@ from jaxtyping import Array, Float
 
 from d2m_jax import flow
 from d2m_jax.config import ModelConfig, RunConfig
-from d2m_jax.data import icons
+from d2m_jax.data.protocol import Split
+from d2m_jax.data.source import open_data
 from d2m_jax.distill.stages import noisy_inputs
 from d2m_jax.models.flux import model_of
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sharding import batch_sharding, batch_shards, local_mesh, replicated
 
 BATCH = 32  # examples of one forward
-SPLITS = {"seen": "validation", "held_out": "held_out"}  # pairs of glyph and colour → data split
+# What a report calls examples → the split of the data: pairs of glyph and colour that train, and
+# such that never do.
+SPLITS: dict[str, Split] = {
+    "seen": "validation",
+    "held_out": "held_out",
+}
 
 Inputs = dict[str, Array]  # img, txt, timesteps, y of a batch
 
@@ -33,9 +39,8 @@ def noisy_batches(config: RunConfig, encoders: Encoders, pairs: str) -> list[Inp
         jax.random.key(config.seed), np.uint32(zlib.crc32(f"report/{pairs}".encode()))
     )
     model = encoders.config
-    batches = icons.batches(
-        config.data, encoders.tokenizer, model.image, BATCH, config.seed, SPLITS[pairs]
-    )
+    data = open_data(config.data, model.image)
+    batches = data.batches(encoders.tokenizer, BATCH, config.seed, SPLITS[pairs])
     return [
         _noisy(model, encoders.encode(batch), jax.random.fold_in(key, np.uint32(i)))
         for i, batch in enumerate(islice(batches, count))

@@ -1,15 +1,23 @@
 """The benchmark of the embedded task: an oracle reads the pixels and judges as GenEval does."""
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy import ndimage
 
-from d2m_jax.config import check
-from d2m_jax.data.icons import CATEGORIES, COLOURS, Lexicon, Object, Scene, render
+from d2m_jax.config import ConfigError, IconsConfig, ModelConfig, WordsConfig, check
+from d2m_jax.data.icons import (
+    COLOURS,
+    LONGEST,
+    WORDS,
+    Lexicon,
+    Object,
+    Scene,
+    render,
+    vocabulary,
+)
+from d2m_jax.evaluate.scores import Score, strata
 
 SPECK = 4  # pixels; a smaller component is no object
 # intersection over union from which an object is a glyph; no two glyphs exceed 0.65
@@ -117,48 +125,6 @@ def correct(found: Sequence[Object], prompt: Scene) -> bool:
     return away[prompt.relation] >= 0.5
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its standard error; low and high bound the 95 % confidence interval (normal)."""
-
-    mean: float
-    standard_error: float
-
-    @property
-    def low(self) -> float:
-        return self.mean - 1.96 * self.standard_error
-
-    @property
-    def high(self) -> float:
-        return self.mean + 1.96 * self.standard_error
-
-
-@dataclass(frozen=True)
-class Score:
-    """Which prompts came out right; floor judges true images by other captions of the category."""
-
-    prompts: tuple[Scene, ...]
-    correct: Bool[np.ndarray, "n"]
-    floor: Bool[np.ndarray, "n"]
-
-    @functools.cached_property
-    def overall(self) -> Estimate:
-        """The mean over the categories, each of which is a stratum."""
-        return _stratified(self.correct, self.prompts)
-
-    @functools.cached_property
-    def chance(self) -> Estimate:
-        """The overall score of the floor."""
-        return _stratified(self.floor, self.prompts)
-
-    @functools.cached_property
-    def categories(self) -> dict[str, float]:
-        """The share of right prompts in each category."""
-        return {
-            name: float(self.correct[rows].mean()) for name, rows in _strata(self.prompts).items()
-        }
-
-
 def score(
     images: Float[Array | np.ndarray, "n h w 3"], prompts: Sequence[Scene], lexicon: Lexicon
 ) -> Score:
@@ -167,23 +133,17 @@ def score(
         len(images) == len(prompts) > 0,
         f"score: found {len(images)} images for {len(prompts)} prompts, expected one for each",
     )
-    alone = [name for name, rows in _strata(prompts).items() if len(rows) < 2]
+    alone = [name for name, rows in strata(prompts).items() if len(rows) < 2]
     check(not alone, f"score: found one prompt of {', '.join(alone)}, expected two or more of each")
     truth = render(prompts, lexicon, images.shape[1] // lexicon.cell)
     other = np.empty(len(prompts), int)  # the next prompt of the same category
-    for rows in _strata(prompts).values():
+    for rows in strata(prompts).values():
         other[rows] = np.roll(rows, -1)
     return Score(
         tuple(prompts),
         _judge(images, prompts, lexicon),
         _judge(truth / 255, [prompts[i] for i in other], lexicon),
     )
-
-
-def paired_difference(a: Score, b: Score) -> Estimate:
-    """By how much a's overall score exceeds b's, over the same prompts."""
-    check(a.prompts == b.prompts, "paired_difference: expected two scores over the same prompts")
-    return _stratified(a.correct.astype(float) - b.correct, a.prompts)
 
 
 def _judge(
@@ -193,16 +153,20 @@ def _judge(
     return np.array([correct(f, prompt) for f, prompt in zip(found, prompts, strict=True)])
 
 
-def _strata(prompts: Sequence[Scene]) -> dict[str, np.ndarray]:
-    """The rows of each category that occurs."""
-    names = np.array([prompt.category for prompt in prompts])
-    return {name: np.flatnonzero(names == name) for name in CATEGORIES if name in names}
-
-
-def _stratified(values: np.ndarray, prompts: Sequence[Scene]) -> Estimate:
-    """The mean over categories of their means, and its standard error."""
-    strata = [np.asarray(values[rows], float) for rows in _strata(prompts).values()]
-    variances = [v.var(ddof=1) / len(v) for v in strata]
-    return Estimate(
-        float(np.mean([v.mean() for v in strata])), float(np.sqrt(sum(variances)) / len(strata))
+def task_of(config: ModelConfig) -> IconsConfig:
+    """The task that a model was made for, which its vocabulary, canvas and caption length tell."""
+    check(
+        isinstance(config.text, WordsConfig),
+        "its prompts go through T5 and CLIP, expected a model of the embedded task's words",
+    )
+    words, image = config.text.vocabulary, config.image
+    glyphs = len(words) - len(WORDS)
+    for task in ("scenes", "single"):
+        candidate = IconsConfig(task=task, glyphs=glyphs)
+        long_enough = task == "single" or config.text.length >= LONGEST
+        if glyphs > 0 and long_enough and vocabulary(candidate, image) == words:
+            return candidate
+    raise ConfigError(
+        f"its vocabulary of {len(words)} words is not that of a task of data/icons.py on"
+        f" {image.height} × {image.width} pixels"
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from d2m_jax.evaluate.held_out import BATCH
-from d2m_jax.evaluate.icons import Estimate, paired_difference
+from d2m_jax.evaluate.scores import Estimate, paired_difference
 from d2m_jax.report.measure import Measured
 from d2m_jax.report.rows import Row, Run
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from d2m_jax.config import ModelConfig
-from d2m_jax.evaluate import benchmark, latency, routing
+from d2m_jax.evaluate import latency, routing, scores
 from d2m_jax.evaluate.held_out import BATCH
 from d2m_jax.models.accounting import Account, account
 from d2m_jax.report.ahead import compiled_ahead
@@ -162,7 +162,7 @@ def _row(findings: Findings, row: Row) -> dict[str, Any]:
 
 
 def _worth(measured: Measured) -> dict[str, Any]:
-    return {"held_out_error": measured.errors, "scores": benchmark.to_json(measured.scores)}
+    return {"held_out_error": measured.errors, "scores": scores.to_json(measured.scores)}
 
 
 def _rounded(values) -> list:

@@ -15,10 +15,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from d2m_jax.config import ModelConfig, to_json
-from d2m_jax.data import icons
-from d2m_jax.evaluate.benchmark import Scores
+from d2m_jax.data.protocol import Data
+from d2m_jax.data.source import open_data
+from d2m_jax.evaluate.benchmark import judge
 from d2m_jax.evaluate.held_out import SPLITS, Inputs, noisy_batches, velocities
-from d2m_jax.evaluate.icons import Score, score
+from d2m_jax.evaluate.scores import Score, Scores
 from d2m_jax.report.rows import Run
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.grid import to_image
@@ -92,11 +93,11 @@ class Bench:
         self, config: ModelConfig, params: dict, prompts: Mapping[str, int]
     ) -> dict[str, Any]:
         pipe, value = Pipeline(config, params, encoders=self.encoders), {}
-        lexicon = icons.lexicon_for(self.run.config.data, config.image)
+        data = self._data(config)
         for pairs, count in prompts.items():
-            scenes = self._scenes(config, pairs, count)
-            images = pipe([scene.caption for scene in scenes], seed=self.run.config.seed)
-            judged = score(images, scenes, lexicon)
+            asked = data.prompts(count, pairs == "held_out")
+            images = pipe([prompt.caption for prompt in asked], seed=self.run.config.seed)
+            judged = judge(data, images, asked)
             answers = velocities(config, params, self.inputs[pairs])
             value[pairs] = {
                 "correct": _bits(judged.correct),
@@ -110,7 +111,7 @@ class Bench:
     def _read(self, value: dict, config: ModelConfig, prompts: Mapping[str, int]) -> Measured:
         scores = {
             pairs: Score(
-                tuple(self._scenes(config, pairs, count)),
+                tuple(self._data(config).prompts(count, pairs == "held_out")),
                 *(np.array(list(value[pairs][judged])) == "1" for judged in ("correct", "floor")),
             )
             for pairs, count in prompts.items()
@@ -119,8 +120,8 @@ class Bench:
         samples = np.stack([np.asarray(Image.open(file)) for file in files])
         return Measured(scores, {pairs: value[pairs]["error"] for pairs in prompts}, samples)
 
-    def _scenes(self, config: ModelConfig, pairs: str, count: int) -> list[icons.Scene]:
-        return icons.prompts(self.run.config.data, config.image, count, pairs == "held_out")
+    def _data(self, config: ModelConfig) -> Data:
+        return open_data(self.run.config.data, config.image)
 
 
 def cached(file: Path, key: Any, compute: Callable[[], Any]) -> Any:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from d2m_jax.data.icons import CATEGORIES, Scene
+from d2m_jax.data.protocol import Prompt
 from d2m_jax.evaluate.routing import BINS, Group, Layer
 from d2m_jax.report.measure import Measured
 from d2m_jax.report.rows import Row, Run
@@ -22,7 +22,8 @@ def samples(rows: Sequence[Row], measured: Mapping[Row, Measured]) -> Figure:
     """The same prompts with the same noise, a column per model; frames say what came out right."""
     images = [measured[row].samples for row in rows]
     scenes = measured[rows[0]].scores["seen"].prompts[: len(images[0])]
-    order = sorted(range(len(scenes)), key=lambda i: CATEGORIES.index(scenes[i].category))
+    categories = list(dict.fromkeys(scene.category for scene in scenes))
+    order = sorted(range(len(scenes)), key=lambda i: categories.index(scenes[i].category))
     caption, size, gap = 2.4, 1.0, 0.24  # in units of an image
     width = caption + len(rows) * (size + gap)
     height = len(scenes) * (size + gap) + 0.65
@@ -51,7 +52,7 @@ def samples(rows: Sequence[Row], measured: Mapping[Row, Measured]) -> Figure:
     return figure
 
 
-def _wrapped(scene: Scene) -> str:
+def _wrapped(scene: Prompt) -> str:
     """A caption in lines that fit beside the images."""
     lines = [""]
     for word in scene.caption.split():

@@ -7,9 +7,8 @@ import rich.box
 import rich.table
 from rich.text import Text
 
-from d2m_jax.data.icons import CATEGORIES
 from d2m_jax.evaluate.held_out import BATCH
-from d2m_jax.evaluate.icons import Estimate
+from d2m_jax.evaluate.scores import Estimate
 from d2m_jax.report.comparison import note
 from d2m_jax.report.findings import Findings
 from d2m_jax.report.page import Table
@@ -84,7 +83,7 @@ def against(findings: Findings) -> Table | None:
 def categories(findings: Findings) -> Table:
     """Scores by category."""
     first = findings.measured[findings.run.teacher].scores["seen"]
-    names = [name for name in CATEGORIES if name in first.categories]
+    names = list(first.categories)
     rows = []
     for row in findings.run.rows:
         shares = findings.measured[row].scores["seen"].categories

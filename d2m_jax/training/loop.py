@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, MeshConfig, StageConfig, to_json
+from d2m_jax.data.protocol import Batches
 from d2m_jax.sharding import batch_shards, make_mesh, put_batch, put_parameters
 from d2m_jax.training.checkpoint import Checkpoints
 from d2m_jax.training.metrics import Metrics, Window, matmul_peak
@@ -25,18 +26,6 @@ from d2m_jax.training.step import Loss, Step, trained
 from d2m_jax.weights.named_arrays import fingerprint, shapes
 
 Batch = dict[str, Any]  # arrays, or trees of them, with the batch in front
-
-
-@runtime_checkable
-class Batches(Protocol):
-    """Training batches without end, that know where they are."""
-
-    def __next__(self) -> Batch: ...
-
-    def get_state(self) -> Any:
-        """JSON; the position after the batch that was handed out last."""
-
-    def set_state(self, state: Any) -> None: ...
 
 
 def train_stage(

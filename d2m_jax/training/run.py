@@ -25,7 +25,8 @@ from d2m_jax.config import (
     at_path,
     check,
 )
-from d2m_jax.data import icons
+from d2m_jax.data.protocol import Batches, Split
+from d2m_jax.data.source import open_data
 from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
 from d2m_jax.models.accounting import flops_per_example
 from d2m_jax.models.flux import abstract, initialise
@@ -66,11 +67,10 @@ class _Work:
         """A model directory onto the mesh, as it is stored."""
         return model_directory.load(path, None, partial(parameter_sharding, self.mesh))
 
-    def batches(self, model: ModelConfig, size: int, split: icons.Split = "train"):
+    def batches(self, model: ModelConfig, size: int, split: Split = "train") -> Batches:
         """Batches, of which this process draws the rows that it needs."""
-        config, tokenizer = self.config, self.encoders.tokenizer
-        rows = own_rows(self.mesh, size)
-        return icons.batches(config.data, tokenizer, model.image, size, config.seed, split, rows)
+        data, rows = open_data(self.config.data, model.image), own_rows(self.mesh, size)
+        return data.batches(self.encoders.tokenizer, size, self.config.seed, split, rows)
 
 
 def run(config: RunConfig, run_directory: Path | str) -> None:
@@ -84,7 +84,7 @@ def run(config: RunConfig, run_directory: Path | str) -> None:
     if config.teacher is None:
         model = config.model
         if isinstance(model.text, WordsConfig):
-            vocabulary = icons.vocabulary(config.data, model.image)
+            vocabulary = open_data(config.data, model.image).vocabulary()
             model = replace(model, text=replace(model.text, vocabulary=vocabulary))
         _check_stages("", config.stages, model, mesh)
         params = initialise(model.transformer, config.seed)
@@ -286,7 +286,7 @@ def _sample(
 ) -> None:
     """The grid of fixed prompts and fixed noise at this step."""
     config = work.config
-    prompts = icons.prompts(config.data, model.image, SAMPLED_PROMPTS)
+    prompts = open_data(config.data, model.image).prompts(SAMPLED_PROMPTS)
     pipe = Pipeline(model, params, encoders=work.encoders, mesh=work.mesh)
     images = pipe([prompt.caption for prompt in prompts], seed=config.seed)
     if hosts.first():

@@ -8,11 +8,15 @@ from rich.console import Console
 
 from d2m_jax.config import ConfigError, IconsConfig, ModelConfig, PixelsConfig, WordsConfig
 from d2m_jax.data import icons
+from d2m_jax.data.source import open_data
 from d2m_jax.evaluate import benchmark
+from d2m_jax.evaluate import icons as oracle
+from d2m_jax.evaluate import scores as tables
 from d2m_jax.sampling.pipeline import Pipeline
 
 TASK = IconsConfig(glyphs=48)
 IMAGE = PixelsConfig(24, 24, 4)
+DATA = open_data(TASK, IMAGE)
 CONFIG = ModelConfig(text=WordsConfig(vocabulary=icons.vocabulary(TASK, IMAGE)), image=IMAGE)
 
 
@@ -36,7 +40,7 @@ class Painter(Pipeline):
 
 def test_scores_of_seen_and_held_out_combinations():
     painter = Painter()
-    scores = benchmark.scores_of(painter, TASK, 36, seed=5, steps=7, top_k=1)
+    scores = benchmark.scores_of(painter, DATA, 36, seed=5, steps=7, top_k=1)
     assert painter.calls == [{"steps": 7, "seed": 5, "top_k": 1}] * 2
     assert list(scores) == ["seen", "held_out"]
     for score in scores.values():
@@ -46,15 +50,15 @@ def test_scores_of_seen_and_held_out_combinations():
 
 
 def test_json_and_table_hold_scores_with_their_chance():
-    scores = benchmark.scores_of(Painter(), TASK, 36)
-    value = benchmark.to_json(scores)["seen"]
+    scores = benchmark.scores_of(Painter(), DATA, 36)
+    value = tables.to_json(scores)["seen"]
     assert (value["prompts"], value["overall"]) == (36, 66.7)
     assert list(value["categories"]) == list(icons.CATEGORIES)
     assert value["categories"]["position"]["score"] == 66.7
     assert value["categories"]["position"]["chance"] < 10
-    better = benchmark.scores_of(Painter(fails=2**30), TASK, 36)
+    better = benchmark.scores_of(Painter(fails=2**30), DATA, 36)
     said = io.StringIO()
-    Console(file=said, width=120).print(benchmark.table("a [model]", better, scores))
+    Console(file=said, width=120).print(tables.table("a [model]", better, scores))
     assert "a [model], 36 prompts" in said.getvalue()
     (row,) = [line for line in said.getvalue().splitlines() if "difference" in line]
     assert "16.7" in row
@@ -64,10 +68,10 @@ def test_json_and_table_hold_scores_with_their_chance():
 def test_the_task_is_told_by_the_model(task, length):
     data = IconsConfig(task=task, glyphs=40)
     words = WordsConfig(vocabulary=icons.vocabulary(data, IMAGE), length=length)
-    assert benchmark.task_of(ModelConfig(text=words, image=IMAGE)) == data
+    assert oracle.task_of(ModelConfig(text=words, image=IMAGE)) == data
 
 
 def test_a_model_of_another_task_is_refused():
     words = WordsConfig(vocabulary=("a", "photo", *CONFIG.text.vocabulary))
     with pytest.raises(ConfigError, match="vocabulary of 65 words"):
-        benchmark.task_of(ModelConfig(text=words, image=IMAGE))
+        oracle.task_of(ModelConfig(text=words, image=IMAGE))

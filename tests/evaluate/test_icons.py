@@ -6,7 +6,8 @@ from scipy import ndimage
 
 from d2m_jax.config import ConfigError, IconsConfig, PixelsConfig
 from d2m_jax.data.icons import CATEGORIES, Object, Scene, lexicon_for, prompts, render
-from d2m_jax.evaluate.icons import UNKNOWN, correct, paired_difference, read, score
+from d2m_jax.evaluate.icons import UNKNOWN, correct, read, score
+from d2m_jax.evaluate.scores import paired_difference
 
 CONFIG, CANVAS = IconsConfig(), PixelsConfig(24, 24)
 LEXICON = lexicon_for(CONFIG, CANVAS)

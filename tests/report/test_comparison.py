@@ -7,7 +7,7 @@ import pytest
 
 from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, StackConfig, StageConfig
 from d2m_jax.data.icons import Scene
-from d2m_jax.evaluate.icons import Score
+from d2m_jax.evaluate.scores import Score
 from d2m_jax.report.comparison import compare, note, rival_at, verdicts
 from d2m_jax.report.measure import Measured
 from d2m_jax.report.rows import Row, Run, Student
