@@ -122,10 +122,21 @@ def _shift(file: Path) -> float | None:
     """The shift of a scheduler. ConfigError for settings that would make other images."""
     value = _json(file)
     dynamic = bool(value.get("use_dynamic_shifting", False))
-    for name, expected in (PLAIN | DYNAMIC if dynamic else PLAIN).items():
+    stated = DYNAMIC | value
+    # By length in name only: one shift for every length.
+    level = dynamic and stated["base_shift"] == stated["max_shift"]
+    needed = PLAIN | (DYNAMIC if dynamic else {})
+    for name, expected in needed.items():
+        if level and name in DYNAMIC and name != "time_shift_type":
+            continue
         found = value.get(name, expected)
         same = found == expected or not (found or expected)  # null and 0 say False
         check(same, f"{file}: {name} = {found!r}, expected {expected!r}")
+    if level:
+        shift = stated["base_shift"]
+        number = isinstance(shift, (int, float)) and abs(shift) < 100  # exp of it is a number too
+        check(number, f"{file}: base_shift = {shift!r}, expected a number")
+        return math.exp(shift)
     if dynamic:
         return None
     shift = value.get("shift", 1.0)
@@ -137,7 +148,7 @@ def _shift(file: Path) -> float | None:
 def _json(file: Path) -> dict[str, Any]:
     check(file.is_file(), f"{file}: no such file, expected it in a diffusers FluxPipeline")
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_bytes())
         check(isinstance(value, dict), "expected an object")
     except ValueError as error:  # ConfigError is one
         raise ConfigError(f"{file}: damaged, expected a JSON object ({error})") from None

@@ -80,7 +80,7 @@ def load_config(path: Path | str) -> ModelConfig:
             f"{path}: expected a model directory (config.json and params/), found {found}"
         )
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
     if isinstance(value, dict) and "_class_name" in value:

@@ -152,7 +152,7 @@ def _diffusers_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_bytes())
         kind, axes = value.get("_class_name"), value.get("axes_dims_rope")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{file}: damaged, expected a JSON object ({error})") from None

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -174,6 +175,10 @@ def test_settings_of_schedulers(both, tmp_path):
 
     assert shift(shift=3.0) == 3.0 and shift(shift=2) == 2.0
     assert shift(use_dynamic_shifting=True, shift=3.0) is None
+    level = {"base_shift": math.log(3), "max_shift": math.log(3), "max_image_seq_len": 8192}
+    assert math.isclose(shift(use_dynamic_shifting=True, **level), 3.0)
+    with pytest.raises(ConfigError, match="base_shift = '1', expected a number"):
+        shift(use_dynamic_shifting=True, base_shift="1", max_shift="1")
     for bad in (0, -1.0, None, "3"):
         with pytest.raises(ConfigError, match="shift = .*, expected a number above 0"):
             shift(shift=bad)
@@ -205,6 +210,15 @@ def test_tokenizers_without_their_settings(both, tmp_path):
     (folder / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="tokenizer: expected a tokenizer .*, found none"):
         Tokenizers(str(folder), ours.config.text).ids(PROMPTS)
+
+
+def test_json_with_a_byte_order_mark(both, tmp_path):
+    """As editors on Windows save it: read as without."""
+    folder = tmp_path / "a"
+    shutil.copytree(both[1].config.encoders, folder)
+    for file in (*folder.glob("*.json"), *folder.glob("*/*config.json")):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_pipeline(folder).config == replace(both[1].config, encoders=str(folder))
 
 
 def test_a_part_that_is_missing_is_named(both, tmp_path):

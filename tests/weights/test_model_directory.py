@@ -107,6 +107,12 @@ def refused(path, message):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
+def test_a_byte_order_mark_is_read_past(path):
+    file = path / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert model_directory.load_config(path) == CONFIG
+
+
 def test_missing(path):
     refused(path.parent / "nothing", "found no such directory")
     other = path.parent / "diffusers"
