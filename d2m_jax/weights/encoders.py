@@ -19,7 +19,14 @@ from d2m_jax.config import (
     check,
 )
 from d2m_jax.models import autoencoder, clip, t5
-from d2m_jax.weights import autoencoder_keys, hub, key_table, text_encoder_keys, torch_import
+from d2m_jax.weights import (
+    autoencoder_keys,
+    hub,
+    key_table,
+    recognise,
+    text_encoder_keys,
+    torch_import,
+)
 from d2m_jax.weights.named_arrays import sizes
 
 T5, CLIP, AUTOENCODER = "text_encoder_2", "text_encoder", "vae"
@@ -168,20 +175,24 @@ def load_encoders(config: ModelConfig, sharding: Any = None) -> dict[str, dict]:
     folder = Path(config.encoders)
     check(folder.is_dir(), f"ModelConfig.encoders = {config.encoders}: no such folder")
     if isinstance(text, PromptsConfig):
-        source = text_encoder_keys.t5_tensors(torch_import.read_tensors(folder / T5))
+        source = text_encoder_keys.t5_tensors(_tensors(folder / T5))
         like = t5.abstract(text.t5)
         table = text_encoder_keys.t5_keys(text.t5)
         params["t5"] = _load(folder / T5, table, source, like, sharding)
-        source = text_encoder_keys.clip_tensors(torch_import.read_tensors(folder / CLIP))
+        source = text_encoder_keys.clip_tensors(_tensors(folder / CLIP))
         like = clip.abstract(text.clip)
         table = text_encoder_keys.clip_keys(text.clip)
         params["clip"] = _load(folder / CLIP, table, source, like, sharding)
     if isinstance(image, AutoencoderConfig):
-        source = torch_import.read_tensors(folder / AUTOENCODER)
+        source = _tensors(folder / AUTOENCODER)
         like = autoencoder.abstract(image)
         table = autoencoder_keys.diffusers_keys(image)
         params["autoencoder"] = _load(folder / AUTOENCODER, table, source, like, sharding)
     return params
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    return recognise.without_wrappers(folder, torch_import.read_tensors(folder))
 
 
 def _load(where: Path, table, tensors, like: dict, sharding) -> dict:

@@ -1,11 +1,11 @@
 """What a file of tensors is, by their names: the parts we take, and what we refuse and why."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from d2m_jax import hosts
-from d2m_jax.config import ConfigError
+from d2m_jax.config import ConfigError, check
 from d2m_jax.weights.flux_keys import Layout
 from d2m_jax.weights.key_table import listed
 
@@ -93,11 +93,18 @@ def unwrapped(name: str) -> tuple[str, str]:
     """A name of a FLUX transformer without what tools put before and into it, and what stood before
     it: ("model._orig_mod.", "img_in.weight"). Any other name as it is, after ""."""
     parts = name.split(".")
-    # A number stands in a list of blocks: what comes after it is at the top of no transformer.
-    end = next((i for i, part in enumerate(parts) if part in TOP or part.isdecimal()), len(parts))
+    # A number stands in a list of blocks, so that what comes after it is at the top of no
+    # transformer; at the start of a name it is of an nn.Sequential around the whole.
+    first = next((i for i, part in enumerate(parts) if not _wraps(part)), 0)
+    places = range(first, len(parts))
+    end = next((i for i in places if parts[i] in TOP or parts[i].isdecimal()), len(parts))
     if end == len(parts) or parts[end] not in TOP:
         return "", name
     return "".join(f"{part}." for part in parts[:end]), _plain(".".join(parts[end:]))
+
+
+def _wraps(part: str) -> bool:
+    return part in WRAPPERS or part.isdecimal()
 
 
 def _plain(name: str) -> str:
@@ -130,6 +137,22 @@ def transformer(where: Any, tensors: Mapping[str, Any]) -> tuple[Layout, dict[st
     )
 
 
+def without_wrappers(where: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of an encoder by their names without wrappers, of which one line tells."""
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        check(_plain(name) not in found, f"{where}: holds {_plain(name)} twice, as {name} too")
+        found[_plain(name)] = tensor
+    cut = [f"{w}." for w in WRAPPERS if any(w in name.split(".") for name in tensors)]
+    if cut:
+        hosts.say(_cut(where, cut))
+    return found
+
+
+def _cut(where: Any, parts: Sequence[str]) -> str:
+    return f"{where}: read without what a tool put into its names: {listed(parts)}"
+
+
 def _without_start(where: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors whose names have the start that a transformer's have, without it."""
     starts: dict[str, str] = {}  # without wrappers → the first name
@@ -159,7 +182,7 @@ def _without_start(where: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
             parts = [before, *(f"{part}." for part in inside if part in WRAPPERS)]
             cut |= dict.fromkeys(part for part in parts if part not in ("", *USUAL))
     if cut:
-        hosts.say(f"{where}: read without what a tool put into its names: {listed(list(cut))}")
+        hosts.say(_cut(where, list(cut)))
     if outside:
         hosts.say(f"{where}: ignored {len(outside)} tensors beside {start}…: {listed(outside)}")
     return found

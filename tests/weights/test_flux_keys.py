@@ -159,7 +159,8 @@ def test_prefixes_and_all_in_one(prefix, capfd):
         "state_dict.",
         "unet.",
     ]
-    + ["module.model._orig_mod.", "state_dict.model.diffusion_model.", "what.ever."],
+    + ["module.model._orig_mod.", "state_dict.model.diffusion_model.", "what.ever."]
+    + ["0.", "module.0."],
 )
 def test_starts_of_wrappers(layout, start, capfd):
     tensors = tensors_of(layout, toy.config())
