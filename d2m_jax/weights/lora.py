@@ -39,6 +39,7 @@ FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEF
 # The roles of lora_names that change a weight, by the start that those of one kind share.
 KINDS = {"up": "LoRA", "down": "LoRA", "hada": "LoHa", "lokr": "LoKr", "diff": "diff"}
 KINDS["weight"] = "weight"
+NOTES = ("alpha", "reshape")  # what says something of a change and is none
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Chang
     )
     parts, wrong = _sorted_out(path, mine, linears(config))
     for linear, roles in parts:
-        if linear.weight.entries[0].ours == "img_in.kernel" and "down" in roles:
-            flux_keys.refuse_variant(path, roles["down"].shape[-1], config.in_channels)
+        if linear.weight.entries[0].ours == "img_in.kernel":
+            flux_keys.refuse_variant(path, _inputs(linear, roles), config.in_channels)
     changes = []
     for linear, roles in parts:
         try:
@@ -105,6 +106,19 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Chang
     if encoders:
         hosts.say(f"{path}: {len(encoders)} tensors of text encoders left out ({encoders[0]}, …)")
     return changes if scale else []
+
+
+def _inputs(linear: Linear, roles: Mapping[str, Any]) -> int:
+    """How many inputs a linear is meant to have: those of a control LoRA's first are more."""
+    if "reshape" in roles:
+        return _reshape(roles)[-1]
+    shapes = (roles[role].shape for role in ("down", "diff", "weight") if role in roles)
+    return next((shape[-1] for shape in shapes if len(shape) == 2), linear.weight.shape[-1])
+
+
+def _reshape(roles: Mapping[str, Any]) -> list[int]:
+    """The shape to which ComfyUI fills the weight up before it is changed."""
+    return np.asarray(roles["reshape"]).astype(int).ravel().tolist() or [0]
 
 
 def _file(path: Path) -> Path:
@@ -148,9 +162,9 @@ def _sorted_out(
             wrong.append(f"{linear.name} has two of {named.role}, the other is {name}")
         roles[named.role] = tensor
         kind = np.dtype(tensor.dtype).name
-        if "float" not in kind and named.role != "alpha":
+        if "float" not in kind and named.role not in NOTES:
             wrong.append(f"{name} is {kind}, expected floating point")
-        elif named.role != "alpha" and not np.isfinite(np.asarray(tensor, np.float32)).all():
+        elif named.role not in NOTES and not np.isfinite(np.asarray(tensor, np.float32)).all():
             wrong.append(f"{name} holds a NaN or an infinity")
     found = lora_names.foreign(unknown)
     if found is not None:
@@ -274,6 +288,8 @@ def _difference(
     if difference is not None:
         found, expected = difference.shape, linear.weight.shape
         check(found == expected, f"changes {list(found)}, expected {list(expected)}")
+        fills = "reshape" not in roles or _reshape(roles) == list(expected)
+        check(fills, f"fills the weight up, expected {list(expected)} as it is")
     if "magnitude" in roles or (said.dora and kind == "LoRA"):
         check("magnitude" in roles, "lacks the magnitude of a DoRA, which its settings promise")
         check(kind in ("LoRA", "LoHa", "LoKr"), "has the magnitude of a DoRA alone")

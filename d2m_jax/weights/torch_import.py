@@ -29,6 +29,7 @@ from d2m_jax.weights import (
 from d2m_jax.weights.key_table import Entry, Parameter, listed
 from d2m_jax.weights.named_arrays import names, restructure, sizes
 
+SHARD = r"-\d{5}-of-(?!00001)(\d{5})\.\w+$"  # one of several
 INDEX = r"\.safetensors\.index(\.[\w-]+)?\.json$"
 
 
@@ -121,6 +122,12 @@ def _read(path: Path) -> tuple[dict[str, safetensors.Tensor], list[dict[str, str
         recognise.refuse_pickle(path)
         whole = path.suffix.lower() in hub.WEIGHTS
         check(whole, f"{path}: expected a .safetensors file or a folder of them")
+        shard = re.search(SHARD, path.name)
+        check(
+            shard is None,
+            f"{path}: one of {shard and int(shard[1])} shards of a model; give their folder, or its"
+            " *.safetensors.index.json",
+        )
         files = [path]
         tensors = safetensors.read(path)
     return tensors, [safetensors.read_metadata(file) for file in files]
@@ -130,7 +137,8 @@ def _weights_in(folder: Path) -> Path:
     """The index or the only file of a folder's weights; lighter copies beside it do not count."""
     files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     whole = [f for f in files if re.search(r"\.(safetensors|sft)$", f.name, re.IGNORECASE)]
-    whole = [f for f in whole if not re.search(r"-\d{5}-of-\d{5}\.\w+$", f.name)]
+    parts = [f for f in whole if re.search(SHARD, f.name)]
+    whole = [f for f in whole if f not in parts]
     indices = [f for f in files if re.search(INDEX, f.name)]
     plain = [[f for f in some if not hub.variant(f.name)] for some in (indices, whole)]
     for found in (*plain, indices, whole):
@@ -141,6 +149,11 @@ def _weights_in(folder: Path) -> Path:
             )
         if found:
             return found[0]
+    if parts:
+        raise ConfigError(
+            f"{folder}: holds {len(parts)} shards of a model ({parts[0].name}, …), expected their"
+            " *.safetensors.index.json beside them"
+        )
     for file in files:
         if file.is_file():
             recognise.refuse_pickle(file)

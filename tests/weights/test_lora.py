@@ -544,8 +544,21 @@ def test_what_else_it_is(tmp_path, name, kind):
 def test_a_control_lora_is_told_by_its_channels(tmp_path):
     config = replace(toy.config(1, 2), in_channels=64)
     tensors, _ = pair("transformer.x_embedder", inputs=128)
-    with pytest.raises(ConfigError, match="FLUX.1 Depth or Canny, which reads 128 channels"):
-        added(tmp_path, tensors, config=config)
+    said = "FLUX.1 Depth or Canny, which reads 128 channels"
+    comfy = "diffusion_model.img_in"
+    for form in (
+        tensors,
+        {f"{comfy}.diff": random(32, 128)},
+        {f"{comfy}.diff": random(32, 64), f"{comfy}.reshape_weight": np.asarray([32, 128])},
+        {f"{comfy}.set_weight": random(32, 128)},
+    ):
+        with pytest.raises(ConfigError, match=said):
+            added(tmp_path, form, config=config)
+    of_own_shape = {f"{OUTER}.reshape_weight": np.asarray([32, 32])}
+    other, product = pair(OUTER)
+    close(added(tmp_path, other | of_own_shape)[f"{OURS}.kernel"], product)
+    with pytest.raises(ConfigError, match="proj fills the weight up, expected .32, 32. as it is"):
+        added(tmp_path, other | {f"{OUTER}.reshape_weight": np.asarray([32, 48])})
 
 
 def test_what_is_wrong_is_listed(tmp_path, capsys):

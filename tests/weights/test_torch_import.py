@@ -337,6 +337,22 @@ def test_lighter_copies_and_their_shards(expected, bfl, tmp_path):
         open_source(tmp_path)
 
 
+def test_a_shard_alone(bfl, expected, tmp_path):
+    """Told as one; the only one of one is a whole model."""
+    safetensors.write_sharded(tmp_path, "flux", safetensors.read(bfl), 50_000)
+    shards = sorted(tmp_path.glob("*-of-*"))
+    said = f"one of {len(shards)} shards of a model; give their folder, or its .*index.json"
+    with pytest.raises(ConfigError, match=f"{shards[1].name}: {said}"):
+        open_source(shards[1])
+    (tmp_path / "flux.safetensors.index.json").unlink()
+    said = f"holds {len(shards)} shards of a model .{shards[0].name}, …., expected their .*index"
+    with pytest.raises(ConfigError, match=said):
+        open_source(tmp_path)
+    (tmp_path / "one").mkdir()
+    shutil.copy(bfl, tmp_path / "one" / "flux-00001-of-00001.safetensors")
+    same({n: p[...] for n, p in open_source(tmp_path / "one").parameters().items()}, expected)
+
+
 def test_full_disk_while_exporting(expected, tmp_path, monkeypatch):
     import errno
 
