@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -32,6 +33,7 @@ def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
     OWNER/NAME/FILE names a file, OWNER/NAME@REVISION a revision. Raises ConfigError that says what
     to do: for a gated repository, one that is not there, several files, no network.
     """
+    check_path(source)
     path = Path(source)
     if os.path.lexists(path):
         check(path.exists(), f"{path}: a link to {os.path.realpath(path)}, which is not there")
@@ -48,6 +50,13 @@ def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
         raise
     except Exception as error:  # of huggingface_hub and of the packages below it
         raise ConfigError(f"{source}: {_told(name, error)}") from None
+
+
+def check_path(source: Any) -> None:
+    """Raise ConfigError for what names no place at all: None, a model, an empty string."""
+    found = "an empty string" if source == "" else type(source).__name__
+    right = isinstance(source, str | os.PathLike) and source != ""
+    check(right, f"the model's path: found {found}, expected a path or OWNER/NAME")
 
 
 def _refuse_cache(path: Path) -> None:

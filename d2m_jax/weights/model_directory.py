@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, ModelConfig, from_json, to_json
 from d2m_jax.models.flux import abstract
-from d2m_jax.weights import blocks
+from d2m_jax.weights import blocks, hub
 from d2m_jax.weights.named_arrays import fingerprint, names, restructure
 from d2m_jax.weights.output import new_directory
 
@@ -112,8 +112,10 @@ def placement(
 
 
 def is_model_directory(path: Path | str) -> bool:
-    """Whether there is a folder of ours: config.json beside params/."""
-    return (Path(path) / "config.json").is_file() and (Path(path) / "params").exists()
+    """Whether there is a folder of ours: config.json beside params/. ConfigError for no path."""
+    hub.check_path(path)
+    file, params = (os.path.join(path, name) for name in ("config.json", "params"))
+    return os.path.isfile(file) and os.path.exists(params)
 
 
 def load(
