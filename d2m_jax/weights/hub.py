@@ -23,7 +23,7 @@ WEIGHTS = (".safetensors", ".sft")
 SMALL = (".json", ".txt", ".model", ".jinja")  # configs and vocabularies
 # Of a model that fills the root: a model directory, an export for torch, diffusers' transformer.
 OWN = ("params/", "sparse_flux.py", "diffusion_pytorch_model")
-LORA_CONFIG = "adapter_config.json"
+ADAPTER, LORA_CONFIG = "adapter_model", "adapter_config.json"  # PEFT's
 
 
 def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
@@ -93,7 +93,9 @@ def _download(name: str, revision: str | None, file: str | None, parts: Sequence
     if file is not None:
         near = listed([f for f in files if f.lower().endswith(WEIGHTS)])
         check(file in files, f"{name}: holds no {file}, but {near or 'no weights'}")
-    wanted, meant = _chosen(name, files, parts) if file is None else ([file], file)
+    wanted, meant = (
+        _chosen(name, files, parts) if file is None else (_with_settings(file, files), file)
+    )
     folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted)
     return Path(folder) / meant
 
@@ -115,7 +117,7 @@ def _chosen(name: str, files: Iterable[str], parts: Sequence[str]) -> tuple[list
     weights = [f for f in files if f.lower().endswith(WEIGHTS)]
     found = [f for f in weights if "/" not in f] or weights
     if len(found) == 1:
-        return [*found, LORA_CONFIG], found[0]
+        return _with_settings(found[0], files), found[0]
     if found:
         raise ConfigError(
             f"{name}: holds {len(found)} files of weights ({listed(found)}); name one, such as"
@@ -124,6 +126,14 @@ def _chosen(name: str, files: Iterable[str], parts: Sequence[str]) -> tuple[list
     kinds = sorted({f.rpartition(".")[2] for f in files} & {"gguf", "bin", "pt", "ckpt", "pth"})
     holds = f".{' and .'.join(kinds)} files alone" if kinds else "no weights"
     raise ConfigError(f"{name}: holds {holds}, expected .safetensors")
+
+
+def _with_settings(file: str, files: Iterable[str]) -> list[str]:
+    """A file, and PEFT's settings beside it where they are of it (lora_strength.stated)."""
+    folder, name = os.path.split(file)
+    beside = [f for f in files if os.path.dirname(f) == folder and f.lower().endswith(WEIGHTS)]
+    mine = Path(name).stem == ADAPTER or len(beside) == 1
+    return [file, *([os.path.join(folder, LORA_CONFIG)] if mine else [])]
 
 
 def _without_copies(files: Sequence[str]) -> list[str]:

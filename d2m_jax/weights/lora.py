@@ -128,6 +128,12 @@ def _file(path: Path) -> Path:
     found = [path / name for name in FILES if (path / name).is_file()][:1]
     found = found or [file for file in files if file.suffix.lower() in hub.WEIGHTS]
     if not found:
+        # PEFT saves an adapter that has a name in a folder of that name.
+        named = [f for f in files if any((f / name).is_file() for name in FILES)]
+        if len(named) == 1:
+            return _file(named[0])
+        several = listed([folder.name for folder in named])
+        check(not named, f"{path}: holds the LoRAs {several}; give one of these folders")
         for file in files:
             recognise.refuse_pickle(file)
     check(

@@ -59,6 +59,14 @@ FILES = {
     "someone/one": ["flux1-dev-fp8.safetensors", "README.md", "picture.png"],
     "someone/several": ["a-fp8.safetensors", "b-fp8.safetensors", "sub/c.safetensors"],
     "someone/lora": ["style.safetensors", "adapter_config.json", "style.png"],
+    "someone/adapters": [
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "other.safetensors",
+        "q/adapter_model.safetensors",
+        "q/adapter_config.json",
+    ],
+    "someone/named": ["q/adapter_model.safetensors", "q/adapter_config.json", "q/README.md"],
     "someone/gguf": ["flux1-dev-Q4_0.gguf", "flux1-dev-Q8_0.gguf"],
     "someone/empty": ["README.md"],
     "someone/gated": (401, "GatedRepo"),
@@ -81,6 +89,16 @@ TAKEN = [
     ("someone/one@main", None, ["flux1-dev-fp8.safetensors"], "flux1-dev-fp8.safetensors"),
     ("someone/several/sub/c.safetensors", None, ["sub/c.safetensors"], "sub/c.safetensors"),
     ("someone/lora", None, FILES["someone/lora"][:2], "style.safetensors"),
+    # PEFT's settings come along where they are of the file.
+    ("someone/lora/style.safetensors", None, FILES["someone/lora"][:2], "style.safetensors"),
+    (
+        "someone/adapters/adapter_model.safetensors",
+        None,
+        FILES["someone/adapters"][:2],
+        "adapter_model.safetensors",
+    ),
+    ("someone/adapters/other.safetensors", None, ["other.safetensors"], "other.safetensors"),
+    ("someone/named", None, FILES["someone/named"][:2], "q/adapter_model.safetensors"),
 ]
 REFUSED = [
     ("someone/several", r"holds 2 files of weights \(a-fp8.safetensors; b-fp8.safetensors\); name"),
