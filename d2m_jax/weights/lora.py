@@ -66,7 +66,8 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Chang
     given = hub.local(path)
     path = _file(given)
     check(math.isfinite(scale), f"{path}: a strength of {scale}, expected a finite number")
-    recognise.refuse_pickle(path)
+    if path.suffix.lower() not in hub.WEIGHTS:
+        recognise.refuse_other(path)
     tensors, said = safetensors.read(path), lora_strength.stated(path, alone=given.is_dir())
     mine = {
         name: tensor
@@ -135,7 +136,8 @@ def _file(path: Path) -> Path:
         several = listed([folder.name for folder in named])
         check(not named, f"{path}: holds the LoRAs {several}; give one of these folders")
         for file in files:
-            recognise.refuse_pickle(file)
+            if file.is_file() and file.suffix.lower() in recognise.ENDINGS:
+                recognise.refuse_other(file)
     check(
         len(found) == 1,
         f"{path}: holds {len(found)} of *.safetensors, expected one LoRA; name the file itself",

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, ModelConfig, from_json, to_json
 from d2m_jax.models.flux import abstract
-from d2m_jax.weights import blocks, hub
+from d2m_jax.weights import blocks, hub, recognise
 from d2m_jax.weights.named_arrays import fingerprint, names, restructure
 from d2m_jax.weights.output import new_directory
 
@@ -72,6 +72,9 @@ def load_config(path: Path | str) -> ModelConfig:
     where it is missing or damaged."""
     file = Path(path) / "config.json"
     if not file.is_file():
+        kind = recognise.kind(Path(path)) if Path(path).is_file() else None
+        if kind is not None:
+            raise ConfigError(f"{path}: {kind}; expected a model directory")
         if Path(path).is_file() or (Path(path) / "transformer").is_dir():
             found = "a file" if Path(path).is_file() else "a FluxPipeline of diffusers"
             raise ConfigError(_convert(path, found))

@@ -6,10 +6,14 @@ from typing import Any
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, check
+from d2m_jax.weights import first_bytes
 from d2m_jax.weights.flux_keys import Layout
 from d2m_jax.weights.key_table import listed
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# What a file is by its ending, where its first bytes do not say.
+PICKLE = "a pickle file, which can run any code when it is read, so it is never read"
+ENDINGS = dict.fromkeys((".bin", ".ckpt", ".pt", ".pth", ".pkl"), PICKLE)
+ENDINGS[".gguf"] = "GGUF, which holds quantised blocks"
 # Names at the top of a transformer, in both layouts. Those of AT_LEAST_ONE are in no other model.
 AT_LEAST_ONE = (
     "img_in",
@@ -78,15 +82,24 @@ MARKS: dict[Layout, tuple[str, ...]] = {
 }
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raise ConfigError for a file that only pickle, or no torch program at all, could read."""
-    if path.suffix.lower() in PICKLES:
-        raise ConfigError(
-            f"{path}: a pickle file, which can run any code when it is read, so it is never read;"
-            " expected .safetensors"
-        )
-    if path.suffix.lower() == ".gguf":
-        raise ConfigError(f"{path}: GGUF holds quantised blocks; expected .safetensors")
+def kind(path: Path) -> str | None:
+    """What a file is, in words; None for safetensors, whatever its name, and for what is not known.
+    Raises ConfigError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(first_bytes.LENGTH)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    if first_bytes.is_safetensors(start):
+        return None
+    found = first_bytes.kind(start) if start else None
+    return found or ENDINGS.get(path.suffix.lower())
+
+
+def refuse_other(path: Path) -> None:
+    """Raise ConfigError for a file that is something else than safetensors."""
+    found = kind(path)
+    check(found is None, f"{path}: {found}; expected .safetensors")
 
 
 def unwrapped(name: str) -> tuple[str, str]:

@@ -119,9 +119,8 @@ def _read(path: Path) -> tuple[dict[str, safetensors.Tensor], list[dict[str, str
         files = safetensors.shards(path)
         tensors = safetensors.read_sharded(path)
     else:
-        recognise.refuse_pickle(path)
-        whole = path.suffix.lower() in hub.WEIGHTS
-        check(whole, f"{path}: expected a .safetensors file or a folder of them")
+        if path.suffix.lower() not in hub.WEIGHTS:
+            recognise.refuse_other(path)
         shard = re.search(SHARD, path.name)
         check(
             shard is None,
@@ -155,8 +154,8 @@ def _weights_in(folder: Path) -> Path:
             " *.safetensors.index.json beside them"
         )
     for file in files:
-        if file.is_file():
-            recognise.refuse_pickle(file)
+        if file.is_file() and file.suffix.lower() in recognise.ENDINGS:
+            recognise.refuse_other(file)
     raise ConfigError(f"{folder}: holds no .safetensors file, expected a model")
 
 

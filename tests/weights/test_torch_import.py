@@ -293,7 +293,7 @@ def test_what_is_no_model(bfl, tmp_path, monkeypatch):
     refused(tmp_path, "pytorch_model.bin: a pickle file")
     refused(tmp_path / "pytorch_model.bin", "a pickle file")
     (tmp_path / "a.txt").write_text("")
-    refused(tmp_path / "a.txt", "expected a .safetensors file")
+    refused(tmp_path / "a.txt", "a.txt: no safetensors: an empty file")
     for name in ("a.safetensors", "b.safetensors"):
         shutil.copy(bfl, tmp_path / name)
     refused(tmp_path, "holds 2 models")
