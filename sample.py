@@ -71,12 +71,14 @@ def main(arguments: Sequence[str]) -> None:
 
 def prompts_of(parsed: Arguments) -> list[str]:
     """Prompts of the command line and of the file; what is wrong is found before sampling."""
+    from d2m_jax.weights.hub import check_folder_name
     from d2m_jax.weights.output import check_writable
 
     prompts = list(parsed.prompt)
     if parsed.prompts is not None:
         prompts += read_prompts(parsed.prompts)
     check(len(prompts) > 0, "--prompt, --prompts: expected at least one prompt, found none")
+    check_folder_name(parsed.output)
     check_writable(parsed.output / "grid.png")
     return captions_of(prompts, "--prompt")
 

@@ -313,6 +313,18 @@ def test_a_model_that_needs_no_encoders_says_so(error_of, model, tmp_path):
     assert "reads words and draws pixels by itself, expected none" in said
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "A.PT", "a.png"])
+def test_folders_do_not_get_names_of_files(error_of, tmp_path, name):
+    new = tmp_path / name
+    for arguments in (
+        ("sample", "teachers/icons", "--prompt", "red anchor", "--output", new),
+        ("train", "configs/tiny.py", "--run-dir", new),
+        ("convert_torch_weights", "teachers/icons", new),
+    ):
+        assert f"{name}: would be a" in error_of(*arguments)
+    assert not new.exists()
+
+
 NO_NUMBER = "JAX_NUM_CPU_DEVICES=abc", 'Invalid value "abc" for JAX flag jax_num_cpu_devices'
 
 

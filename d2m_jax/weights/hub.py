@@ -20,6 +20,7 @@ REPOSITORY = re.compile(
     r"(?:/(?P<file>[^@]+\.(?:safetensors|sft|gguf)))?"
 )
 WEIGHTS = (".safetensors", ".sft")
+FILES = re.compile(r"\.(safetensors|sft|gguf|bin|ckpt|pth?|pkl|png|jpe?g|webp)$", re.IGNORECASE)
 SMALL = (".json", ".txt", ".model", ".jinja")  # configs and vocabularies
 # Of a model that fills the root: a model directory, an export for torch, diffusers' transformer.
 OWN = ("params/", "sparse_flux.py", "diffusion_pytorch_model")
@@ -57,6 +58,13 @@ def check_path(source: Any) -> None:
     found = "an empty string" if source == "" else type(source).__name__
     right = isinstance(source, str | os.PathLike) and source != ""
     check(right, f"the model's path: found {found}, expected a path or OWNER/NAME")
+
+
+def check_folder_name(path: Path) -> None:
+    """Raise ConfigError where a folder would be made that has a file's name."""
+    found = FILES.search(path.name)
+    free = found is None or path.is_dir()
+    check(free, f"{path}: would be a folder; expected a name without {found and found[0]}")
 
 
 def _refuse_cache(path: Path) -> None:
