@@ -17,8 +17,10 @@ from d2m_jax.weights.key_table import listed
 # OWNER/NAME, then perhaps @REVISION and the path of a file.
 REPOSITORY = re.compile(
     r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+?))?"
-    r"(?:/(?P<file>[^@]+\.(?:safetensors|sft|gguf)))?"
+    r"(?:/(?P<file>[^@]+\.(?i:safetensors|sft|gguf)))?"
 )
+SHARD = re.compile(r"-\d{5}-of-(?!00001)(\d{5})\.\w+$")  # one of several
+INDEX = re.compile(r"\.safetensors\.index(\.[\w-]+)?\.json$")
 WEIGHTS = (".safetensors", ".sft")
 FILES = re.compile(r"\.(safetensors|sft|gguf|bin|ckpt|pth?|pkl|png|jpe?g|webp)$", re.IGNORECASE)
 SMALL = (".json", ".txt", ".model", ".jinja")  # configs and vocabularies
@@ -42,7 +44,8 @@ def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
         return path
     found = REPOSITORY.fullmatch(str(source))
     if found is None:
-        address = "; of Hugging Face, name OWNER/NAME" if "://" in str(source) else ""
+        far = "://" in str(source) or re.fullmatch(r"[\w-][^/]*(/[^/]+){2,}", str(source))
+        address = "; of Hugging Face, name OWNER/NAME or OWNER/NAME/FILE" if far else ""
         raise ConfigError(f"{source}: no such file or folder{address}")
     name, revision, file = found.group("name", "revision", "file")
     try:
@@ -69,13 +72,23 @@ def check_folder_name(path: Path) -> None:
 
 def _refuse_cache(path: Path) -> None:
     """A hub cache keeps a repository's files in snapshots/REVISION."""
-    snapshots = path / "snapshots"
-    if not (path.name.startswith("models--") and snapshots.is_dir()):
+    snapshots = path if path.name == "snapshots" else path / "snapshots"
+    if not (snapshots.parent.name.startswith("models--") and snapshots.is_dir()):
         return
     kept = sorted(snapshots.iterdir())
     raise ConfigError(
         f"{path}: a folder of Hugging Face's cache, expected one of the {len(kept)} folders in its"
         f" snapshots{f', such as {kept[0]}' if kept else ''}"
+    )
+
+
+def refuse_shard(file: str) -> None:
+    """Raise ConfigError for the name of a file that holds a part of a model."""
+    shard = SHARD.search(file)
+    check(
+        shard is None,
+        f"{file}: one of {shard and int(shard[1])} shards of a model; give their folder, or its"
+        " *.safetensors.index.json",
     )
 
 
@@ -101,6 +114,9 @@ def _download(name: str, revision: str | None, file: str | None, parts: Sequence
     if file is not None:
         near = listed([f for f in files if f.lower().endswith(WEIGHTS)])
         check(file in files, f"{name}: holds no {file}, but {near or 'no weights'}")
+        refuse_shard(f"{name}/{file}")
+        gguf = file.lower().endswith(".gguf")
+        check(not gguf, f"{name}/{file}: GGUF, which holds quantised blocks; expected .safetensors")
     wanted, meant = (
         _chosen(name, files, parts) if file is None else (_with_settings(file, files), file)
     )
@@ -122,8 +138,12 @@ def _chosen(name: str, files: Iterable[str], parts: Sequence[str]) -> tuple[list
         own = [f for f in files if f.startswith(("params/", "encoders/", "sparse_flux.py"))]
         root = [f for f in files if f.startswith(("config.json", "model", OWN[2]))]
         return own + _without_copies(root), ""
-    weights = [f for f in files if f.lower().endswith(WEIGHTS)]
+    weights = [f for f in files if f.lower().endswith(WEIGHTS) and not SHARD.search(f)]
+    weights += [f for f in files if INDEX.search(f)]  # each stands for its shards
     found = [f for f in weights if "/" not in f] or weights
+    if len(found) == 1 and (index := INDEX.search(found[0])):
+        stem = found[0][: index.start()]
+        return [*found, *(f for f in files if f.startswith(stem) and SHARD.search(f))], found[0]
     if len(found) == 1:
         return _with_settings(found[0], files), found[0]
     if found:

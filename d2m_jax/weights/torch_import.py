@@ -29,9 +29,6 @@ from d2m_jax.weights import (
 from d2m_jax.weights.key_table import Entry, Parameter, listed
 from d2m_jax.weights.named_arrays import names, restructure, sizes
 
-SHARD = r"-\d{5}-of-(?!00001)(\d{5})\.\w+$"  # one of several
-INDEX = r"\.safetensors\.index(\.[\w-]+)?\.json$"
-
 
 @dataclass(frozen=True)
 class Source:
@@ -115,18 +112,13 @@ def _read(path: Path) -> tuple[dict[str, safetensors.Tensor], list[dict[str, str
     """The tensors as stored, and the metadata of their files."""
     if path.is_dir():
         path = _weights_in(path)
-    if re.search(INDEX, path.name):
+    if hub.INDEX.search(path.name):
         files = safetensors.shards(path)
         tensors = safetensors.read_sharded(path)
     else:
         if path.suffix.lower() not in hub.WEIGHTS:
             recognise.refuse_other(path)
-        shard = re.search(SHARD, path.name)
-        check(
-            shard is None,
-            f"{path}: one of {shard and int(shard[1])} shards of a model; give their folder, or its"
-            " *.safetensors.index.json",
-        )
+        hub.refuse_shard(str(path))
         files = [path]
         tensors = safetensors.read(path)
     return tensors, [safetensors.read_metadata(file) for file in files]
@@ -136,9 +128,9 @@ def _weights_in(folder: Path) -> Path:
     """The index or the only file of a folder's weights; lighter copies beside it do not count."""
     files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     whole = [f for f in files if re.search(r"\.(safetensors|sft)$", f.name, re.IGNORECASE)]
-    parts = [f for f in whole if re.search(SHARD, f.name)]
+    parts = [f for f in whole if hub.SHARD.search(f.name)]
     whole = [f for f in whole if f not in parts]
-    indices = [f for f in files if re.search(INDEX, f.name)]
+    indices = [f for f in files if hub.INDEX.search(f.name)]
     plain = [[f for f in some if not hub.variant(f.name)] for some in (indices, whole)]
     for found in (*plain, indices, whole):
         if len(found) > 1:
