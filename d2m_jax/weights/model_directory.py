@@ -80,7 +80,8 @@ def load_config(path: Path | str) -> ModelConfig:
             raise ConfigError(_convert(path, found))
         found = "no config.json in it" if Path(path).is_dir() else "no such directory"
         raise ConfigError(
-            f"{path}: expected a model directory (config.json and params/), found {found}"
+            f"{path}: expected a model directory (config.json and params/), found {found};"
+            " convert_torch_weights.py makes one of torch's files or a repository of Hugging Face"
         )
     try:
         value = json.loads(file.read_bytes())

@@ -124,7 +124,7 @@ def test_missing(path):
     refused(other / "config.json", "config.json: text, .*; expected a model directory")
     (other / "flux.safetensors").write_bytes(b"")
     refused(other / "flux.safetensors", "found a file; make one of it with")
-    refused(path.parent, "found no config.json in it")
+    refused(path.parent, "found no config.json in it; convert_torch_weights.py makes one of torch")
     (path / "params").rename(path.parent / "elsewhere")
     refused(path, "expected params/")
 
