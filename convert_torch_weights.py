@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import tyro
 
 from d2m_jax import command_line
-from d2m_jax.weights import convert
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,9 @@ def main(arguments: Sequence[str]) -> None:
         usage="convert_torch_weights.py",
         description="FLUX.1 from torch's files to a model directory, and back with --export.",
     )
+    # Imported once the arguments are right: help and errors need not wait for jax.
+    from d2m_jax.weights import convert
+
     convert.convert(
         parsed.source,
         parsed.output,

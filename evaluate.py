@@ -16,11 +16,8 @@ from typing import Annotated, Literal
 import rich
 import tyro
 
-from d2m_jax import command_line, weights
+from d2m_jax import command_line
 from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check, suggestion
-from d2m_jax.evaluate import benchmark
-from d2m_jax.evaluate.scores import table, to_json
-from d2m_jax.models import accounting
 from d2m_jax.sampling.options import check_options
 
 
@@ -40,6 +37,10 @@ def account(arguments: Sequence[str]) -> None:
         usage="evaluate.py account",
         description="Parameters and FLOPs of a model, beside the paper's figures.",
     )
+    # Imported once the arguments are right: help and errors need not wait for jax.
+    from d2m_jax import weights
+    from d2m_jax.models import accounting
+
     if parsed.source.suffix == ".py":
         config = command_line.load_config(parsed.source)
         config = config.model if isinstance(config, RunConfig) else config
@@ -82,6 +83,9 @@ def icons(arguments: Sequence[str]) -> None:
     check(parsed.prompts > 0, f"--prompts {parsed.prompts}: expected at least 1")
     options = {"steps": parsed.steps, "top_k": parsed.top_k, "reuse": parsed.reuse}
     check_options(seed=parsed.seed, **options)
+    from d2m_jax.evaluate import benchmark
+    from d2m_jax.evaluate.scores import table, to_json
+
     scores = {
         str(path): benchmark.evaluate(path, parsed.prompts, parsed.seed, parsed.quantize, **options)
         for path in parsed.models

@@ -10,10 +10,7 @@ import tyro
 
 from d2m_jax import command_line
 from d2m_jax.config import MeshConfig, check
-from d2m_jax.sampling import grid, pipeline
 from d2m_jax.sampling.options import captions_of, check_options, read_prompts
-from d2m_jax.sharding import make_mesh
-from d2m_jax.weights.output import check_writable
 
 # Of Arguments, what Pipeline takes under the same name.
 OPTIONS = (
@@ -56,6 +53,10 @@ def main(arguments: Sequence[str]) -> None:
     parsed = command_line.parse(
         Arguments, arguments, usage="sample.py", description="Write images for prompts."
     )
+    # Imported once the arguments are right: help and errors need not wait for jax.
+    from d2m_jax.sampling import grid, pipeline
+    from d2m_jax.sharding import make_mesh
+
     prompts = prompts_of(parsed)
     options = {name: getattr(parsed, name) for name in OPTIONS}
     check_options(**options)
@@ -70,10 +71,14 @@ def main(arguments: Sequence[str]) -> None:
 
 def prompts_of(parsed: Arguments) -> list[str]:
     """Prompts of the command line and of the file; what is wrong is found before sampling."""
+    from d2m_jax.weights.hub import check_folder_name
+    from d2m_jax.weights.output import check_writable
+
     prompts = list(parsed.prompt)
     if parsed.prompts is not None:
         prompts += read_prompts(parsed.prompts)
     check(len(prompts) > 0, "--prompt, --prompts: expected at least one prompt, found none")
+    check_folder_name(parsed.output)
     check_writable(parsed.output / "grid.png")
     return captions_of(prompts, "--prompt")
 

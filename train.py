@@ -65,10 +65,12 @@ def main(arguments: Sequence[str]) -> None:
     from d2m_jax.report import write
     from d2m_jax.sharding import use_cores
     from d2m_jax.training import lock, run
+    from d2m_jax.weights.hub import check_folder_name
     from d2m_jax.weights.output import full_disk
 
-    use_cores(parsed.config.quick_compilation)
     run_directory = parsed.run_dir or Path("runs") / parsed.config.name
+    check_folder_name(run_directory)
+    use_cores(parsed.config.quick_compilation)
     command = shlex.join(["python", "train.py", *arguments])
     who = parsed.coordinator, parsed.processes, parsed.process, parsed.host_timeout
     with hosts.joined(*who):

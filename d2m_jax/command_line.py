@@ -1,9 +1,11 @@
 """What the root scripts share: config files, options, and errors told in one line."""
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import logging
+import os
 import re
 import sys
 import traceback
@@ -16,18 +18,25 @@ import tyro
 from d2m_jax.config import ConfigError, at_path, check, suggestion
 
 T = TypeVar("T")
+NO_BACKEND = (
+    "Unable to initialize backend"  # JAX, of a platform that is not there or does not start
+)
 
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
-    """The exit code of main(arguments): 2 after one line for a ConfigError, 130 if interrupted."""
+    """The exit code of main(arguments): 2 after one line for a ConfigError or where JAX cannot
+    start, 130 if interrupted."""
     # Where a file is damaged, Orbax and its tasks would tell so beside our one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
     sys.unraisablehook = lambda told: _is_orbax(told.exc_value) or before(told)
     try:
+        _check_environment()
         main(arguments)
-    except ConfigError as error:
+    except (ConfigError, RuntimeError) as error:
+        if not isinstance(error, ConfigError) and not str(error).startswith(NO_BACKEND):
+            raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -36,6 +45,15 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     finally:
         sys.unraisablehook = before
     return 0
+
+
+def _check_environment() -> None:
+    """ConfigError for a variable of JAX's, which reads them when it is imported."""
+    if any(name.startswith("JAX_") for name in os.environ):
+        try:
+            importlib.import_module("jax")
+        except ValueError as error:
+            raise ConfigError(f"a JAX_ variable of the environment: {error}") from None
 
 
 def _is_orbax(error: BaseException | None) -> bool:

@@ -30,3 +30,22 @@ def test_a_name_misspelt_suggests_the_near_one():
 def test_importing_it_imports_no_jax():
     code = "import sys, d2m_jax; dir(d2m_jax); sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_what_is_no_path_is_told():
+    """In a process of its own, where nothing checks the types of arguments before."""
+    code = """
+import d2m_jax
+for load in (d2m_jax.load_model, d2m_jax.load_pipeline):
+    for path in (None, 3, b"a", "", [], "a" * 5000, "a\\0b"):
+        try:
+            load(path)
+        except ValueError as error:
+            print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == 14 and all(line.startswith("ConfigError ") for line in said)
+    for found in ("NoneType", "int", "bytes", "an empty string", "list"):
+        assert f"path: found {found}, expected a path or OWNER/NAME" in done.stdout

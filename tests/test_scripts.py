@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -310,3 +311,47 @@ def test_a_model_that_needs_no_encoders_says_so(error_of, model, tmp_path):
         *("sample", model, "--output", tmp_path / "new", "--prompt", "red", "--encoders", model)
     )
     assert "reads words and draws pixels by itself, expected none" in said
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "A.PT", "a.png"])
+def test_folders_do_not_get_names_of_files(error_of, tmp_path, name):
+    new = tmp_path / name
+    for arguments in (
+        ("sample", "teachers/icons", "--prompt", "red anchor", "--output", new),
+        ("train", "configs/tiny.py", "--run-dir", new),
+        ("convert_torch_weights", "teachers/icons", new),
+    ):
+        assert f"{name}: would be a" in error_of(*arguments)
+    assert not new.exists()
+
+
+NO_NUMBER = "JAX_NUM_CPU_DEVICES=abc", 'Invalid value "abc" for JAX flag jax_num_cpu_devices'
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "message"),
+    [
+        ("sample", *NO_NUMBER),
+        ("train", *NO_NUMBER),
+        ("evaluate", *NO_NUMBER),
+        ("convert_torch_weights", *NO_NUMBER),
+        ("sample", "JAX_PLATFORMS=gpuu", "Unable to initialize backend 'gpuu'"),
+    ],
+)
+def test_an_environment_in_which_jax_cannot_start(tmp_path, name, variable, message):
+    arguments = {
+        "sample": ["teachers/icons", "--prompt", "red", "--output", tmp_path / "images"],
+        "train": ["configs/tiny.py", "--run-dir", tmp_path / "run"],
+        "evaluate": ["icons", "teachers/icons"],
+        "convert_torch_weights": ["teachers/icons", tmp_path / "model"],
+    }[name]
+    done = subprocess.run(
+        [sys.executable, f"{name}.py", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | dict([variable.split("=")]),
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ") and message in done.stderr

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from d2m_jax.config import ConfigError, check
+from d2m_jax.config import ConfigError, check, suggestion
 
 # The least and the most that any model takes, both included.
 WHOLE = {
@@ -24,6 +24,17 @@ WHOLE = {
     "tile": (4, None),  # latents
 }
 REAL = {"guidance": (0, None), "true_cfg": (0, None)}
+# What diffusers' pipelines call it, and what is ours.
+DIFFUSERS = {
+    "prompt": "prompts",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "true_cfg_scale": "true_cfg",
+    "negative_prompt": "negative_prompts",
+    "generator": "seed",
+    "num_images_per_prompt": "prompts, a list that repeats it",
+    "output_type": "images.pil of what comes back",
+}
 NEEDED = ("seed", "reuse", "true_cfg")  # the others are the model's own where they are None
 # Byte-order marks; UTF-32's begins with UTF-16's.
 MARKS = {
@@ -55,6 +66,14 @@ def check_options(**options: Any) -> None:
         steps is None or len(top_k) <= int(steps),
         f"top_k: found {len(top_k)} numbers, expected one per step at most, and steps = {steps}",
     )
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ConfigError for names of options that Pipeline does not have."""
+    for name in names:
+        ours = DIFFUSERS.get(name)
+        hint = suggestion(name, known) if ours is None else f", here it is {ours}"
+        raise ConfigError(f"{name}: unknown option{hint}")
 
 
 def several(value: Any) -> tuple:

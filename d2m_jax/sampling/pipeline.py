@@ -26,7 +26,7 @@ from d2m_jax.models.size import summary
 from d2m_jax.sampling.denoise import denoise
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.grid import Images, check_finite
-from d2m_jax.sampling.options import captions_of, check_options, several
+from d2m_jax.sampling.options import captions_of, check_options, refuse_unknown, several
 from d2m_jax.sharding import (
     batch_shards,
     check_mesh,
@@ -90,7 +90,7 @@ class Pipeline:
 
     def __call__(
         self,
-        prompts: str | Iterable[str],
+        prompts: str | Iterable[str] = (),
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
@@ -104,6 +104,7 @@ class Pipeline:
         true_cfg: float = 1.0,
         batch_size: int | None = None,
         tile: int | None = None,
+        **unknown: Any,
     ) -> Images:
         """Images in [0, 1], float32 [b, H, W, 3], b = 1 for one string. What is None comes from the
         model's config; `latents` is packed noise.
@@ -114,8 +115,8 @@ class Pipeline:
         them. `tile`, in latents, makes an autoencoder decode in tiles of that side. The noise of
         prompt i depends on the seed and i alone, and a batch never changes a sample. What is cut
         off a prompt, or ignored by this model, is told in a line on stderr. ConfigError for unknown
-        words, sizes that tokens do not divide, latents of another shape, top_k outside 0 to n,
-        reuse without MoE layers, whatever check_options finds, and images of NaN.
+        words or options, sizes that tokens do not divide, latents of another shape, top_k outside 0
+        to n, reuse without MoE layers, whatever check_options finds, and images of NaN.
         """
         config = self.config
         top_k = several(top_k)
@@ -123,6 +124,8 @@ class Pipeline:
         options = {"height": height, "width": width, "steps": steps, "guidance": guidance}
         options |= {"seed": seed, "top_k": top_k, "reuse": reuse, "true_cfg": true_cfg}
         options |= {"batch_size": batch_size, "tile": tile}
+        named = ("prompts", "latents", "negative_prompts", "max_sequence_length")
+        refuse_unknown(unknown, (*options, *named))
         check_options(**options, max_sequence_length=max_sequence_length)
         self._check(top_k, reuse, max_sequence_length, tile)
         steps, seed = int(steps), int(seed)

@@ -60,6 +60,7 @@ def convert(
     else:
         kind = "a model directory" if export is None else f"a folder (--export {export})"
         check(not single, f"{target}: would be {kind}; for one file in BFL's layout --export bfl")
+        hub.check_folder_name(target)
     inside = Path(source).is_dir() and Path(source).resolve() in target.resolve().parents
     check(not inside, f"{target}: expected a place outside of the source's folder")
     check(export != "bfl" or not target.is_dir(), f"{target}: a folder, expected a file's name")

@@ -19,7 +19,14 @@ from d2m_jax.config import (
     check,
 )
 from d2m_jax.models import autoencoder, clip, t5
-from d2m_jax.weights import autoencoder_keys, hub, key_table, text_encoder_keys, torch_import
+from d2m_jax.weights import (
+    autoencoder_keys,
+    hub,
+    key_table,
+    recognise,
+    text_encoder_keys,
+    torch_import,
+)
 from d2m_jax.weights.named_arrays import sizes
 
 T5, CLIP, AUTOENCODER = "text_encoder_2", "text_encoder", "vae"
@@ -122,10 +129,21 @@ def _shift(file: Path) -> float | None:
     """The shift of a scheduler. ConfigError for settings that would make other images."""
     value = _json(file)
     dynamic = bool(value.get("use_dynamic_shifting", False))
-    for name, expected in (PLAIN | DYNAMIC if dynamic else PLAIN).items():
+    stated = DYNAMIC | value
+    # By length in name only: one shift for every length.
+    level = dynamic and stated["base_shift"] == stated["max_shift"]
+    needed = PLAIN | (DYNAMIC if dynamic else {})
+    for name, expected in needed.items():
+        if level and name in DYNAMIC and name != "time_shift_type":
+            continue
         found = value.get(name, expected)
         same = found == expected or not (found or expected)  # null and 0 say False
         check(same, f"{file}: {name} = {found!r}, expected {expected!r}")
+    if level:
+        shift = stated["base_shift"]
+        number = isinstance(shift, (int, float)) and abs(shift) < 100  # exp of it is a number too
+        check(number, f"{file}: base_shift = {shift!r}, expected a number")
+        return math.exp(shift)
     if dynamic:
         return None
     shift = value.get("shift", 1.0)
@@ -137,7 +155,7 @@ def _shift(file: Path) -> float | None:
 def _json(file: Path) -> dict[str, Any]:
     check(file.is_file(), f"{file}: no such file, expected it in a diffusers FluxPipeline")
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_bytes())
         check(isinstance(value, dict), "expected an object")
     except ValueError as error:  # ConfigError is one
         raise ConfigError(f"{file}: damaged, expected a JSON object ({error})") from None
@@ -157,20 +175,24 @@ def load_encoders(config: ModelConfig, sharding: Any = None) -> dict[str, dict]:
     folder = Path(config.encoders)
     check(folder.is_dir(), f"ModelConfig.encoders = {config.encoders}: no such folder")
     if isinstance(text, PromptsConfig):
-        source = text_encoder_keys.t5_tensors(torch_import.read_tensors(folder / T5))
+        source = text_encoder_keys.t5_tensors(_tensors(folder / T5))
         like = t5.abstract(text.t5)
         table = text_encoder_keys.t5_keys(text.t5)
         params["t5"] = _load(folder / T5, table, source, like, sharding)
-        source = text_encoder_keys.clip_tensors(torch_import.read_tensors(folder / CLIP))
+        source = text_encoder_keys.clip_tensors(_tensors(folder / CLIP))
         like = clip.abstract(text.clip)
         table = text_encoder_keys.clip_keys(text.clip)
         params["clip"] = _load(folder / CLIP, table, source, like, sharding)
     if isinstance(image, AutoencoderConfig):
-        source = torch_import.read_tensors(folder / AUTOENCODER)
+        source = _tensors(folder / AUTOENCODER)
         like = autoencoder.abstract(image)
         table = autoencoder_keys.diffusers_keys(image)
         params["autoencoder"] = _load(folder / AUTOENCODER, table, source, like, sharding)
     return params
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    return recognise.without_wrappers(folder, torch_import.read_tensors(folder))
 
 
 def _load(where: Path, table, tensors, like: dict, sharding) -> dict:

@@ -1,4 +1,4 @@
-"""What a file is that has the name of a safetensors file and is none, by how it begins."""
+"""What a file is that should be a safetensors file and is none, by how it begins."""
 
 import re
 
@@ -31,13 +31,18 @@ KINDS = (
 )
 
 
+def is_safetensors(start: bytes) -> bool:
+    """Whether a safetensors file, however damaged, begins with these bytes."""
+    return start[4:9] == b"\0\0\0\0{"
+
+
 def kind(start: bytes) -> str | None:
     """What begins with these bytes, in words; None for what is not known."""
     if not start:
         return "an empty file"
     if not any(start):
         return "zero bytes where its header should be: a download that did not end"
-    if start[4:9] == b"\0\0\0\0{":  # a safetensors file, however damaged
+    if is_safetensors(start):
         return None
     for pattern, name in KINDS:
         if re.match(pattern, start, re.DOTALL | re.IGNORECASE):

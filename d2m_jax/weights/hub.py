@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -16,13 +17,16 @@ from d2m_jax.weights.key_table import listed
 # OWNER/NAME, then perhaps @REVISION and the path of a file.
 REPOSITORY = re.compile(
     r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+?))?"
-    r"(?:/(?P<file>[^@]+\.(?:safetensors|sft|gguf)))?"
+    r"(?:/(?P<file>[^@]+\.(?i:safetensors|sft|gguf)))?"
 )
+SHARD = re.compile(r"-\d{5}-of-(?!00001)(\d{5})\.\w+$")  # one of several
+INDEX = re.compile(r"\.safetensors\.index(\.[\w-]+)?\.json$")
 WEIGHTS = (".safetensors", ".sft")
+FILES = re.compile(r"\.(safetensors|sft|gguf|bin|ckpt|pth?|pkl|png|jpe?g|webp)$", re.IGNORECASE)
 SMALL = (".json", ".txt", ".model", ".jinja")  # configs and vocabularies
 # Of a model that fills the root: a model directory, an export for torch, diffusers' transformer.
 OWN = ("params/", "sparse_flux.py", "diffusion_pytorch_model")
-LORA_CONFIG = "adapter_config.json"
+ADAPTER, LORA_CONFIG = "adapter_model", "adapter_config.json"  # PEFT's
 
 
 def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
@@ -32,6 +36,7 @@ def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
     OWNER/NAME/FILE names a file, OWNER/NAME@REVISION a revision. Raises ConfigError that says what
     to do: for a gated repository, one that is not there, several files, no network.
     """
+    check_path(source)
     path = Path(source)
     if os.path.lexists(path):
         check(path.exists(), f"{path}: a link to {os.path.realpath(path)}, which is not there")
@@ -39,7 +44,8 @@ def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
         return path
     found = REPOSITORY.fullmatch(str(source))
     if found is None:
-        address = "; of Hugging Face, name OWNER/NAME" if "://" in str(source) else ""
+        far = "://" in str(source) or re.fullmatch(r"[\w-][^/]*(/[^/]+){2,}", str(source))
+        address = "; of Hugging Face, name OWNER/NAME or OWNER/NAME/FILE" if far else ""
         raise ConfigError(f"{source}: no such file or folder{address}")
     name, revision, file = found.group("name", "revision", "file")
     try:
@@ -50,15 +56,39 @@ def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
         raise ConfigError(f"{source}: {_told(name, error)}") from None
 
 
+def check_path(source: Any) -> None:
+    """Raise ConfigError for what names no place at all: None, a model, an empty string."""
+    found = "an empty string" if source == "" else type(source).__name__
+    right = isinstance(source, str | os.PathLike) and source != ""
+    check(right, f"the model's path: found {found}, expected a path or OWNER/NAME")
+
+
+def check_folder_name(path: Path) -> None:
+    """Raise ConfigError where a folder would be made that has a file's name."""
+    found = FILES.search(path.name)
+    free = found is None or path.is_dir()
+    check(free, f"{path}: would be a folder; expected a name without {found and found[0]}")
+
+
 def _refuse_cache(path: Path) -> None:
     """A hub cache keeps a repository's files in snapshots/REVISION."""
-    snapshots = path / "snapshots"
-    if not (path.name.startswith("models--") and snapshots.is_dir()):
+    snapshots = path if path.name == "snapshots" else path / "snapshots"
+    if not (snapshots.parent.name.startswith("models--") and snapshots.is_dir()):
         return
     kept = sorted(snapshots.iterdir())
     raise ConfigError(
         f"{path}: a folder of Hugging Face's cache, expected one of the {len(kept)} folders in its"
         f" snapshots{f', such as {kept[0]}' if kept else ''}"
+    )
+
+
+def refuse_shard(file: str) -> None:
+    """Raise ConfigError for the name of a file that holds a part of a model."""
+    shard = SHARD.search(file)
+    check(
+        shard is None,
+        f"{file}: one of {shard and int(shard[1])} shards of a model; give their folder, or its"
+        " *.safetensors.index.json",
     )
 
 
@@ -84,7 +114,12 @@ def _download(name: str, revision: str | None, file: str | None, parts: Sequence
     if file is not None:
         near = listed([f for f in files if f.lower().endswith(WEIGHTS)])
         check(file in files, f"{name}: holds no {file}, but {near or 'no weights'}")
-    wanted, meant = _chosen(name, files, parts) if file is None else ([file], file)
+        refuse_shard(f"{name}/{file}")
+        gguf = file.lower().endswith(".gguf")
+        check(not gguf, f"{name}/{file}: GGUF, which holds quantised blocks; expected .safetensors")
+    wanted, meant = (
+        _chosen(name, files, parts) if file is None else (_with_settings(file, files), file)
+    )
     folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted)
     return Path(folder) / meant
 
@@ -103,10 +138,14 @@ def _chosen(name: str, files: Iterable[str], parts: Sequence[str]) -> tuple[list
         own = [f for f in files if f.startswith(("params/", "encoders/", "sparse_flux.py"))]
         root = [f for f in files if f.startswith(("config.json", "model", OWN[2]))]
         return own + _without_copies(root), ""
-    weights = [f for f in files if f.lower().endswith(WEIGHTS)]
+    weights = [f for f in files if f.lower().endswith(WEIGHTS) and not SHARD.search(f)]
+    weights += [f for f in files if INDEX.search(f)]  # each stands for its shards
     found = [f for f in weights if "/" not in f] or weights
+    if len(found) == 1 and (index := INDEX.search(found[0])):
+        stem = found[0][: index.start()]
+        return [*found, *(f for f in files if f.startswith(stem) and SHARD.search(f))], found[0]
     if len(found) == 1:
-        return [*found, LORA_CONFIG], found[0]
+        return _with_settings(found[0], files), found[0]
     if found:
         raise ConfigError(
             f"{name}: holds {len(found)} files of weights ({listed(found)}); name one, such as"
@@ -115,6 +154,14 @@ def _chosen(name: str, files: Iterable[str], parts: Sequence[str]) -> tuple[list
     kinds = sorted({f.rpartition(".")[2] for f in files} & {"gguf", "bin", "pt", "ckpt", "pth"})
     holds = f".{' and .'.join(kinds)} files alone" if kinds else "no weights"
     raise ConfigError(f"{name}: holds {holds}, expected .safetensors")
+
+
+def _with_settings(file: str, files: Iterable[str]) -> list[str]:
+    """A file, and PEFT's settings beside it where they are of it (lora_strength.stated)."""
+    folder, name = os.path.split(file)
+    beside = [f for f in files if os.path.dirname(f) == folder and f.lower().endswith(WEIGHTS)]
+    mine = Path(name).stem == ADAPTER or len(beside) == 1
+    return [file, *([os.path.join(folder, LORA_CONFIG)] if mine else [])]
 
 
 def _without_copies(files: Sequence[str]) -> list[str]:

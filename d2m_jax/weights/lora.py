@@ -39,6 +39,7 @@ FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEF
 # The roles of lora_names that change a weight, by the start that those of one kind share.
 KINDS = {"up": "LoRA", "down": "LoRA", "hada": "LoHa", "lokr": "LoKr", "diff": "diff"}
 KINDS["weight"] = "weight"
+NOTES = ("alpha", "reshape")  # what says something of a change and is none
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Chang
     given = hub.local(path)
     path = _file(given)
     check(math.isfinite(scale), f"{path}: a strength of {scale}, expected a finite number")
-    recognise.refuse_pickle(path)
+    if path.suffix.lower() not in hub.WEIGHTS:
+        recognise.refuse_other(path)
     tensors, said = safetensors.read(path), lora_strength.stated(path, alone=given.is_dir())
     mine = {
         name: tensor
@@ -81,8 +83,8 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Chang
     )
     parts, wrong = _sorted_out(path, mine, linears(config))
     for linear, roles in parts:
-        if linear.weight.entries[0].ours == "img_in.kernel" and "down" in roles:
-            flux_keys.refuse_variant(path, roles["down"].shape[-1], config.in_channels)
+        if linear.weight.entries[0].ours == "img_in.kernel":
+            flux_keys.refuse_variant(path, _inputs(linear, roles), config.in_channels)
     changes = []
     for linear, roles in parts:
         try:
@@ -107,6 +109,19 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Chang
     return changes if scale else []
 
 
+def _inputs(linear: Linear, roles: Mapping[str, Any]) -> int:
+    """How many inputs a linear is meant to have: those of a control LoRA's first are more."""
+    if "reshape" in roles:
+        return _reshape(roles)[-1]
+    shapes = (roles[role].shape for role in ("down", "diff", "weight") if role in roles)
+    return next((shape[-1] for shape in shapes if len(shape) == 2), linear.weight.shape[-1])
+
+
+def _reshape(roles: Mapping[str, Any]) -> list[int]:
+    """The shape to which ComfyUI fills the weight up before it is changed."""
+    return np.asarray(roles["reshape"]).astype(int).ravel().tolist() or [0]
+
+
 def _file(path: Path) -> Path:
     if path.is_file():
         return path
@@ -114,8 +129,15 @@ def _file(path: Path) -> Path:
     found = [path / name for name in FILES if (path / name).is_file()][:1]
     found = found or [file for file in files if file.suffix.lower() in hub.WEIGHTS]
     if not found:
+        # PEFT saves an adapter that has a name in a folder of that name.
+        named = [f for f in files if any((f / name).is_file() for name in FILES)]
+        if len(named) == 1:
+            return _file(named[0])
+        several = listed([folder.name for folder in named])
+        check(not named, f"{path}: holds the LoRAs {several}; give one of these folders")
         for file in files:
-            recognise.refuse_pickle(file)
+            if file.is_file() and file.suffix.lower() in recognise.ENDINGS:
+                recognise.refuse_other(file)
     check(
         len(found) == 1,
         f"{path}: holds {len(found)} of *.safetensors, expected one LoRA; name the file itself",
@@ -148,9 +170,9 @@ def _sorted_out(
             wrong.append(f"{linear.name} has two of {named.role}, the other is {name}")
         roles[named.role] = tensor
         kind = np.dtype(tensor.dtype).name
-        if "float" not in kind and named.role != "alpha":
+        if "float" not in kind and named.role not in NOTES:
             wrong.append(f"{name} is {kind}, expected floating point")
-        elif named.role != "alpha" and not np.isfinite(np.asarray(tensor, np.float32)).all():
+        elif named.role not in NOTES and not np.isfinite(np.asarray(tensor, np.float32)).all():
             wrong.append(f"{name} holds a NaN or an infinity")
     found = lora_names.foreign(unknown)
     if found is not None:
@@ -274,6 +296,8 @@ def _difference(
     if difference is not None:
         found, expected = difference.shape, linear.weight.shape
         check(found == expected, f"changes {list(found)}, expected {list(expected)}")
+        fills = "reshape" not in roles or _reshape(roles) == list(expected)
+        check(fills, f"fills the weight up, expected {list(expected)} as it is")
     if "magnitude" in roles or (said.dora and kind == "LoRA"):
         check("magnitude" in roles, "lacks the magnitude of a DoRA, which its settings promise")
         check(kind in ("LoRA", "LoHa", "LoKr"), "has the magnitude of a DoRA alone")

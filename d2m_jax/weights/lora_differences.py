@@ -126,6 +126,7 @@ class Decomposed:
         new = old + self.direction.array(lambda: old)
         per_input = magnitude.shape == (1, new.shape[1]) and magnitude.shape[1] > 1
         norm = np.linalg.norm(new, axis=0 if per_input else 1, keepdims=True)
+        norm[norm == 0] = 1  # what is 0 has no direction and stays 0, as in LyCORIS
         return magnitude.reshape(norm.shape) * new / norm - old
 
 

@@ -47,6 +47,7 @@ WORDS = {
     "diff|w_norm": "diff",
     "diff_b|b_norm": "diff_b",
     "set_weight": "weight",
+    "reshape_weight": "reshape",
     **{f"lokr_{w}": f"lokr_{w}" for w in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
     **{f"hada_{w}": f"hada_{w}" for w in ("w1_a", "w1_b", "w2_a", "w2_b")},
 }

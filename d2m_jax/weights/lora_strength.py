@@ -11,9 +11,9 @@ from typing import Any
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, check
 from d2m_jax.weights import safetensors
-from d2m_jax.weights.hub import LORA_CONFIG
+from d2m_jax.weights.hub import ADAPTER, LORA_CONFIG
 
-HEADER, ADAPTER = "lora_adapter_metadata", "adapter_model"
+HEADER = "lora_adapter_metadata"
 PREFIX = "transformer."  # of diffusers' fields, which may be beside those of text encoders
 KINDS = ("LORA", "LOHA", "LOKR")
 # Those start at weights that the base model is then taken away from: the file alone is not enough.

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, ModelConfig, from_json, to_json
 from d2m_jax.models.flux import abstract
-from d2m_jax.weights import blocks
+from d2m_jax.weights import blocks, hub, recognise
 from d2m_jax.weights.named_arrays import fingerprint, names, restructure
 from d2m_jax.weights.output import new_directory
 
@@ -72,15 +72,19 @@ def load_config(path: Path | str) -> ModelConfig:
     where it is missing or damaged."""
     file = Path(path) / "config.json"
     if not file.is_file():
+        kind = recognise.kind(Path(path)) if Path(path).is_file() else None
+        if kind is not None:
+            raise ConfigError(f"{path}: {kind}; expected a model directory")
         if Path(path).is_file() or (Path(path) / "transformer").is_dir():
             found = "a file" if Path(path).is_file() else "a FluxPipeline of diffusers"
             raise ConfigError(_convert(path, found))
         found = "no config.json in it" if Path(path).is_dir() else "no such directory"
         raise ConfigError(
-            f"{path}: expected a model directory (config.json and params/), found {found}"
+            f"{path}: expected a model directory (config.json and params/), found {found};"
+            " convert_torch_weights.py makes one of torch's files or a repository of Hugging Face"
         )
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
     if isinstance(value, dict) and "_class_name" in value:
@@ -112,8 +116,10 @@ def placement(
 
 
 def is_model_directory(path: Path | str) -> bool:
-    """Whether there is a folder of ours: config.json beside params/."""
-    return (Path(path) / "config.json").is_file() and (Path(path) / "params").exists()
+    """Whether there is a folder of ours: config.json beside params/. ConfigError for no path."""
+    hub.check_path(path)
+    file, params = (os.path.join(path, name) for name in ("config.json", "params"))
+    return os.path.isfile(file) and os.path.exists(params)
 
 
 def load(

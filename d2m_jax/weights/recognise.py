@@ -1,15 +1,19 @@
 """What a file of tensors is, by their names: the parts we take, and what we refuse and why."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from d2m_jax import hosts
-from d2m_jax.config import ConfigError
+from d2m_jax.config import ConfigError, check
+from d2m_jax.weights import first_bytes
 from d2m_jax.weights.flux_keys import Layout
 from d2m_jax.weights.key_table import listed
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# What a file is by its ending, where its first bytes do not say.
+PICKLE = "a pickle file, which can run any code when it is read, so it is never read"
+ENDINGS = dict.fromkeys((".bin", ".ckpt", ".pt", ".pth", ".pkl"), PICKLE)
+ENDINGS[".gguf"] = "GGUF, which holds quantised blocks"
 # Names at the top of a transformer, in both layouts. Those of AT_LEAST_ONE are in no other model.
 AT_LEAST_ONE = (
     "img_in",
@@ -78,26 +82,42 @@ MARKS: dict[Layout, tuple[str, ...]] = {
 }
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raise ConfigError for a file that only pickle, or no torch program at all, could read."""
-    if path.suffix.lower() in PICKLES:
-        raise ConfigError(
-            f"{path}: a pickle file, which can run any code when it is read, so it is never read;"
-            " expected .safetensors"
-        )
-    if path.suffix.lower() == ".gguf":
-        raise ConfigError(f"{path}: GGUF holds quantised blocks; expected .safetensors")
+def kind(path: Path) -> str | None:
+    """What a file is, in words; None for safetensors, whatever its name, and for what is not known.
+    Raises ConfigError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(first_bytes.LENGTH)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    if first_bytes.is_safetensors(start):
+        return None
+    found = first_bytes.kind(start) if start else None
+    return found or ENDINGS.get(path.suffix.lower())
+
+
+def refuse_other(path: Path) -> None:
+    """Raise ConfigError for a file that is something else than safetensors."""
+    found = kind(path)
+    check(found is None, f"{path}: {found}; expected .safetensors")
 
 
 def unwrapped(name: str) -> tuple[str, str]:
     """A name of a FLUX transformer without what tools put before and into it, and what stood before
     it: ("model._orig_mod.", "img_in.weight"). Any other name as it is, after ""."""
     parts = name.split(".")
-    # A number stands in a list of blocks: what comes after it is at the top of no transformer.
-    end = next((i for i, part in enumerate(parts) if part in TOP or part.isdecimal()), len(parts))
+    # A number stands in a list of blocks, so that what comes after it is at the top of no
+    # transformer; at the start of a name it is of an nn.Sequential around the whole.
+    first = next((i for i, part in enumerate(parts) if not _wraps(part)), 0)
+    places = range(first, len(parts))
+    end = next((i for i in places if parts[i] in TOP or parts[i].isdecimal()), len(parts))
     if end == len(parts) or parts[end] not in TOP:
         return "", name
     return "".join(f"{part}." for part in parts[:end]), _plain(".".join(parts[end:]))
+
+
+def _wraps(part: str) -> bool:
+    return part in WRAPPERS or part.isdecimal()
 
 
 def _plain(name: str) -> str:
@@ -130,6 +150,22 @@ def transformer(where: Any, tensors: Mapping[str, Any]) -> tuple[Layout, dict[st
     )
 
 
+def without_wrappers(where: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of an encoder by their names without wrappers, of which one line tells."""
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        check(_plain(name) not in found, f"{where}: holds {_plain(name)} twice, as {name} too")
+        found[_plain(name)] = tensor
+    cut = [f"{w}." for w in WRAPPERS if any(w in name.split(".") for name in tensors)]
+    if cut:
+        hosts.say(_cut(where, cut))
+    return found
+
+
+def _cut(where: Any, parts: Sequence[str]) -> str:
+    return f"{where}: read without what a tool put into its names: {listed(parts)}"
+
+
 def _without_start(where: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors whose names have the start that a transformer's have, without it."""
     starts: dict[str, str] = {}  # without wrappers → the first name
@@ -159,7 +195,7 @@ def _without_start(where: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
             parts = [before, *(f"{part}." for part in inside if part in WRAPPERS)]
             cut |= dict.fromkeys(part for part in parts if part not in ("", *USUAL))
     if cut:
-        hosts.say(f"{where}: read without what a tool put into its names: {listed(list(cut))}")
+        hosts.say(_cut(where, list(cut)))
     if outside:
         hosts.say(f"{where}: ignored {len(outside)} tensors beside {start}…: {listed(outside)}")
     return found

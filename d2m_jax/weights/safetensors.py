@@ -230,7 +230,7 @@ def shards(index: Path | str) -> list[Path]:
 def _places(index: Path) -> dict[str, str]:
     """Tensor → the file, of the index's own folder and there, that should hold it."""
     try:
-        places = json.loads(index.read_text())["weight_map"]
+        places = json.loads(index.read_bytes())["weight_map"]
         if not all(isinstance(shard, str) for shard in places.values()):
             raise TypeError("a shard is no string")
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:

@@ -30,6 +30,8 @@ FORMATS = (
     "float8_e4m3fn_rowwise",
     "float8_e5m2_rowwise",
 )
+# Of a mark, what changes no weight: how to multiply by it, and what it was before.
+KNOWN = ("format", "full_precision_matrix_mult", "orig_dtype", "orig_shape")
 NARROW = ("float8_e4m3fn", "float8_e5m2", "int8")
 
 
@@ -43,12 +45,20 @@ def multiplied_out(
     scale that is damaged, of another shape, or of no weight.
     """
     recognise.refuse(where, tensors, recognise.QUANTISED, recognise.UNQUANTISED)
-    formats = _formats(where, tensors, headers)
-    for layer, stated in formats.items():
+    marks = _marks(where, tensors, headers)
+    for layer, mark in marks.items():
+        if f"{layer}.weight" not in tensors:
+            continue
         check(
-            stated in FORMATS or f"{layer}.weight" not in tensors,
-            f"{where}: {layer} is quantised as {stated}, expected {recognise.UNQUANTISED}"
+            mark["format"] in FORMATS,
+            f"{where}: {layer} is quantised as {mark['format']}, expected {recognise.UNQUANTISED}"
             f" ({', '.join(FORMATS[:2])})",
+        )
+        more = [f"{key} = {mark[key]!r:.40}" for key in mark if mark[key] and key not in KNOWN]
+        check(
+            not more,
+            f"{where}: {layer} is quantised as {mark['format']} with {', '.join(more)}, which may"
+            f" change the weights; expected {mark['format']} alone",
         )
     all_marked = any(_is_mark_of_all(name) for name in tensors)
     found = {name: tensor for name, tensor in tensors.items() if not _is_note(name, tensors)}
@@ -60,13 +70,13 @@ def multiplied_out(
         weight = f"{layer}.weight"
         check(weight in found, f"{where}: {name} is a scale of {weight}, which is not there")
         check(weight not in scaled, f"{where}: {weight} has two scales, expected one")
-        marked = layer in formats or (all_marked and name.endswith(".scale_weight"))
+        marked = layer in marks or (all_marked and name.endswith(".scale_weight"))
         scaled[weight] = _scaled(f"{where}: {name}", found[weight], scale, marked)
-    for layer in formats.keys() - {name.removesuffix(".weight") for name in scaled}:
+    for layer in marks.keys() - {name.removesuffix(".weight") for name in scaled}:
         check(
             f"{layer}.weight" not in found,
-            f"{where}: {layer} is marked as {formats.get(layer)!r}, expected {layer}.weight_scale"
-            " beside it, found none",
+            f"{where}: {layer} is marked as {marks[layer]['format']!r}, expected"
+            f" {layer}.weight_scale beside it, found none",
         )
     return found | scaled
 
@@ -81,18 +91,18 @@ def _is_note(name: str, tensors: Mapping[str, Any]) -> bool:
     return mark or name.endswith(SCALES + INPUT_SCALES) or _is_mark_of_all(name)
 
 
-def _formats(
+def _marks(
     where: Any, tensors: Mapping[str, Any], headers: Iterable[Mapping[str, str]]
-) -> dict[str, str]:
-    """The format of each layer for which marks or headers state one."""
-    formats = {}
+) -> dict[str, dict[str, Any]]:
+    """What marks or headers state of each layer: its format, and whatever else."""
+    marks = {}
     for header in headers:
         if HEADER not in header:
             continue
         try:
             for layer, value in json.loads(header[HEADER])["layers"].items():
                 # Its names have the file's prefix, or, of some tools, none.
-                formats[recognise.unwrapped(layer)[1]] = _format(value)
+                marks[recognise.unwrapped(layer)[1]] = _mark(value)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise ConfigError(
                 f"{where}: {HEADER} of its header is damaged, expected JSON with layers, from names"
@@ -101,19 +111,19 @@ def _formats(
     for name, tensor in tensors.items():
         if name.endswith(MARK):
             try:
-                formats[name.removesuffix(MARK)] = _format(json.loads(np.asarray(tensor).tobytes()))
+                marks[name.removesuffix(MARK)] = _mark(json.loads(np.asarray(tensor).tobytes()))
             except (ValueError, TypeError, LookupError, RecursionError):
                 raise ConfigError(
                     f"{where}: {name} is damaged, expected JSON in bytes that states a format"
                 ) from None
-    return formats
+    return marks
 
 
-def _format(value: Any) -> str:
-    found = value if isinstance(value, str) else value["format"]
-    if not isinstance(found, str):
+def _mark(value: Any) -> dict[str, Any]:
+    mark = {"format": value} if isinstance(value, str) else dict(value)
+    if not isinstance(mark["format"], str):
         raise TypeError("a format is a string")
-    return found
+    return mark
 
 
 def _scaled(where: str, weight: Any, scale: Any, marked: bool) -> Tensor:

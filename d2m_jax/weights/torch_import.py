@@ -29,8 +29,6 @@ from d2m_jax.weights import (
 from d2m_jax.weights.key_table import Entry, Parameter, listed
 from d2m_jax.weights.named_arrays import names, restructure, sizes
 
-INDEX = r"\.safetensors\.index(\.[\w-]+)?\.json$"
-
 
 @dataclass(frozen=True)
 class Source:
@@ -114,13 +112,13 @@ def _read(path: Path) -> tuple[dict[str, safetensors.Tensor], list[dict[str, str
     """The tensors as stored, and the metadata of their files."""
     if path.is_dir():
         path = _weights_in(path)
-    if re.search(INDEX, path.name):
+    if hub.INDEX.search(path.name):
         files = safetensors.shards(path)
         tensors = safetensors.read_sharded(path)
     else:
-        recognise.refuse_pickle(path)
-        whole = path.suffix.lower() in hub.WEIGHTS
-        check(whole, f"{path}: expected a .safetensors file or a folder of them")
+        if path.suffix.lower() not in hub.WEIGHTS:
+            recognise.refuse_other(path)
+        hub.refuse_shard(str(path))
         files = [path]
         tensors = safetensors.read(path)
     return tensors, [safetensors.read_metadata(file) for file in files]
@@ -130,8 +128,9 @@ def _weights_in(folder: Path) -> Path:
     """The index or the only file of a folder's weights; lighter copies beside it do not count."""
     files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     whole = [f for f in files if re.search(r"\.(safetensors|sft)$", f.name, re.IGNORECASE)]
-    whole = [f for f in whole if not re.search(r"-\d{5}-of-\d{5}\.\w+$", f.name)]
-    indices = [f for f in files if re.search(INDEX, f.name)]
+    parts = [f for f in whole if hub.SHARD.search(f.name)]
+    whole = [f for f in whole if f not in parts]
+    indices = [f for f in files if hub.INDEX.search(f.name)]
     plain = [[f for f in some if not hub.variant(f.name)] for some in (indices, whole)]
     for found in (*plain, indices, whole):
         if len(found) > 1:
@@ -141,9 +140,14 @@ def _weights_in(folder: Path) -> Path:
             )
         if found:
             return found[0]
+    if parts:
+        raise ConfigError(
+            f"{folder}: holds {len(parts)} shards of a model ({parts[0].name}, …), expected their"
+            " *.safetensors.index.json beside them"
+        )
     for file in files:
-        if file.is_file():
-            recognise.refuse_pickle(file)
+        if file.is_file() and file.suffix.lower() in recognise.ENDINGS:
+            recognise.refuse_other(file)
     raise ConfigError(f"{folder}: holds no .safetensors file, expected a model")
 
 
@@ -152,7 +156,7 @@ def _diffusers_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_bytes())
         kind, axes = value.get("_class_name"), value.get("axes_dims_rope")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{file}: damaged, expected a JSON object ({error})") from None

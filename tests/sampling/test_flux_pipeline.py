@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from d2m_jax.config import ConfigError, ModelConfig, PromptsConfig
 from d2m_jax.models import flux
 from d2m_jax.sampling.pipeline import load_pipeline, noise
 from d2m_jax.sampling.tokenizers import Tokenizers
-from d2m_jax.weights import convert, model_directory
+from d2m_jax.weights import convert, model_directory, safetensors
 from d2m_jax.weights.encoders import model_config
 from tests.sampling.flux_oracle import tiny_pipeline
 
@@ -174,6 +175,10 @@ def test_settings_of_schedulers(both, tmp_path):
 
     assert shift(shift=3.0) == 3.0 and shift(shift=2) == 2.0
     assert shift(use_dynamic_shifting=True, shift=3.0) is None
+    level = {"base_shift": math.log(3), "max_shift": math.log(3), "max_image_seq_len": 8192}
+    assert math.isclose(shift(use_dynamic_shifting=True, **level), 3.0)
+    with pytest.raises(ConfigError, match="base_shift = '1', expected a number"):
+        shift(use_dynamic_shifting=True, base_shift="1", max_shift="1")
     for bad in (0, -1.0, None, "3"):
         with pytest.raises(ConfigError, match="shift = .*, expected a number above 0"):
             shift(shift=bad)
@@ -205,6 +210,31 @@ def test_tokenizers_without_their_settings(both, tmp_path):
     (folder / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="tokenizer: expected a tokenizer .*, found none"):
         Tokenizers(str(folder), ours.config.text).ids(PROMPTS)
+
+
+def test_encoders_under_wrapped_names(both, tmp_path, capsys):
+    """As DDP and torch.compile leave them: read as without, and one line each says so."""
+    folder, ours = tmp_path / "a", both[1]
+    shutil.copytree(ours.config.encoders, folder)
+    for part in ("text_encoder", "text_encoder_2", "vae"):
+        (file,) = (folder / part).glob("*.safetensors")
+        tensors = {f"module._orig_mod.{n}": np.array(t) for n, t in safetensors.read(file).items()}
+        safetensors.write(file, tensors)
+    capsys.readouterr()
+    found = load_pipeline(folder)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and all(line.endswith("names: _orig_mod.; module.") for line in said)
+    expected = ours("red", height=8, width=8, steps=1)
+    np.testing.assert_array_equal(found("red", height=8, width=8, steps=1), expected)
+
+
+def test_json_with_a_byte_order_mark(both, tmp_path):
+    """As editors on Windows save it: read as without."""
+    folder = tmp_path / "a"
+    shutil.copytree(both[1].config.encoders, folder)
+    for file in (*folder.glob("*.json"), *folder.glob("*/*config.json")):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_pipeline(folder).config == replace(both[1].config, encoders=str(folder))
 
 
 def test_a_part_that_is_missing_is_named(both, tmp_path):

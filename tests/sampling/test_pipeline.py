@@ -93,6 +93,13 @@ def test_options_reach_the_model(pipe, images):
         (["red"], {"latents": np.full((1, 12, 12), np.nan)}, "latents[0]: found NaN or infinity"),
         (["red"], {"latents": np.zeros((1, 5, 12), np.float32)}, "latents: found shape"),
         (["red"], {"latents": np.zeros((2, 12, 12), np.float32)}, "latents: found shape"),
+        (
+            ["red"],
+            {"num_inference_steps": 4},
+            "num_inference_steps: unknown option, here it is ste",
+        ),
+        ((), {"prompt": "red"}, "prompt: unknown option, here it is prompts"),
+        (["red"], {"hieght": 4}, "hieght: unknown option, did you mean height?"),
     ],
 )
 def test_bad_input_is_one_line(pipe, prompts, options, message):

@@ -1,4 +1,4 @@
-"""Files under the name .safetensors that are something else, as their own writers write them."""
+"""Files that are something else than safetensors, as their own writers write them."""
 
 import gzip
 import io
@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from d2m_jax.config import ConfigError
-from d2m_jax.weights import first_bytes, safetensors
+from d2m_jax.weights import (
+    first_bytes,
+    lora,
+    model_directory,
+    recognise,
+    safetensors,
+    torch_import,
+)
 from tests.weights import toy
 
 LFS = """version https://git-lfs.github.com/spec/v1
@@ -101,3 +108,34 @@ def test_a_damaged_safetensors_file_is_called_one(tmp_path, length):
     assert first_bytes.kind((tmp_path / "a").read_bytes()[: first_bytes.LENGTH]) is None
     with pytest.raises(ConfigError, match="a: no whole safetensors file: its header"):
         safetensors.read(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["a", "a.gguf", "A.PT", "a.bin", "a.ckpt", "a.part"])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (LFS.encode(), "a Git LFS pointer"),
+        (b"<!DOCTYPE html>\n<html><head>", "an HTML page"),
+        (b"GGUF" + bytes(64), "GGUF"),
+        (pickle.dumps({"a": 1}), "a pickle file, |a pickle file .torch.save., which can"),
+    ],
+)
+def test_any_name_is_looked_into(tmp_path, name, content, kind):
+    """As a model, as a LoRA, as a teacher; what is safetensors is read under any name."""
+    file = tmp_path / name
+    file.write_bytes(content)
+    config = toy.config(1, 1)
+    for read in (torch_import.open_source, model_directory.load, lambda f: lora.read(f, config)):
+        with pytest.raises(ConfigError, match=f"{name}: ({kind}).*; expected ") as error:
+            read(file)
+        assert "\n" not in str(error.value)
+    safetensors.write(file, toy.random_state("bfl", config))
+    assert torch_import.open_source(file).layout == "bfl"
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.ckpt", "a.pt", "a.pth", "A.PT", "a.gguf"])
+def test_endings_where_bytes_do_not_tell(tmp_path, name):
+    for content in (b"", b"\x01\xff" * 20):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"{name}: (a pickle file|GGUF), which .*; expected"):
+            recognise.refuse_other(tmp_path / name)

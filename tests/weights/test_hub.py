@@ -59,6 +59,21 @@ FILES = {
     "someone/one": ["flux1-dev-fp8.safetensors", "README.md", "picture.png"],
     "someone/several": ["a-fp8.safetensors", "b-fp8.safetensors", "sub/c.safetensors"],
     "someone/lora": ["style.safetensors", "adapter_config.json", "style.png"],
+    "someone/adapters": [
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "other.safetensors",
+        "q/adapter_model.safetensors",
+        "q/adapter_config.json",
+    ],
+    "someone/shards": [
+        "README.md",
+        "flux-00001-of-00002.safetensors",
+        "flux-00002-of-00002.safetensors",
+        "flux.safetensors.index.json",
+    ],
+    "someone/Capitals": ["FLUX.SAFETENSORS", "Other.SafeTensors"],
+    "someone/named": ["q/adapter_model.safetensors", "q/adapter_config.json", "q/README.md"],
     "someone/gguf": ["flux1-dev-Q4_0.gguf", "flux1-dev-Q8_0.gguf"],
     "someone/empty": ["README.md"],
     "someone/gated": (401, "GatedRepo"),
@@ -81,11 +96,34 @@ TAKEN = [
     ("someone/one@main", None, ["flux1-dev-fp8.safetensors"], "flux1-dev-fp8.safetensors"),
     ("someone/several/sub/c.safetensors", None, ["sub/c.safetensors"], "sub/c.safetensors"),
     ("someone/lora", None, FILES["someone/lora"][:2], "style.safetensors"),
+    # PEFT's settings come along where they are of the file.
+    ("someone/lora/style.safetensors", None, FILES["someone/lora"][:2], "style.safetensors"),
+    (
+        "someone/adapters/adapter_model.safetensors",
+        None,
+        FILES["someone/adapters"][:2],
+        "adapter_model.safetensors",
+    ),
+    ("someone/adapters/other.safetensors", None, ["other.safetensors"], "other.safetensors"),
+    (
+        "someone/shards",
+        None,
+        FILES["someone/shards"][1:],
+        "flux.safetensors.index.json",
+    ),
+    ("someone/Capitals/FLUX.SAFETENSORS", None, ["FLUX.SAFETENSORS"], "FLUX.SAFETENSORS"),
+    ("someone/named", None, FILES["someone/named"][:2], "q/adapter_model.safetensors"),
 ]
 REFUSED = [
     ("someone/several", r"holds 2 files of weights \(a-fp8.safetensors; b-fp8.safetensors\); name"),
     ("someone/several/d.safetensors", "holds no d.safetensors, but a-fp8.safetensors; b-fp8"),
     ("someone/gguf", "holds .gguf files alone, expected .safetensors"),
+    ("someone/gguf/flux1-dev-Q4_0.gguf", "someone/gguf/flux1-dev-Q4_0.gguf: GGUF, which holds qu"),
+    (
+        "someone/shards/flux-00002-of-00002.safetensors",
+        "flux-00002-of-00002.safetensors: one of 2 shards of a model; give their folder, or its",
+    ),
+    ("someone/pipeline/transformer", "no such file or folder; of Hugging Face, name OWNER/NAME or"),
     ("someone/empty", "holds no weights, expected .safetensors"),
     ("someone/gated", "gated: accept its licence on http.*/someone/gated, then log in with `hf au"),
     ("someone/waiting", "gated, and your login has no access to it: accept its licence on http"),
@@ -217,6 +255,8 @@ def test_a_cache_and_a_cut_off_download(tmp_path):
     assert hub.local(snapshot) == snapshot
     with pytest.raises(ConfigError, match=f"one of the 1 folders .*, such as {snapshot}$"):
         hub.local(snapshot.parents[1])
+    with pytest.raises(ConfigError, match=f"one of the 1 folders .*, such as {snapshot}$"):
+        hub.local(snapshot.parent)
     link = snapshot / "flux.safetensors"
     link.symlink_to("../../blobs/abc")
     with pytest.raises(ConfigError, match=r"flux.safetensors: a link to .*abc, which is not there"):

@@ -319,6 +319,20 @@ def test_dora(tmp_path, name, shape, axis):
     close(found[f"{OURS}.kernel"], magnitude * new / length - old)
 
 
+@pytest.mark.filterwarnings("error")
+def test_dora_of_a_row_of_zeros(tmp_path):
+    """It has no direction to keep, and stays 0."""
+    tensors, product = pair(OUTER)
+    tensors[f"{OUTER}.dora_scale"] = 1 + random(32, 1) ** 2
+    row = STATE["bfl"][f"{OUTER}.weight"][3]
+    tensors[f"{OUTER}.lora_B.weight"] = up = np.zeros((32, 33), np.float32)
+    tensors[f"{OUTER}.lora_A.weight"] = np.eye(33, 32, dtype=np.float32)
+    up[3, :32] = -row
+    found = added(tmp_path, tensors)[f"{OURS}.kernel"]
+    np.testing.assert_array_equal(found[3], -row)
+    assert np.isfinite(found).all()
+
+
 def test_dora_of_a_linear_that_we_split(tmp_path):
     """Norms are those of BFL's whole linear2, of which we have the two sides apart."""
     name, state = "single_blocks.0.linear2", STATE["bfl"]
@@ -443,6 +457,22 @@ def test_settings_beside_a_file_that_is_not_alone(tmp_path, capsys):
     assert "adapter_config.json beside it not used" in capsys.readouterr().err
 
 
+def test_a_named_adapter_in_a_folder_of_its_own(tmp_path):
+    """PEFT's save_pretrained writes NAME/adapter_model.safetensors: the only one is meant."""
+    tensors, product = pair(OUTER)
+    for name in ("q", "r"):
+        (tmp_path / name).mkdir()
+        safetensors.write(tmp_path / name / "adapter_model.safetensors", tensors)
+        (tmp_path / name / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8}')
+        if name == "q":
+            params = parameters("bfl", STATE["bfl"])
+            merged = lora.merge(params, params, [lora.read(tmp_path, CONFIG)])
+            difference = merged[f"{OURS}.kernel"][...] - params[f"{OURS}.kernel"][...]
+            close(difference[0, 0].T, 4 * product)
+    with pytest.raises(ConfigError, match="holds the LoRAs q; r; give one of these folders"):
+        lora.read(tmp_path, CONFIG)
+
+
 def test_strength_of_zero_and_of_dora(tmp_path, capsys):
     tensors, _ = pair(OUTER)
     tensors[f"{OUTER}.dora_scale"] = 1 + random(32, 1) ** 2
@@ -544,8 +574,21 @@ def test_what_else_it_is(tmp_path, name, kind):
 def test_a_control_lora_is_told_by_its_channels(tmp_path):
     config = replace(toy.config(1, 2), in_channels=64)
     tensors, _ = pair("transformer.x_embedder", inputs=128)
-    with pytest.raises(ConfigError, match="FLUX.1 Depth or Canny, which reads 128 channels"):
-        added(tmp_path, tensors, config=config)
+    said = "FLUX.1 Depth or Canny, which reads 128 channels"
+    comfy = "diffusion_model.img_in"
+    for form in (
+        tensors,
+        {f"{comfy}.diff": random(32, 128)},
+        {f"{comfy}.diff": random(32, 64), f"{comfy}.reshape_weight": np.asarray([32, 128])},
+        {f"{comfy}.set_weight": random(32, 128)},
+    ):
+        with pytest.raises(ConfigError, match=said):
+            added(tmp_path, form, config=config)
+    of_own_shape = {f"{OUTER}.reshape_weight": np.asarray([32, 32])}
+    other, product = pair(OUTER)
+    close(added(tmp_path, other | of_own_shape)[f"{OURS}.kernel"], product)
+    with pytest.raises(ConfigError, match="proj fills the weight up, expected .32, 32. as it is"):
+        added(tmp_path, other | {f"{OUTER}.reshape_weight": np.asarray([32, 48])})
 
 
 def test_what_is_wrong_is_listed(tmp_path, capsys):

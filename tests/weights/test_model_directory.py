@@ -107,6 +107,12 @@ def refused(path, message):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
+def test_a_byte_order_mark_is_read_past(path):
+    file = path / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert model_directory.load_config(path) == CONFIG
+
+
 def test_missing(path):
     refused(path.parent / "nothing", "found no such directory")
     other = path.parent / "diffusers"
@@ -115,8 +121,10 @@ def test_missing(path):
     refused(other, f"found a FluxPipeline of diffusers; make one of it with: {message}")
     (other / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     refused(other, "found a folder of diffusers; make")
-    refused(other / "config.json", "found a file; make one of it with")
-    refused(path.parent, "found no config.json in it")
+    refused(other / "config.json", "config.json: text, .*; expected a model directory")
+    (other / "flux.safetensors").write_bytes(b"")
+    refused(other / "flux.safetensors", "found a file; make one of it with")
+    refused(path.parent, "found no config.json in it; convert_torch_weights.py makes one of torch")
     (path / "params").rename(path.parent / "elsewhere")
     refused(path, "expected params/")
 

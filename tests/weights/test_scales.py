@@ -130,6 +130,19 @@ def test_other_formats(kind):
     refused(f"img_in is quantised as {kind}", flux, header(model__diffusion_model__img_in=kind))
 
 
+def test_what_else_a_mark_states():
+    """What may change the weights is refused by name; what says no, or is of the past, is not."""
+    tensors = {"a.weight": WEIGHT, "a.weight_scale": ONE}
+    plain = {"format": "float8_e4m3fn", "convrot": False, "orig_dtype": "torch.bfloat16"}
+    for bad in ({"convrot": True}, {"group_size": 64}):
+        ((name, value),) = bad.items()
+        message = f"a is quantised as float8_e4m3fn with {name} = {value}, which may change"
+        refused(message, tensors | {"a.comfy_quant": mark(**plain | bad)})
+        refused(message, tensors, {HEADER: json.dumps({"layers": {"a": plain | bad}})})
+    found = multiplied_out("file", tensors | {"a.comfy_quant": mark(**plain)})
+    np.testing.assert_array_equal(np.asarray(found["a.weight"]), WEIGHT.astype(np.float32) * ONE)
+
+
 def test_damaged_marks():
     tensors = {"a.weight": WEIGHT, "a.weight_scale": ONE}
     for bad in (mark(), mark(format=3), np.zeros(9, np.uint8), np.ones(4, np.float32)):

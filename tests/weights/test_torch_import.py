@@ -109,6 +109,7 @@ def test_layouts_and_places_agree(bfl, expected, tmp_path):
     for path in ("shards", "comfy.safetensors", "folder", "pipe"):
         same({n: p[...] for n, p in open_source(tmp_path / path).parameters().items()}, expected)
     index = next((tmp_path / "shards").glob("*.index.json"))
+    index.write_bytes(b"\xef\xbb\xbf" + index.read_bytes())
     assert open_source(index).layout == "bfl"
     # without config.json, which alone tells how a head is divided among the axes
     (tmp_path / "folder" / "config.json").unlink()
@@ -292,7 +293,7 @@ def test_what_is_no_model(bfl, tmp_path, monkeypatch):
     refused(tmp_path, "pytorch_model.bin: a pickle file")
     refused(tmp_path / "pytorch_model.bin", "a pickle file")
     (tmp_path / "a.txt").write_text("")
-    refused(tmp_path / "a.txt", "expected a .safetensors file")
+    refused(tmp_path / "a.txt", "a.txt: no safetensors: an empty file")
     for name in ("a.safetensors", "b.safetensors"):
         shutil.copy(bfl, tmp_path / name)
     refused(tmp_path, "holds 2 models")
@@ -334,6 +335,22 @@ def test_lighter_copies_and_their_shards(expected, bfl, tmp_path):
         ConfigError, match="holds 2 models .model.safetensors, other.safetensors.*, exp"
     ):
         open_source(tmp_path)
+
+
+def test_a_shard_alone(bfl, expected, tmp_path):
+    """Told as one; the only one of one is a whole model."""
+    safetensors.write_sharded(tmp_path, "flux", safetensors.read(bfl), 50_000)
+    shards = sorted(tmp_path.glob("*-of-*"))
+    said = f"one of {len(shards)} shards of a model; give their folder, or its .*index.json"
+    with pytest.raises(ConfigError, match=f"{shards[1].name}: {said}"):
+        open_source(shards[1])
+    (tmp_path / "flux.safetensors.index.json").unlink()
+    said = f"holds {len(shards)} shards of a model .{shards[0].name}, …., expected their .*index"
+    with pytest.raises(ConfigError, match=said):
+        open_source(tmp_path)
+    (tmp_path / "one").mkdir()
+    shutil.copy(bfl, tmp_path / "one" / "flux-00001-of-00001.safetensors")
+    same({n: p[...] for n, p in open_source(tmp_path / "one").parameters().items()}, expected)
 
 
 def test_full_disk_while_exporting(expected, tmp_path, monkeypatch):
