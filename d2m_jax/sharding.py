@@ -120,8 +120,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise ConfigError(f"MeshConfig ({asked}): {used} devices do not divide the {found} found")
     if free:
         sizes[free[0]] = found // used
-    grid = _grid(tuple(sizes.values()), devices[: math.prod(sizes.values())])
+    taken = devices[: math.prod(sizes.values())]
+    _check_nobody_is_left(f"MeshConfig ({asked})", devices, len(taken))
+    grid = _grid(tuple(sizes.values()), taken)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check_nobody_is_left(mesh: str, devices: Sequence[Any], taken: int) -> None:
+    idle = {d.process_index for d in devices} - {d.process_index for d in devices[:taken]}
+    if idle:
+        raise ConfigError(
+            f"{mesh}: takes {taken} of {len(devices)} devices and leaves process {min(idle)}"
+            " without any; expected all, or an axis of -1"
+        )
 
 
 def _grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """From a torch FluxPipeline to ours, through all stages of distillation, and back to torch."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,8 @@ from d2m_jax.config import (
     SparsifyConfig,
     StageConfig,
 )
+from d2m_jax.evaluate import latency
+from d2m_jax.report import write
 from d2m_jax.sampling.pipeline import load_pipeline, noise
 from d2m_jax.training import run
 from d2m_jax.weights import convert, load_config
@@ -78,22 +81,30 @@ def test_export_is_a_pipeline_of_diffusers(model, images, tmp_path):
     np.testing.assert_allclose(found, images, atol=1e-4)  # float32 rounding
 
 
-def test_all_stages_with_its_own_encoders_in_the_loop(model, images, tmp_path):
-    def stage(**fields):
-        return StageConfig(steps=2, batch_size=4, log_every=1, evaluate_every=2, **fields)
+def stage(**fields) -> StageConfig:
+    return StageConfig(steps=2, batch_size=4, log_every=1, evaluate_every=2, **fields)
 
-    groups = GroupsConfig(keep_double=2, single_blocks=2, single_active=1)
-    config = RunConfig(
+
+def distillation(model, **stages) -> RunConfig:
+    return RunConfig(
         name="flux",
         teacher=str(model),
         data=IconsConfig(glyphs=40),
         sparsify=SparsifyConfig(batches=2, batch_size=4, tokens=64, routed_scale=0.0),
-        stages={
-            "shared": stage(train=("*.shared.*",), top_k=0),
-            "moe": stage(train=("*.experts.*", "*.gate.*", "*mlp.scale"), sample_every=2),
-            "mob": stage(groups=groups, loss=LossConfig(feature=0.0)),
-        },
+        stages=stages,
         held_out_batches=1,
+        evaluate_prompts=12,
+        sweep_top_k=(),
+    )
+
+
+def test_all_stages_with_its_own_encoders_in_the_loop(model, images, tmp_path):
+    groups = GroupsConfig(keep_double=2, single_blocks=2, single_active=1)
+    config = distillation(
+        model,
+        shared=stage(train=("*.shared.*",), top_k=0),
+        moe=stage(train=("*.experts.*", "*.gate.*", "*mlp.scale"), sample_every=2),
+        mob=stage(groups=groups, loss=LossConfig(feature=0.0)),
     )
     run.run(config, tmp_path / "run")
     student = load_config(tmp_path / "run" / "model")
@@ -105,3 +116,14 @@ def test_all_stages_with_its_own_encoders_in_the_loop(model, images, tmp_path):
     assert np.abs(found - images).max() > 1e-3  # another model, else nothing was cut
     everything = load_pipeline(model)
     assert replace(student, transformer=everything.config.transformer) == everything.config
+
+
+@pytest.mark.slow
+def test_the_report_with_its_own_encoders(model, tmp_path, monkeypatch):
+    """Whose batches are cut over all devices, as the models that meet them must be."""
+    run.run(distillation(model, moe=stage()), tmp_path / "run")
+    monkeypatch.setattr(latency, "ROUNDS", 1)
+    write.write(tmp_path / "run")
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
+    assert [row["stage"] for row in rows] == [None, "moe"]
+    assert rows[1]["held_out_error"]["seen"] > 0

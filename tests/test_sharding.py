@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from d2m_jax import sharding
 from d2m_jax.config import ConfigError, FluxConfig, MeshConfig, MoEConfig, StackConfig
 from d2m_jax.kernels.quantized import quantized
 from d2m_jax.models.flux import abstract
@@ -87,6 +89,14 @@ def test_mesh_that_does_not_divide():
     devices = jax.devices() * 8
     with pytest.raises(ConfigError, match=r"MeshConfig \(data = -1, fsdp = 3\): 3 devices do not"):
         make_mesh(MeshConfig(fsdp=3), devices[:8])
+
+
+def test_a_mesh_leaves_no_process_without_devices():
+    """Of two hosts with eight each, say."""
+    devices = [SimpleNamespace(process_index=i // 8) for i in range(16)]
+    with pytest.raises(ConfigError, match="takes 8 of 16 devices and leaves process 1 without any"):
+        sharding._check_nobody_is_left("MeshConfig (data = 8)", devices, 8)
+    sharding._check_nobody_is_left("MeshConfig (data = 9)", devices, 9)
 
 
 @pytest.mark.parametrize(

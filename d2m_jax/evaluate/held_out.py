@@ -2,13 +2,16 @@
 
 import contextlib
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from d2m_jax import flow
@@ -18,7 +21,7 @@ from d2m_jax.data.source import open_data
 from d2m_jax.distill.stages import noisy_inputs
 from d2m_jax.models.flux import model_of
 from d2m_jax.sampling.encoders import Encoders
-from d2m_jax.sharding import batch_sharding, batch_shards, local_mesh, replicated
+from d2m_jax.sharding import batch_sharding, batch_shards, constrain, put_batch
 
 BATCH = 32  # examples of one forward
 # What a report calls examples → the split of the data: pairs of glyph and colour that train, and
@@ -28,11 +31,13 @@ SPLITS: dict[str, Split] = {
     "held_out": "held_out",
 }
 
+T = TypeVar("T")
 Inputs = dict[str, Array]  # img, txt, timesteps, y of a batch
 
 
-def noisy_batches(config: RunConfig, encoders: Encoders, pairs: str) -> list[Inputs]:
-    """As many examples of SPLITS[pairs] as training evaluates on, noise and times fixed."""
+def noisy_batches(config: RunConfig, encoders: Encoders, pairs: str, mesh: Mesh) -> list[Inputs]:
+    """As many examples of SPLITS[pairs] as training evaluates on, noise and times fixed; cut over
+    the mesh, whose parts divide BATCH."""
     stage = next(iter(config.stages.values()))
     count = max(1, config.held_out_batches * stage.batch_size // BATCH)
     key = jax.random.fold_in(
@@ -41,61 +46,87 @@ def noisy_batches(config: RunConfig, encoders: Encoders, pairs: str) -> list[Inp
     model = encoders.config
     data = open_data(config.data, model.image)
     batches = data.batches(encoders.tokenizer, BATCH, config.seed, SPLITS[pairs])
-    return [
-        _noisy(model, encoders.encode(batch), jax.random.fold_in(key, np.uint32(i)))
-        for i, batch in enumerate(islice(batches, count))
-    ]
+    with jax.set_mesh(mesh):
+        return [
+            _noisy(model, encoders.encode(put_batch(mesh, batch)), jax.random.fold_in(key, i))
+            for i, batch in enumerate(islice(batches, count))
+        ]
 
 
 @partial(jax.jit, static_argnums=0)
 def _noisy(config: ModelConfig, batch: dict[str, Array], key: Array) -> Inputs:
     inputs, _ = noisy_inputs(config, "uniform", batch, key)
     img, _, txt, _, timesteps, y, _ = inputs
-    return {"img": img, "txt": txt, "timesteps": timesteps, "y": y}
+    found = {"img": img, "txt": txt, "timesteps": timesteps, "y": y}
+    return {name: constrain(a, "batch", *[None] * (a.ndim - 1)) for name, a in found.items()}
 
 
-def forward(config: ModelConfig, params: dict, inputs: Inputs) -> Float[Array, "b n c"]:
-    """The velocity of one batch, on the devices that `place` chose."""
-    with _mesh_of(inputs):
-        return _forward(config, params, inputs)
+@dataclass(frozen=True)
+class Program:
+    """A model's forward over noisy examples, in the type of its activations."""
+
+    config: ModelConfig
+    dtype: str = "float32"
+
+    def __call__(self, params: dict, inputs: Inputs) -> Float[Array, "b n c"]:
+        """The velocity; parameters and inputs lie on one mesh."""
+        with on_mesh_of(inputs):
+            return _forward(self, params, inputs)
+
+    def compile(self, params: dict, inputs: Inputs) -> None:
+        """Compile it for these, which may be abstract; a call finds it in JAX's cache."""
+        with on_mesh_of(inputs):
+            _forward.lower(self, params, inputs).compile()
 
 
-def compile_forward(config: ModelConfig, params: dict, inputs: Inputs) -> None:
-    """Compile the forward of a batch where `place` puts it; `forward` finds it in JAX's cache."""
-    params, inputs = place(params, inputs)
-    with _mesh_of(inputs):
-        _forward.lower(config, params, inputs).compile()
-
-
-def _mesh_of(inputs: Inputs) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def on_mesh_of(inputs: Inputs) -> Iterator[None]:
+    """The mesh that the inputs are cut over, if any, for what is inside."""
     sharding = inputs["img"].sharding
-    on_mesh = isinstance(sharding, NamedSharding)
-    return jax.set_mesh(sharding.mesh) if on_mesh else contextlib.nullcontext()
+    cut = isinstance(sharding, NamedSharding)
+    with jax.set_mesh(sharding.mesh) if cut else contextlib.nullcontext():
+        yield
 
 
 @partial(jax.jit, static_argnums=0)
-def _forward(config: ModelConfig, params: dict, inputs: Inputs) -> Float[Array, "b n c"]:
-    timesteps, img_ids = inputs["timesteps"], flow.image_ids(*config.grid())
-    txt_ids = flow.text_ids(inputs["txt"].shape[1])
+def _forward(program: Program, params: dict, inputs: Inputs) -> Float[Array, "b n c"]:
+    model = model_of(program.config.transformer, params, jnp.dtype(program.dtype))
+    return model(*arguments(program.config, inputs))
+
+
+def arguments(config: ModelConfig, inputs: Inputs) -> tuple:
+    """What Flux.embed is given."""
+    timesteps, text = inputs["timesteps"], inputs["txt"].shape[1]
     guided = config.transformer.guidance_embed
-    guidance = jnp.full(timesteps.shape, config.guidance) if guided else None
-    model = model_of(config.transformer, params)
-    img, txt, y = inputs["img"], inputs["txt"], inputs["y"]
-    return model(img, img_ids, txt, txt_ids, timesteps, y, guidance)
-
-
-def place(params: dict, inputs: Inputs) -> tuple[dict, Inputs]:
-    """Both on the devices: a batch cut over all of them, or on one where it cannot be cut."""
-    mesh = local_mesh()
-    if len(inputs["timesteps"]) % batch_shards(mesh):
-        return jax.device_put((params, inputs), jax.devices()[0])
-    return jax.device_put(params, replicated(mesh)), jax.device_put(inputs, batch_sharding(mesh))
-
-
-def velocities(
-    config: ModelConfig, params: dict, batches: list[Inputs]
-) -> Float[np.ndarray, "b n c"]:
-    """What a model answers to all of the batches."""
-    return np.concatenate(
-        [np.asarray(forward(config, *place(params, inputs))) for inputs in batches]
+    return (
+        inputs["img"],
+        flow.image_ids(*config.grid()),
+        inputs["txt"],
+        flow.text_ids(text),
+        timesteps,
+        inputs["y"],
+        jnp.full(timesteps.shape, config.guidance) if guided else None,
     )
+
+
+def first(tree: T, inputs: Inputs, count: int) -> tuple[T, Inputs]:
+    """The first `count` examples, and parameters (or their shapes) where these can meet: on the
+    mesh that they are cut over, or on its first device where so few cannot be cut."""
+    few = {name: array[:count] for name, array in inputs.items()}
+    sharding = inputs["img"].sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    if mesh is not None and count % batch_shards(mesh) == 0:
+        return tree, jax.device_put(few, batch_sharding(mesh))
+    one = SingleDeviceSharding(mesh.devices.flat[0] if mesh is not None else jax.devices()[0])
+
+    def alone(leaf):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
+        return jax.device_put(leaf, one)
+
+    return jax.tree.map(alone, tree), jax.device_put(few, one)
+
+
+def velocities(program: Program, params: dict, batches: list[Inputs]) -> Float[np.ndarray, "b n c"]:
+    """What a model answers to all of the batches."""
+    return np.concatenate([np.asarray(program(params, inputs)) for inputs in batches])

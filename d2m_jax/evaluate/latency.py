@@ -1,33 +1,28 @@
-"""How long a forward takes, all models side by side on whatever else the machine does."""
+"""How long a forward takes, two models side by side on whatever else the machine does."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from d2m_jax.config import ModelConfig
-from d2m_jax.evaluate.held_out import Inputs, forward, place
+from d2m_jax.evaluate.held_out import Inputs, Program, first
 
 ROUNDS = 25
 
 
-def milliseconds(
-    models: Mapping[ModelConfig, dict], inputs: Inputs, batch: int
-) -> dict[ModelConfig, float]:
-    """Milliseconds per image of one forward over a batch.
+def milliseconds(models: Sequence[tuple[Program, dict]], inputs: Inputs, batch: int) -> list[float]:
+    """Milliseconds per image of one forward over the first `batch` of the inputs.
 
-    The median of ROUNDS in which the models take turns; on all devices where the batch can be
-    cut over them, else on one.
+    The median of ROUNDS in which the models take turns.
     """
-    first = {name: array[:batch] for name, array in inputs.items()}
-    placed = {config: place(params, first) for config, params in models.items()}
-    for config, arguments in placed.items():  # compiles
-        jax.block_until_ready(forward(config, *arguments))
-    seconds = {config: [] for config in models}
+    placed = [(program, *first(params, inputs, batch)) for program, params in models]
+    for program, *arguments in placed:  # compiles
+        jax.block_until_ready(program(*arguments))
+    seconds = [[] for _ in placed]
     for _ in range(ROUNDS):
-        for config, arguments in placed.items():
+        for taken, (program, *arguments) in zip(seconds, placed, strict=True):
             start = time.perf_counter()
-            jax.block_until_ready(forward(config, *arguments))
-            seconds[config].append(time.perf_counter() - start)
-    return {config: 1000 / batch * float(np.median(taken)) for config, taken in seconds.items()}
+            jax.block_until_ready(program(*arguments))
+            taken.append(time.perf_counter() - start)
+    return [1000 / batch * float(np.median(taken)) for taken in seconds]

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from d2m_jax import flow
 from d2m_jax.config import ModelConfig
 from d2m_jax.distill.losses import health
-from d2m_jax.evaluate.held_out import Inputs
+from d2m_jax.evaluate.held_out import Inputs, Program, arguments, on_mesh_of
 from d2m_jax.models.flux import model_of
 
 BINS = 8  # of the timestep, from 0 (data) to 1 (noise)
@@ -37,12 +36,13 @@ class Group:
 
 
 def measure(
-    config: ModelConfig, params: dict, batches: Iterable[Inputs]
+    program: Program, params: dict, batches: Iterable[Inputs]
 ) -> tuple[list[Layer], list[Group]]:
     """The routing of a model on noisy examples; layers are named by the number of their block."""
-    results, times = [], []
+    config, results, times = program.config, [], []
     for inputs in batches:
-        results.append(jax.device_get(_route(config, params, inputs)))
+        with on_mesh_of(inputs):
+            results.append(jax.device_get(_route(program, params, inputs)))
         times.append(np.asarray(inputs["timesteps"]))
     bins = np.minimum((np.concatenate(times) * BINS).astype(int), BINS - 1)
     loads, places, used = (
@@ -71,33 +71,24 @@ def measure(
     return layers, groups
 
 
-def compile_routing(config: ModelConfig, params: dict, inputs: Inputs) -> None:
-    """Compile what `measure` runs; it finds it in JAX's cache."""
-    _route.lower(config, params, inputs).compile()
+def compile_routing(program: Program, params: dict, inputs: Inputs) -> None:
+    """Compile what `measure` runs, for parameters that may be abstract; it finds it in JAX's
+    cache."""
+    with on_mesh_of(inputs):
+        _route.lower(program, params, inputs).compile()
 
 
 @partial(jax.jit, static_argnums=0)
-def _route(config: ModelConfig, params: dict, inputs: Inputs) -> tuple[dict, dict, dict]:
+def _route(program: Program, params: dict, inputs: Inputs) -> tuple[dict, dict, dict]:
     """By (kind, stack, FFN): loads [g, m, b, n], and choices by image token [g, m, tokens, n].
 
     By (kind, stack): blocks used [g, b, m].
     """
-    transformer = config.transformer
-    model = model_of(transformer, params)
+    config, transformer = program.config, program.config.transformer
+    model = model_of(transformer, params, jnp.dtype(program.dtype))
     tokens, text = inputs["img"].shape[1], inputs["txt"].shape[1]
-    times = inputs["timesteps"]
-    _, report = model.run(
-        *model.embed(
-            inputs["img"],
-            flow.image_ids(*config.grid()),
-            inputs["txt"],
-            flow.text_ids(text),
-            times,
-            inputs["y"],
-            jnp.full(times.shape, config.guidance) if transformer.guidance_embed else None,
-            collect=tokens + text,
-        )
-    )
+    asked = model.embed(*arguments(config, inputs), collect=tokens + text)
+    _, report = model.run(*asked)
     loads, places, used = {}, {}, {}
     for kind, i, _, _ in _stacks(config):
         stack = report[kind][i]

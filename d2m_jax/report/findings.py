@@ -4,13 +4,17 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
+import numpy as np
+
 from d2m_jax.config import ModelConfig
+from d2m_jax.config import to_json as as_json
 from d2m_jax.evaluate import latency, routing, scores
 from d2m_jax.evaluate.held_out import BATCH
 from d2m_jax.models.accounting import Account, account
 from d2m_jax.report.ahead import compiled_ahead
 from d2m_jax.report.comparison import By, Comparison, Verdict, compare, verdicts
-from d2m_jax.report.measure import Bench, Measured
+from d2m_jax.report.measure import Bench, Measured, cached
 from d2m_jax.report.rows import Row, Run
 
 FEWEST = 12  # prompts: two of each category, for a standard error
@@ -41,18 +45,19 @@ def gather(run: Run, bench: Bench) -> Findings:
     count = run.config.evaluate_prompts
     prompts = {"seen": count, "held_out": max(FEWEST, count // 2)}
     measured = {}
-    with compiled_ahead(run, bench.inputs["seen"][0]):
+    with compiled_ahead(run, bench):
         for row in run.rows:
-            measured[row] = found = bench.measure(row.file_name, row.config, row.params, prompts)
+            measured[row] = found = bench.measure(row.file_name, row, prompts)
             score = 100 * found.scores["seen"].overall.mean
             _say(f"{row.label}: score {score:.1f} %, held-out error {found.errors['seen']:.3g}")
         sweep = _sweep(run, bench, prompts["seen"] // 3)
     routed = {
-        row: routing.measure(row.config, row.params, bench.inputs["seen"]) for row in run.routed
+        row: routing.measure(bench.program(row), bench.params(row), bench.inputs["seen"])
+        for row in run.routed
     }
     accounts = {row: account(row.config) for row in run.rows}
     gflops = {row: account.total.flops / 1e9 for row, account in accounts.items()}
-    milliseconds = {batch: _milliseconds(run, bench, batch) for batch in (1, BATCH)}
+    milliseconds = _milliseconds(run, bench)
     others = [s for s in run.students if s is not run.rival] if run.rival else []
     compared = {
         row: compare(row, measured, run.rival.rows) for student in others for row in student.rows
@@ -77,7 +82,7 @@ def _sweep(run: Run, bench: Bench, count: int) -> tuple[Row, dict[int, Measured]
     tried = {k for k in run.config.sweep_top_k if k < moe.experts}
     for k in sorted(tried | {moe.top_k, moe.experts}):
         name = f"{row.file_name}.top_{k}"
-        found[k] = bench.measure(name, _with_top_k(row.config, k), row.params, prompts)
+        found[k] = bench.measure(name, row, prompts, _with_top_k(row.config, k))
     _say(f"{row.label}: measured with {', '.join(map(str, found))} experts per token")
     return row, found
 
@@ -87,11 +92,47 @@ def _with_top_k(config: ModelConfig, k: int) -> ModelConfig:
     return replace(config, transformer=replace(transformer, moe=replace(transformer.moe, top_k=k)))
 
 
-def _milliseconds(run: Run, bench: Bench, batch: int) -> dict[Row, float]:
-    """Rows of equal config run the same program, so they share one measurement."""
-    models = {row.config: row.params for row in run.rows}
-    found = latency.milliseconds(models, bench.inputs["seen"][0], batch)
-    return {row: found[row.config] for row in run.rows}
+def _milliseconds(run: Run, bench: Bench) -> dict[int, dict[Row, float]]:
+    """Per image of one forward, by batch; on disk as soon as they are known.
+
+    Each program takes turns with the teacher's, two models at a time, and its time is told as a
+    multiple of the teacher's. Rows of equal config run the same program, so they share one.
+    """
+    first = {bench.program(row): row for row in reversed(run.rows)}
+    key = {
+        "programs": [[as_json(program.config), program.dtype] for program in first],
+        "device": f"{bench.mesh.size} × {jax.devices()[0].device_kind}",
+        "versions": bench.versions,
+        "rounds": latency.ROUNDS,
+    }
+    rows = list(first.values())
+    times = cached(bench.folder / "latency.json", key, lambda: _measure_latency(run, bench, rows))
+    of_program = dict(zip(first, times, strict=True))
+    return {
+        batch: {row: of_program[bench.program(row)][str(batch)] for row in run.rows}
+        for batch in (1, BATCH)
+    }
+
+
+def _measure_latency(run: Run, bench: Bench, rows: list[Row]) -> list[dict[str, float]]:
+    """Of every row, milliseconds by batch."""
+    inputs = bench.inputs["seen"][0]
+    teacher = bench.program(run.teacher), bench.params(run.teacher)
+    found = []
+    for row in rows:
+        models = [teacher, (bench.program(row), bench.params(row))]
+        models = models[: 1 if row is run.teacher else 2]
+        taken = {batch: latency.milliseconds(models, inputs, batch) for batch in (1, BATCH)}
+        found.append(taken)
+        del models  # before the next one is loaded
+    result = []
+    for taken in found:
+        mine = {}
+        for batch, (teachers, *others) in taken.items():
+            usual = float(np.median([one[batch][0] for one in found]))
+            mine[str(batch)] = usual * others[0] / teachers if others else usual
+        result.append(mine)
+    return result
 
 
 def _say(line: str) -> None:

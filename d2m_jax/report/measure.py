@@ -3,28 +3,32 @@
 import base64
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from d2m_jax.config import ModelConfig, to_json
+from d2m_jax.config import ConfigError, MeshConfig, ModelConfig, to_json
 from d2m_jax.data.protocol import Data
 from d2m_jax.data.source import open_data
 from d2m_jax.evaluate.benchmark import judge
-from d2m_jax.evaluate.held_out import SPLITS, Inputs, noisy_batches, velocities
+from d2m_jax.evaluate.held_out import BATCH, SPLITS, Inputs, Program, noisy_batches, velocities
 from d2m_jax.evaluate.scores import Score, Scores
-from d2m_jax.report.rows import Run
+from d2m_jax.report.rows import Row, Run
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.grid import to_image
 from d2m_jax.sampling.pipeline import Pipeline
-from d2m_jax.weights.named_arrays import fingerprint
+from d2m_jax.sharding import check_mesh, make_mesh, parameter_sharding
+from d2m_jax.weights import model_directory
 
 SAMPLES = 12  # images that are kept: two of every category
 
@@ -46,39 +50,58 @@ class Bench:
 
     def __init__(self, run: Run, folder: Path, versions: Mapping[str, str]):
         self.run, self.folder, self.versions = run, folder, dict(versions)
+        self.mesh = _mesh(run)
+        self._place = partial(parameter_sharding, self.mesh)
+        self._loaded: tuple[Path, dict] | None = None
 
     @cached_property
     def encoders(self) -> Encoders:
         """What all models of a run share."""
-        return Encoders(self.run.teacher.config)
+        return Encoders(self.run.teacher.config, mesh=self.mesh)
 
     @cached_property
     def inputs(self) -> dict[str, list[Inputs]]:
         """Noisy examples by pairs."""
-        return {pairs: noisy_batches(self.run.config, self.encoders, pairs) for pairs in SPLITS}
+        made = partial(noisy_batches, self.run.config, self.encoders, mesh=self.mesh)
+        return {pairs: made(pairs) for pairs in SPLITS}
 
     @cached_property
     def targets(self) -> dict[str, Float[np.ndarray, "b n c"]]:
         """The teacher's velocities there."""
-        teacher = self.run.teacher
-        return {
-            pairs: velocities(teacher.config, teacher.params, batches)
-            for pairs, batches in self.inputs.items()
-        }
+        program, params = self.program(self.run.teacher), self.params(self.run.teacher)
+        return {pairs: velocities(program, params, found) for pairs, found in self.inputs.items()}
 
-    @cached_property
-    def teacher(self) -> str:
-        """The fingerprint of the teacher."""
-        return fingerprint(self.run.teacher.params)
+    def program(self, row: Row, config: ModelConfig | None = None) -> Program:
+        """A row's forward (of another config, with another top_k), in the type that trained."""
+        stage = next(iter(self.run.config.stages.values()))
+        return Program(config or row.config, stage.dtype)
+
+    def shapes(self, row: Row) -> dict:
+        """Of a row's parameters, with their places."""
+        return model_directory.stored(row.path, self._place)[1]
+
+    def params(self, row: Row) -> dict:
+        """A row's parameters, cut over the mesh, as stored. One model is kept at a time: the one
+        that was asked for last."""
+        if self._loaded is None or self._loaded[0] != row.path:
+            self._loaded = None  # before the next one comes
+            self._loaded = row.path, model_directory.load(row.path, None, self._place)[1]
+        return self._loaded[1]
 
     def measure(
-        self, name: str, config: ModelConfig, params: dict, prompts: Mapping[str, int]
+        self,
+        name: str,
+        row: Row,
+        prompts: Mapping[str, int],
+        config: ModelConfig | None = None,
     ) -> Measured:
-        """Measure a model on so many prompts by pairs, unless `name`.json has just that."""
+        """Measure a row (with another config) on so many prompts by pairs, unless `name`.json has
+        just that."""
+        config = config or row.config
         key = {
-            "model": fingerprint(params),
+            "model": model_directory.stored(row.path, self._place)[2],
             "config": to_json(config),
-            "teacher": self.teacher,
+            "teacher": model_directory.stored(self.run.teacher.path, self._place)[2],
             "data": to_json(self.run.config.data),
             "seed": self.run.config.seed,
             "prompts": dict(prompts),
@@ -86,23 +109,23 @@ class Bench:
             "versions": self.versions,
         }
         file = self.folder / f"{name}.json"
-        value = cached(file, key, lambda: self._measure(config, params, prompts))
+        value = cached(file, key, lambda: self._measure(row, config, prompts))
         return self._read(value, config, prompts)
 
-    def _measure(
-        self, config: ModelConfig, params: dict, prompts: Mapping[str, int]
-    ) -> dict[str, Any]:
-        pipe, value = Pipeline(config, params, encoders=self.encoders), {}
-        data = self._data(config)
+    def _measure(self, row: Row, config: ModelConfig, prompts: Mapping[str, int]) -> dict[str, Any]:
+        targets = self.targets  # of another model, hence first
+        params, program = self.params(row), self.program(row, config)
+        pipe = Pipeline(config, params, encoders=self.encoders, mesh=self.mesh)
+        data, value = self._data(config), {}
         for pairs, count in prompts.items():
             asked = data.prompts(count, pairs == "held_out")
             images = pipe([prompt.caption for prompt in asked], seed=self.run.config.seed)
             judged = judge(data, images, asked)
-            answers = velocities(config, params, self.inputs[pairs])
+            answers = velocities(program, params, self.inputs[pairs])
             value[pairs] = {
                 "correct": _bits(judged.correct),
                 "floor": _bits(judged.floor),
-                "error": float(np.square(answers - self.targets[pairs], dtype=np.float64).mean()),
+                "error": float(np.square(answers - targets[pairs], dtype=np.float64).mean()),
             }
             if pairs == "seen":
                 value["samples"] = [png(to_image(image)) for image in images[:SAMPLES]]
@@ -122,6 +145,20 @@ class Bench:
 
     def _data(self, config: ModelConfig) -> Data:
         return open_data(self.run.config.data, config.image)
+
+
+def _mesh(run: Run) -> Mesh:
+    """The run's mesh over devices of this process alone, or all of fsdp where it does not fit
+    them; as many devices as cut a batch of examples evenly."""
+    count = 2 ** min(int(math.log2(jax.local_device_count())), int(math.log2(BATCH)))
+    devices = jax.local_devices()[:count]
+    try:
+        mesh = make_mesh(run.config.mesh, devices)
+        for row in run.rows:
+            check_mesh(mesh, row.config.transformer)
+    except ConfigError:
+        return make_mesh(MeshConfig(data=1, fsdp=-1), devices)
+    return mesh
 
 
 def cached(file: Path, key: Any, compute: Callable[[], Any]) -> Any:

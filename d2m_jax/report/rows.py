@@ -28,7 +28,7 @@ class Row:
     student: str
     stage: str  # empty for the teacher
     config: ModelConfig  # with the top_k of the stage
-    params: dict
+    path: Path  # its model directory
     steps: int = 0  # of training since the student was cut, over all its stages
     seconds: float = 0.0
 
@@ -109,7 +109,8 @@ def read(run_directory: Path | str) -> Run:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
     check(config.teacher is not None, f"{file}: teacher = None: a report compares with a teacher")
-    teacher = Row(TEACHER, "", *model_directory.load(ROOT / config.teacher))
+    path = ROOT / config.teacher
+    teacher = Row(TEACHER, "", model_directory.load_config(path), path)
     students = [
         _student(name, rival.sparsify.method, directory / "rivals" / name, rival.stages)
         for name, rival in config.rivals.items()
@@ -127,13 +128,14 @@ def _student(name: str, method: str, directory: Path, stages: Mapping[str, Stage
     done = [stage for stage in stages if (directory / "models" / stage).is_dir()]
     rows = []
     for stage in done:
-        model, params = model_directory.load(directory / "models" / stage)
+        path = directory / "models" / stage
+        model = model_directory.load_config(path)
         top_k = stages[stage].top_k
         if top_k is not None:
             moe = replace(model.transformer.moe, top_k=top_k)
             model = replace(model, transformer=replace(model.transformer, moe=moe))
         last = history(directory, done[: done.index(stage) + 1])[-1]
-        rows.append(Row(name, stage, model, params, last["step"], last["seconds"]))
+        rows.append(Row(name, stage, model, path, last["step"], last["seconds"]))
     lines = history(directory, done) if done else []
     return Student(name, method == "prune", tuple(rows), tuple(lines))
 

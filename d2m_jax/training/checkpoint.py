@@ -196,9 +196,13 @@ def _open_run(directory: Path, config: RunConfig) -> Path:
             saved = json.loads(file.read_text())
         except ValueError as error:
             raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
+        try:
+            theirs = to_json(from_json(RunConfig, saved, str(file)))  # as this version has it
+        except ConfigError as error:
+            message = f"{error}: not the config of a run; expected a free directory, or a run's"
+            raise ConfigError(message) from None
         # A run that failed before its first training left nothing that another would spoil.
         if begun:
-            theirs = to_json(from_json(RunConfig, saved, str(file)))  # as this version has it
             free = ("mesh", "keep_checkpoints")
             both = ({k: v for k, v in c.items() if k not in free} for c in (theirs, mine))
             refuse_other(file, *both)

@@ -20,6 +20,7 @@ from d2m_jax.weights.encoders import (
     FOLDERS,
     INDEX,
     copy_encoders,
+    encoder_files,
     is_pipeline,
     model_config,
     pipeline_folder,
@@ -70,7 +71,7 @@ def convert(
         config = with_encoders(config, encoders)
     folder = Path(config.encoders) if config.encoders and export != "bfl" else None
     size = sum(param.nbytes for param in params.values())
-    extra = sum(file.stat().st_size for file in folder.rglob("*")) if folder else 0
+    extra = sum(file.stat().st_size for file in encoder_files(folder)) if folder else 0
     output.check_space(target, size + extra)
     if folder is not None and export != "diffusers":
         config = replace(config, encoders=ENCODERS)

@@ -114,15 +114,19 @@ def is_pipeline(folder: Path) -> bool:
     return all((folder / name).is_dir() for name in FOLDERS)
 
 
+def encoder_files(folder: Path) -> list[Path]:
+    """Those of a FluxPipeline but for its transformer's: safetensors, configs, vocabularies."""
+    files = [file for name in FOLDERS for file in sorted((folder / name).iterdir())]
+    files = [file for file in files if file.suffix in COPIED]
+    return [*files, *([folder / INDEX] if (folder / INDEX).is_file() else [])]
+
+
 def copy_encoders(folder: Path, target: Path) -> None:
-    """Copy a FluxPipeline but for its transformer: safetensors, configs, vocabularies."""
+    """Copy a FluxPipeline but for its transformer."""
     for name in FOLDERS:
-        files = [file for file in sorted((folder / name).iterdir()) if file.suffix in COPIED]
         (target / name).mkdir(parents=True)
-        for file in files:
-            shutil.copyfile(file, target / name / file.name)
-    if (folder / INDEX).is_file():
-        shutil.copyfile(folder / INDEX, target / INDEX)
+    for file in encoder_files(folder):
+        shutil.copyfile(file, target / file.relative_to(folder))
 
 
 def _shift(file: Path) -> float | None:

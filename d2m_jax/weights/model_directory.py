@@ -122,6 +122,30 @@ def is_model_directory(path: Path | str) -> bool:
     return os.path.isfile(file) and os.path.exists(params)
 
 
+def stored(path: Path | str, sharding: Sharding | None = None) -> tuple[ModelConfig, dict, str]:
+    """What `load` would give as stored, without reading it: config, shapes with their places, and
+    the fingerprint that the parameters were saved with. Raises what `load` raises."""
+    config = load_config(path)
+    directory = Path(os.path.abspath(path)) / "params"
+    if not directory.is_dir():
+        raise ConfigError(f"{path}: expected params/ beside config.json, found none")
+    expected = abstract(config.transformer)
+    reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    with reader as checkpointer, _told_by_all(directory):
+        metadata = checkpointer.metadata(directory)
+        found, note = metadata.item_metadata, metadata.custom_metadata or {}
+        if found is None:
+            raise ValueError("its list of arrays is gone")
+        kinds = {name: (tuple(m.shape), m.dtype) for name, m in dict(found).items()}
+    _check_fit(path, {name: shape for name, (shape, _) in kinds.items()}, names(expected))
+    place = placement(sharding)
+    wanted = {
+        name: jax.ShapeDtypeStruct(*kind, sharding=place(name, kind[0]))
+        for name, kind in kinds.items()
+    }
+    return config, restructure(expected, wanted), note.get("fingerprint", "none")
+
+
 def load(
     path: Path | str, dtype=jnp.float32, sharding: Sharding | None = None
 ) -> tuple[ModelConfig, dict]:
@@ -131,35 +155,19 @@ def load(
     parameters; None is this process's first device. Raises ConfigError where it is missing or
     damaged, or params/ does not fit config.json.
     """
-    config = load_config(path)
+    config, wanted, expected = stored(path, sharding)
     directory = Path(os.path.abspath(path)) / "params"
-    if not directory.is_dir():
-        raise ConfigError(f"{path}: expected params/ beside config.json, found none")
-    expected = abstract(config.transformer)
-    reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
-    with reader as checkpointer, _told_by_all(directory):
-        metadata = checkpointer.metadata(directory)
-        stored, note = metadata.item_metadata, metadata.custom_metadata or {}
-        if stored is None:
-            raise ValueError("its list of arrays is gone")
-        kinds = {name: (tuple(m.shape), m.dtype) for name, m in dict(stored).items()}
-    _check_fit(path, {name: shape for name, (shape, _) in kinds.items()}, names(expected))
-    place = placement(sharding)
-    wanted = {
-        name: jax.ShapeDtypeStruct(*kind, sharding=place(name, kind[0]))
-        for name, kind in kinds.items()
-    }
     with _told_by_all(directory):
         # Not by the checkpointer: it would wait for a process whose part is damaged.
-        named = blocks.read(directory, wanted)
+        named = blocks.read(directory, names(wanted))
     with _told_by_all(directory):
-        whole = fingerprint(named) == note.get("fingerprint")
+        whole = fingerprint(named) == expected
     if not whole:
         raise ConfigError(f"{directory}: damaged, the arrays are not those that were saved")
     if dtype is not None:
         for name, a in named.items():
             named[name] = a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
-    return config, restructure(expected, named)
+    return config, restructure(wanted, named)
 
 
 @contextlib.contextmanager

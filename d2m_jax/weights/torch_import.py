@@ -201,11 +201,11 @@ def load_model(
     """The transformer of a model directory, a BFL or ComfyUI file, a folder of diffusers or of
     --export torch, or a Hugging Face repository.
 
-    Activations are in `dtype`. Parameters are float32 from a model directory, else `dtype` too;
-    `sharding` says where they go (model_directory.load). ConfigError for whatever else is there.
+    Parameters and activations are in `dtype`; `sharding` says where parameters go
+    (model_directory.load). ConfigError for whatever else is there.
     """
     if model_directory.is_model_directory(path):
-        config, params = model_directory.load(path, sharding=sharding)
+        config, params = model_directory.load(path, dtype, sharding)
         return model_of(config.transformer, params, dtype)
     source = open_source(path)
     params = load(source.parameters(dtype), abstract(source.config), sharding)

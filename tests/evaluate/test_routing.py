@@ -16,6 +16,7 @@ from d2m_jax.config import (
     WordsConfig,
 )
 from d2m_jax.evaluate import routing
+from d2m_jax.evaluate.held_out import Program
 from d2m_jax.models.flux import initialise
 from d2m_jax.report import pictures
 from tests.seed import generator
@@ -69,7 +70,7 @@ def with_gates(params, change):
 
 
 def test_shares_of_layers_and_groups(params, batches):
-    layers, groups = routing.measure(MODEL, params, batches)
+    layers, groups = routing.measure(Program(MODEL), params, batches)
     assert [layer.name for layer in layers] == [
         "double 0 image",
         "double 0 text",
@@ -101,7 +102,7 @@ def test_known_choices(params, batches):
             leaf[..., 1] = 100  # the second block, always
         return leaf
 
-    layers, (group,) = routing.measure(MODEL, with_gates(params, change), batches)
+    layers, (group,) = routing.measure(Program(MODEL), with_gates(params, change), batches)
     for layer in (layers[0], layers[1], layers[3]):
         assert np.allclose(layer.by_time, [0, 0.5, 0, 0.5])
         assert layer.health["dead_experts"] == 2
@@ -120,7 +121,7 @@ def test_places_are_those_of_image_tokens(params, batches):
             leaf[..., 0, :] = [100, 100, -100, -100]
         return leaf
 
-    image, text, *single = routing.measure(MODEL, with_gates(params, change), batches)[0]
+    image, text, *single = routing.measure(Program(MODEL), with_gates(params, change), batches)[0]
     assert np.allclose(image.by_place, [0, 0, 0.5, 0.5])
     assert np.allclose(text.by_time, [0.5, 0.5, 0, 0])
     some = [layer for layer in single if layer.by_time.any()]  # that the router chooses
@@ -135,10 +136,10 @@ def test_other_routers(batches):
     moe = replace(MODEL.transformer.moe, router_input="unmodulated")
     model = replace(MODEL, transformer=replace(MODEL.transformer, moe=moe))
     params = initialise(model.transformer, 0)
-    layers, groups = routing.measure(model, params, batches)
+    layers, groups = routing.measure(Program(model), params, batches)
     assert all(layer.by_place is None for layer in layers)
     figure = pictures.routing(layers, groups)
     assert len(figure.axes) >= 2 * (len(layers) + len(groups))
 
     shared = replace(MODEL, transformer=replace(MODEL.transformer, moe=replace(moe, top_k=0)))
-    assert routing.measure(shared, params, batches)[0] == []
+    assert routing.measure(Program(shared), params, batches)[0] == []

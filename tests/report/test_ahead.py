@@ -9,35 +9,35 @@ import pytest
 
 from d2m_jax.evaluate import held_out, latency, routing
 from d2m_jax.report import ahead, rows
-from d2m_jax.sampling.encoders import Encoders
+from d2m_jax.report.measure import Bench
 
 
 @pytest.fixture
-def run_and_inputs(make_run):
-    """The run with its main student alone, and a noisy batch."""
+def run_and_bench(make_run, tmp_path):
+    """The run with its main student alone, and what measures it."""
     run = rows.read(make_run())
     run = replace(run, students=run.students[-1:])
-    (inputs,) = held_out.noisy_batches(run.config, Encoders(run.teacher.config), "seen")
-    return run, inputs
+    return run, Bench(run, tmp_path / "evaluation", {})
 
 
-def test_what_is_compiled_ahead_is_not_compiled_again(run_and_inputs, monkeypatch, caplog):
-    run, inputs = run_and_inputs
+def test_what_is_compiled_ahead_is_not_compiled_again(run_and_bench, monkeypatch, caplog):
+    run, bench = run_and_bench
+    inputs = bench.inputs["seen"][0]
     monkeypatch.setattr(latency, "ROUNDS", 1)
     jax.clear_caches()  # another file of tests may have compiled the same programs
     caplog.set_level(logging.DEBUG, "jax._src.dispatch")
-    with ahead.compiled_ahead(run, inputs):
+    with ahead.compiled_ahead(run, bench):
         pass
     # teacher, MoE and MoB in batches and alone; the routing of the latter two
     assert compiled(caplog) == {"_forward": 6, "_route": 2}
     caplog.clear()
-    models = {row.config: row.params for row in run.rows}
-    for row in run.rows:
-        held_out.velocities(row.config, row.params, [inputs])
+    models = [(bench.program(row), bench.params(row)) for row in run.rows]
+    for program, params in models:
+        held_out.velocities(program, params, [inputs])
     for batch in (1, held_out.BATCH):
         latency.milliseconds(models, inputs, batch)
     for row in run.routed:
-        routing.measure(row.config, row.params, [inputs])
+        routing.measure(bench.program(row), bench.params(row), [inputs])
     assert compiled(caplog) == {"_forward": 0, "_route": 0}
 
 
@@ -52,22 +52,22 @@ class Killed(BaseException):
     """Stands for a signal that no one can catch."""
 
 
-def test_an_error_cancels_what_has_not_begun(run_and_inputs, monkeypatch):
+def test_an_error_cancels_what_has_not_begun(run_and_bench, monkeypatch):
     begun = []
 
     def slow(*model):
         begun.append(model)
         time.sleep(0.2)
 
-    monkeypatch.setattr(ahead, "compile_forward", slow)
-    with pytest.raises(Killed), ahead.compiled_ahead(*run_and_inputs):
+    monkeypatch.setattr(held_out.Program, "compile", slow)
+    with pytest.raises(Killed), ahead.compiled_ahead(*run_and_bench):
         raise Killed
     assert len(begun) <= ahead.THREADS
 
     def fails(*model):
         raise ValueError("no such program")
 
-    monkeypatch.setattr(ahead, "compile_forward", fails)
+    monkeypatch.setattr(held_out.Program, "compile", fails)
     with pytest.raises(ValueError, match="no such program"):
-        with ahead.compiled_ahead(*run_and_inputs):
+        with ahead.compiled_ahead(*run_and_bench):
             pass

@@ -1,6 +1,7 @@
 """Which of the rival's rows a row meets, and what is said of it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ SCENES = tuple(Scene("single", f"{i}", ()) for i in range(10))
 
 
 def row(student, stage, steps=0, seconds=0.0):
-    return Row(student, stage, MODEL, {}, steps, seconds)
+    return Row(student, stage, MODEL, Path(), steps, seconds)
 
 
 def measured(right, error):

@@ -1,20 +1,24 @@
 """The report of a run: its rows, its files, and that a killed one goes on."""
 
+import gc
 import json
 import re
+import weakref
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import pytest
 from PIL import Image
 
 from d2m_jax import flow, weights
-from d2m_jax.evaluate import held_out, latency
+from d2m_jax.config import MeshConfig
+from d2m_jax.evaluate import latency
 from d2m_jax.models.accounting import account
 from d2m_jax.models.flux import model_of
 from d2m_jax.report import findings, rows, write
 from d2m_jax.report.measure import Bench
-from d2m_jax.sampling.encoders import Encoders
+from d2m_jax.weights import model_directory
 
 ROWS = [
     "teacher",
@@ -101,25 +105,31 @@ def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch):
     directory, measured = make_run(), []
     measure = Bench._measure
 
-    def dies(self, config, params, prompts):
+    def dies(self, row, config, prompts):
         if len(measured) == 2:
             raise Killed
         measured.append(config)
-        return measure(self, config, params, prompts)
+        return measure(self, row, config, prompts)
 
     monkeypatch.setattr(Bench, "_measure", dies)
     with pytest.raises(Killed):
         write.write(directory)
     assert not (directory / "report.json").exists()
 
-    def counts(self, config, params, prompts):
+    def counts(self, row, config, prompts):
         measured.append(config)
-        return measure(self, config, params, prompts)
+        return measure(self, row, config, prompts)
 
     monkeypatch.setattr(Bench, "_measure", counts)
     write.write(directory)
     assert len(measured) == len(ROWS) + 3  # and the top-k sweep's
-    uninterrupted = scores_of(directory)
+    uninterrupted, report = scores_of(directory), (directory / "report.json").read_text()
+
+    # where all is on disk nothing is measured, times neither
+    measured.clear()
+    write.write(directory)
+    again = json.loads((directory / "report.json").read_text())
+    assert measured == [] and again["rows"] == json.loads(report)["rows"]
 
     # what is on disk is not measured again, but for a damaged file and another model
     (directory / "evaluation" / "teacher.json").write_text('{"key": ')
@@ -143,11 +153,10 @@ def test_a_run_that_tries_no_other_numbers_of_experts_has_no_sweep(make_run, tmp
 
 def test_held_out_error_is_the_mean_squared_difference_of_velocities(make_run, tmp_path):
     run = rows.read(make_run())
-    batches = held_out.noisy_batches(run.config, Encoders(run.teacher.config), "seen")
-    row = run.students[0].rows[0]
-    (inputs,) = batches
+    bench, row = Bench(run, tmp_path, {}), run.students[0].rows[0]
+    (inputs,) = bench.inputs["seen"]
     answers = [
-        model_of(model.config.transformer, model.params)(
+        model_of(model.config.transformer, weights.load(model.path)[1])(
             inputs["img"],
             flow.image_ids(2, 2),
             inputs["txt"],
@@ -158,6 +167,35 @@ def test_held_out_error_is_the_mean_squared_difference_of_velocities(make_run, t
         for model in (run.teacher, row)
     ]
     expected = float(jnp.square(answers[0] - answers[1]).mean())
-    bench = Bench(run, tmp_path, {})
-    found = bench.measure("pruned", row.config, row.params, {"seen": 12})
+    found = bench.measure("pruned", row, {"seen": 12})
     assert found.errors["seen"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_one_model_at_a_time_is_held(make_run, tmp_path, monkeypatch):
+    """Cut over the run's mesh, as it is stored; beside the teacher where the two take turns."""
+    directory = make_run()
+    run = rows.read(directory)
+    alive, most, load = [], [], model_directory.load
+
+    def counts(path, dtype, sharding):
+        config, params = load(path, dtype, sharding)
+        alive.append(weakref.ref(params["img_in"]["kernel"]))
+        gc.collect()
+        most.append(sum(ref() is not None for ref in alive))
+        return config, params
+
+    monkeypatch.setattr(model_directory, "load", counts)
+    config, params = load(run.teacher.path, None)
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    del params
+    weights.save(run.teacher.path, config, half)
+    bench = Bench(run, tmp_path / "evaluation", {})
+    findings.gather(run, bench)
+    assert max(most) == 2 and len(most) > len(ROWS)
+    kernel = bench.params(run.teacher)["img_in"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16 and kernel.sharding.mesh == bench.mesh
+    fsdp = replace(run.config, mesh=MeshConfig(data=1, fsdp=-1))
+    assert Bench(replace(run, config=fsdp), tmp_path, {}).mesh.shape["fsdp"] == bench.mesh.size
+    # of many hosts' mesh: over what this one has
+    many = replace(run.config, mesh=MeshConfig(data=64, fsdp=8))
+    assert Bench(replace(run, config=many), tmp_path, {}).mesh.shape["fsdp"] == bench.mesh.size

@@ -179,3 +179,11 @@ def test_damaged_run_config(tmp_path):
     (tmp_path / "config.json").write_text('{"name": ')
     with pytest.raises(ConfigError, match="config.json: damaged, expected JSON"):
         open_run(tmp_path, run_config())
+
+
+def test_a_folder_of_something_else_keeps_its_config(tmp_path):
+    config = '{"transformer": {}, "text": {"kind": "words"}}\n'
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match="config.json.* not the config of a run; expected a free"):
+        open_run(tmp_path, run_config())
+    assert (tmp_path / "config.json").read_text() == config

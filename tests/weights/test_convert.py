@@ -11,6 +11,7 @@ import convert_torch_weights
 from d2m_jax import command_line
 from d2m_jax.config import ConfigError
 from d2m_jax.weights import blocks, convert, model_directory, safetensors
+from d2m_jax.weights.encoders import FOLDERS, INDEX, copy_encoders, encoder_files
 from d2m_jax.weights.key_table import Parameter
 from d2m_jax.weights.named_arrays import fingerprint, names
 from tests.seed import generator
@@ -172,3 +173,17 @@ def test_full_disk(bfl, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="out: needs .* GB on the disk of .*, found 0.0 GB free"):
         convert.convert(bfl, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_copied_of_a_pipeline_is_not_its_transformer(tmp_path):
+    """Nor counted, where the room on the disk is checked."""
+    for name in (*FOLDERS, "transformer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"x" * 10)
+        (tmp_path / name / "model.bin").write_bytes(b"x" * 1000)
+    (tmp_path / INDEX).write_text("{}")
+    files = encoder_files(tmp_path)
+    assert sum(file.stat().st_size for file in files) == 10 * len(FOLDERS) + 2
+    copy_encoders(tmp_path, tmp_path / "copy")
+    found = {file.relative_to(tmp_path / "copy") for file in (tmp_path / "copy").rglob("*.*")}
+    assert found == {file.relative_to(tmp_path) for file in files}
