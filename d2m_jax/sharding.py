@@ -356,6 +356,14 @@ def put(value: Any, sharding: NamedSharding) -> Array:
     return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 
 
+def put_whole(mesh: Mesh, value: Any) -> Array:
+    """An array that every device is to hold whole, there; on the host the same in all processes."""
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        data = put(jax.random.key_data(value), replicated(mesh))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+    return put(value, replicated(mesh))
+
+
 def put_parameters(mesh: Mesh, tree: Any) -> Any:
     """A tree of parameters where `parameter_sharding` says; what is one array stays one."""
     done: dict[int, Array] = {}
@@ -385,7 +393,8 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
         shape = rows * shards, *leaf.shape[1:]
         return jax.make_array_from_callback(shape, sharding, part)
 
-    return jax.tree.map(place, batch)
+    with jax.transfer_guard("allow"):  # a transfer is what is asked for
+        return jax.tree.map(place, batch)
 
 
 def own_rows(mesh: Mesh, size: int) -> slice:

@@ -92,7 +92,7 @@ def distillation(model, **stages) -> RunConfig:
         data=IconsConfig(glyphs=40),
         sparsify=SparsifyConfig(batches=2, batch_size=4, tokens=64, routed_scale=0.0),
         stages=stages,
-        held_out_batches=1,
+        validation_batches=1,
         evaluate_prompts=12,
         sweep_top_k=(),
     )
@@ -126,4 +126,4 @@ def test_the_report_with_its_own_encoders(model, tmp_path, monkeypatch):
     write.write(tmp_path / "run")
     rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
     assert [row["stage"] for row in rows] == [None, "moe"]
-    assert rows[1]["held_out_error"]["seen"] > 0
+    assert rows[1]["error"]["seen"] > 0

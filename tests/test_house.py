@@ -14,6 +14,7 @@ SCRIPTS = ("train", "convert_torch_weights", "sample", "evaluate")
 FLOORS = {
     "config": 0,
     "flow": 0,
+    "keys": 0,
     "kernels": 1,
     "hosts": 1,
     "sharding": 1,

@@ -30,7 +30,7 @@ def start(directory: Path, cache: Path) -> subprocess.Popen:
 
 def results(directory: Path) -> list:
     rows = json.loads((directory / "report.json").read_text())["rows"]
-    return [(row["name"], row["steps"], row["scores"], row["held_out_error"]) for row in rows]
+    return [(row["name"], row["steps"], row["scores"], row["error"]) for row in rows]
 
 
 def seconds(directory: Path, cache: Path) -> float:

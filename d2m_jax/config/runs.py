@@ -81,7 +81,7 @@ class StageConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; the rest stays float32
     remat: bool = True
     log_every: int = 10  # 0: with evaluations only
-    evaluate_every: int = 250  # held-out loss; decides the best checkpoint
+    evaluate_every: int = 250  # on the validation batches; decides the best checkpoint
     checkpoint_every: int = 250
     sample_every: int = 0  # sample grids of fixed prompts; 0 turns them off
 
@@ -166,7 +166,7 @@ class RunConfig:
     evaluate_prompts: int = 600  # prompts of the icons benchmark in the report
     # Experts per token that the report tries beside the model's own number and all of them.
     sweep_top_k: tuple[int, ...] = (0, 1, 4, 8)
-    held_out_batches: int = 8
+    validation_batches: int = 8  # of what trains, in other draws
     quick_compilation: bool = False  # programs compile fast and run slowly: for first tries
 
     def __post_init__(self):
@@ -178,7 +178,7 @@ class RunConfig:
         check(len(self.stages) > 0, "RunConfig.stages: expected at least one stage, found none")
         check_whole(self, 0, "seed")
         check_whole(self, 1, "keep_checkpoints", "evaluate_prompts")
-        check_whole(self, 0, "held_out_batches")
+        check_whole(self, 0, "validation_batches")
         for name in self.rivals:
             _check_name(f"rivals.{name}", name)
         students = {"": self.stages} | {f"rivals.{n}.": r.stages for n, r in self.rivals.items()}

@@ -66,10 +66,13 @@ def _stacks(
         run_student = jax.checkpoint(run_student, prevent_cse=False)
 
     def body(streams, params):
-        t, _ = teacher.run_group(t_graphs, params[0], streams[0], t_context)
-        t = jax.lax.stop_gradient(t)
-        s, of_group = run_student(params[1], streams[1])
-        scalars = _compare(t, s) if features else {}
+        with jax.named_scope("teacher"):
+            t, _ = teacher.run_group(t_graphs, params[0], streams[0], t_context)
+            t = jax.lax.stop_gradient(t)
+        with jax.named_scope("student"):
+            s, of_group = run_student(params[1], streams[1])
+        with jax.named_scope("features"):
+            scalars = _compare(t, s) if features else {}
         return (t, s), (scalars, of_group)
 
     (t, s), (scalars, report) = jax.lax.scan(body, (t_streams, s_streams), (t_params, s_params))

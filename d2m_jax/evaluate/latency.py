@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from d2m_jax.evaluate.held_out import Inputs, Program, first
+from d2m_jax.evaluate.noisy import Inputs, Program, first
 
 ROUNDS = 25
 

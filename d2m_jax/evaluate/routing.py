@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from d2m_jax.config import ModelConfig
 from d2m_jax.distill.losses import health
-from d2m_jax.evaluate.held_out import Inputs, Program, arguments, on_mesh_of
+from d2m_jax.evaluate.noisy import Inputs, Program, arguments, on_mesh_of
 from d2m_jax.models.flux import model_of
 
 BINS = 8  # of the timestep, from 0 (data) to 1 (noise)

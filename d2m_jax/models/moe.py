@@ -37,8 +37,11 @@ class MoE(nnx.Module):
         k = self.config.top_k if context.top_k is None else context.top_k
         y, routing = self.shared(x), None
         if routed is None and k > 0:
-            probability, chosen, weight = self.route(self.logits(x, unmodulated, context.vec), k)
-            routed = self.scale[...].astype(x.dtype) * self.experts(x, chosen, weight)
+            with jax.named_scope("gate"):
+                logits = self.logits(x, unmodulated, context.vec)
+                probability, chosen, weight = self.route(logits, k)
+            with jax.named_scope("experts"):
+                routed = self.scale[...].astype(x.dtype) * self.experts(x, chosen, weight)
             load = jax.nn.one_hot(chosen, self.config.experts).mean((1, 2))
             routing = Routing(load, probability.mean(1))
         kept = None

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from d2m_jax.evaluate import routing
-from d2m_jax.evaluate.held_out import first
+from d2m_jax.evaluate.noisy import first
 from d2m_jax.report.measure import Bench
 from d2m_jax.report.rows import Run
 

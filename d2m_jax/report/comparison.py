@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from d2m_jax.evaluate.held_out import BATCH
+from d2m_jax.evaluate.noisy import BATCH
 from d2m_jax.evaluate.scores import Estimate, paired_difference
 from d2m_jax.report.measure import Measured
 from d2m_jax.report.rows import Row, Run
@@ -22,7 +22,7 @@ class Comparison:
     rival: Row
     reached: bool
     score: Estimate  # by how much the row's score on seen pairs is higher, over the same prompts
-    error: float  # the row's held-out error over the rival's
+    error: float  # the row's distillation error over the rival's
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def verdicts(
     gflops: Mapping[Row, float],
     milliseconds: Mapping[Row, float],
 ) -> dict[str, Verdict]:
-    """How a sparse row stands to the aims: score, held-out error, time beside FLOPs."""
+    """How a sparse row stands to the aims: score, distillation error, time beside FLOPs."""
     scores = [measured[model].scores["seen"].overall.mean for model in (row, run.teacher)]
     share = scores[0] / max(scores[1], 1e-12)
     met = share >= SCORE_AIM
@@ -99,7 +99,7 @@ def verdicts(
     if steps := compared.get("steps"):
         met = steps.error <= ERROR_AIM
         result["error_of_rival"] = Verdict(
-            f"held-out error {measured[row].errors['seen']:.3g} is {steps.error:.2f} × that of"
+            f"distillation error {measured[row].errors['seen']:.3g} is {steps.error:.2f} × that of"
             f" {steps.rival.label} (aim: at most {ERROR_AIM}, {'met' if met else 'missed'})",
             steps.error,
             met,

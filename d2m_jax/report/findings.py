@@ -10,7 +10,7 @@ import numpy as np
 from d2m_jax.config import ModelConfig
 from d2m_jax.config import to_json as as_json
 from d2m_jax.evaluate import latency, routing, scores
-from d2m_jax.evaluate.held_out import BATCH
+from d2m_jax.evaluate.noisy import BATCH
 from d2m_jax.models.accounting import Account, account
 from d2m_jax.report.ahead import compiled_ahead
 from d2m_jax.report.comparison import By, Comparison, Verdict, compare, verdicts
@@ -49,7 +49,7 @@ def gather(run: Run, bench: Bench) -> Findings:
         for row in run.rows:
             measured[row] = found = bench.measure(row.file_name, row, prompts)
             score = 100 * found.scores["seen"].overall.mean
-            _say(f"{row.label}: score {score:.1f} %, held-out error {found.errors['seen']:.3g}")
+            _say(f"{row.label}: score {score:.1f} %, distillation error {found.errors['seen']:.3g}")
         sweep = _sweep(run, bench, prompts["seen"] // 3)
     routed = {
         row: routing.measure(bench.program(row), bench.params(row), bench.inputs["seen"])
@@ -203,7 +203,7 @@ def _row(findings: Findings, row: Row) -> dict[str, Any]:
 
 
 def _worth(measured: Measured) -> dict[str, Any]:
-    return {"held_out_error": measured.errors, "scores": scores.to_json(measured.scores)}
+    return {"error": measured.errors, "scores": scores.to_json(measured.scores)}
 
 
 def _rounded(values) -> list:

@@ -1,4 +1,4 @@
-"""What a model is worth: scores, samples and held-out errors, on disk as soon as they are known."""
+"""What a model is worth: scores, samples and errors, on disk as soon as they are known."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ from d2m_jax.config import ConfigError, MeshConfig, ModelConfig, to_json
 from d2m_jax.data.protocol import Data
 from d2m_jax.data.source import open_data
 from d2m_jax.evaluate.benchmark import judge
-from d2m_jax.evaluate.held_out import BATCH, SPLITS, Inputs, Program, noisy_batches, velocities
+from d2m_jax.evaluate.noisy import BATCH, SPLITS, Inputs, Program, noisy_batches, velocities
 from d2m_jax.evaluate.scores import Score, Scores
 from d2m_jax.report.rows import Row, Run
 from d2m_jax.sampling.encoders import Encoders
@@ -38,7 +38,7 @@ class Measured:
     """Of one model, by pairs of glyph and colour ("seen" in training and "held_out" of it)."""
 
     scores: Scores
-    errors: dict[str, float]  # held-out distillation error; 0 is the teacher's own
+    errors: dict[str, float]  # distillation error; 0 is the teacher's own
     samples: UInt8[np.ndarray, "n h w 3"]  # of the first prompts of seen pairs
 
 
@@ -105,7 +105,7 @@ class Bench:
             "data": to_json(self.run.config.data),
             "seed": self.run.config.seed,
             "prompts": dict(prompts),
-            "held_out_batches": self.run.config.held_out_batches,
+            "validation_batches": self.run.config.validation_batches,
             "versions": self.versions,
         }
         file = self.folder / f"{name}.json"

@@ -72,7 +72,7 @@ def curves(run: Run) -> Figure:
         for student, colour in zip(run.students, _colours(run.students), strict=False):
             for name, style in (
                 ("output", {"lw": 0.8, "alpha": 0.35}),
-                ("held_out_output", {"lw": 1.6, "marker": "o", "ms": 3, "label": student.name}),
+                ("validation_output", {"lw": 1.6, "marker": "o", "ms": 3, "label": student.name}),
             ):
                 lines = [line for line in student.history if line.get(name, 0) > 0]
                 x, y = [line[by] for line in lines], [line[name] for line in lines]

@@ -1,6 +1,7 @@
 """The rows of a report: what a run directory holds of teacher, students and their stages."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -150,7 +151,9 @@ def history(directory: Path, stages: Sequence[str]) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(file.read_text().splitlines(), 1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
+            # As earlier versions named what they found on the validation batches.
+            lines.append({re.sub("^held_out", "validation", k): v for k, v in line.items()})
         except ValueError:
             raise ConfigError(f"{file}, line {number}: damaged, expected JSON") from None
     result, step, seconds = [], 0, 0.0

@@ -7,7 +7,7 @@ import rich.box
 import rich.table
 from rich.text import Text
 
-from d2m_jax.evaluate.held_out import BATCH
+from d2m_jax.evaluate.noisy import BATCH
 from d2m_jax.evaluate.scores import Estimate
 from d2m_jax.report.comparison import note
 from d2m_jax.report.findings import Findings
@@ -37,7 +37,7 @@ def costs(findings: Findings) -> Table:
 
 def worth(findings: Findings) -> Table:
     """What every row is worth."""
-    head = ["", "held-out\nerror", "score\n%", "chance\n%"]
+    head = ["", "distillation\nerror", "score\n%", "chance\n%"]
     head += ["error,\nnew pairs", "score,\nnew pairs %"]
     rows = []
     for row in findings.run.rows:
@@ -48,7 +48,7 @@ def worth(findings: Findings) -> Table:
         rows.append([*cells, interval(held_out.overall)])
     seen, held_out = (f"{findings.prompts[pairs]:,}" for pairs in ("seen", "held_out"))
     notes = [
-        "Held-out error: E ‖v teacher − v student‖² on images that no training saw. Scores:"
+        "Distillation error: E ‖v teacher − v student‖² on images that no training saw. Scores:"
         f" {seen} prompts, and {held_out} of new pairs of glyph and colour, with the same noise for"
         " all; ± is half a 95 % interval. Chance: the right image judged by another caption.",
     ]

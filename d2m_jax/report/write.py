@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from d2m_jax.config import ROOT
-from d2m_jax.evaluate.held_out import BATCH
+from d2m_jax.evaluate.noisy import BATCH
 from d2m_jax.report import pictures, tables
 from d2m_jax.report.findings import Findings, gather, to_json
 from d2m_jax.report.measure import Bench, write_whole
@@ -108,14 +108,14 @@ def _draw(findings: Findings) -> dict[str, Picture]:
         "curves": Picture(
             "Distillation error while training",
             _png(pictures.curves(run)),
-            "Lines with points: on held-out images; thin: on training batches. Dotted: the end of"
+            "Lines with points: on validation images; thin: on training batches. Dotted: the end of"
             " a stage. Seconds count training steps alone.",
         ),
     }
     for row, (layers, groups) in findings.routing.items():
         caption = (
             "How often each expert is chosen, as a multiple of the even share: by timestep (left)"
-            " and by place in the image (right), on noisy held-out images."
+            " and by place in the image (right), on noisy images that did not train."
         )
         if groups:
             caption += " At the end, the share of samples that run each block of a group."

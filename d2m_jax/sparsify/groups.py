@@ -1,16 +1,15 @@
 """Blocks in other stacks: MoB groups for a student, and the same shape for its teacher."""
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, groupby
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from d2m_jax.config import FluxConfig, GroupsConfig, StackConfig, check
+from d2m_jax.keys import named_key
 from d2m_jax.models.flux import over_axes
 from d2m_jax.models.mob import BlockRouter
 
@@ -162,7 +161,7 @@ def _flat(a):
 
 
 def _router(config: FluxConfig, stack: StackConfig, name: str, seed: int) -> dict:
-    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(f"{name}.router".encode())))
+    key = named_key(seed, f"{name}.router")
 
     def create(rngs):
         return BlockRouter(config.hidden_size, stack.blocks, config.mob_alpha, rngs=rngs)

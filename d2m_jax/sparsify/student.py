@@ -1,14 +1,13 @@
 """A student from its teacher, as SparsifyConfig says: experts or pruning, modulation."""
 
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import groupby, islice
 
 import jax
-import numpy as np
 
 from d2m_jax.config import FluxConfig, ModelConfig, SparsifyConfig, check
+from d2m_jax.keys import named_generator, named_key
 from d2m_jax.sharding import whole
 from d2m_jax.sparsify import importance
 from d2m_jax.sparsify.experts import make_moe
@@ -37,7 +36,7 @@ def make_student(
     config, params = align(teacher.transformer, params, shapes(student))
     batches = list(islice(batches, sparsify.batches))
     check(len(batches) > 0, "calibration: expected at least one batch, found none")
-    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(b"calibration")))
+    key = named_key(seed, "calibration")
     measured = importance.calibrate(config, params, batches, noisy, key, sparsify.tokens)
     say(f"calibrated on {len(batches)} batches")
 
@@ -46,7 +45,7 @@ def make_student(
     elif sparsify.shared == "magnitude":
         scores = importance.magnitude(params)
     else:
-        scores = importance.random(params, _generator(seed, "scores"))
+        scores = importance.random(params, named_generator(seed, "scores"))
     made = dict(params)
     for kind in KINDS:
         made[kind] = dict(params[kind])
@@ -60,7 +59,7 @@ def make_student(
                     block[name] = prune(ffn, mine, student.ffn_width(stack))
                 else:
                     seen = measured.inputs[kind][i][name]
-                    generator = _generator(seed, f"{kind}.{i}.{name}")
+                    generator = named_generator(seed, f"{kind}.{i}.{name}")
                     block[name] = make_moe(ffn, mine, seen, student, stack, sparsify, generator)
             made[kind][i] = {"block": block}
     if sparsify.method == "moe":
@@ -126,7 +125,3 @@ def student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
         bodies[kind] = tuple(body)
     student = replace(config, moe=sparsify.moe, **bodies)
     return student if rank is None else replace(student, modulation_rank=rank)
-
-
-def _generator(seed: int, name: str) -> np.random.Generator:
-    return np.random.default_rng((seed, zlib.crc32(name.encode())))

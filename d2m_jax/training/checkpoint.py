@@ -48,7 +48,8 @@ class Checkpoints:
         hosts.by_first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
         best = checkpoint_managers.BestN(
             # The best is the last in this order.
-            get_metric_fn=lambda metrics: -metrics["held_out"],
+            # "held_out" in checkpoints of earlier versions.
+            get_metric_fn=lambda metrics: -metrics.get("validation", metrics.get("held_out")),
             n=1,
             keep_checkpoints_without_metrics=False,
         )
@@ -61,7 +62,9 @@ class Checkpoints:
             ),
         )
 
-    def save(self, step: int, state: Any, progress: dict[str, Any], held_out: float | None) -> None:
+    def save(
+        self, step: int, state: Any, progress: dict[str, Any], validation: float | None
+    ) -> None:
         """Save in the background. FloatingPointError for a NaN or infinity, nothing saved."""
         content = {
             "identity": self.identity,
@@ -72,7 +75,7 @@ class Checkpoints:
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(names(state)), run=ocp.args.JsonSave(content)
         )
-        metrics = None if held_out is None else {"held_out": held_out}
+        metrics = None if validation is None else {"validation": validation}
         self._manager.save(step, args=arguments, metrics=metrics, force=True)
 
     def restore(self, like: Any) -> Restored | None:

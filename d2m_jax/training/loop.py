@@ -3,13 +3,11 @@
 import signal
 import threading
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +17,8 @@ from jaxtyping import Array
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, MeshConfig, StageConfig, to_json
 from d2m_jax.data.protocol import Batches
-from d2m_jax.sharding import batch_shards, make_mesh, put_batch, put_parameters
+from d2m_jax.keys import named_key
+from d2m_jax.sharding import batch_shards, make_mesh, put_batch, put_parameters, put_whole
 from d2m_jax.training.checkpoint import Checkpoints
 from d2m_jax.training.metrics import Metrics, Window, matmul_peak
 from d2m_jax.training.step import Loss, Step, trained
@@ -37,7 +36,7 @@ def train_stage(
     batches: Batches,
     run_directory: Path | str,
     constants: Any = (),
-    held_out: Sequence[Batch] = (),
+    validation: Sequence[Batch] = (),
     encode: Callable[[Batch], Batch] = lambda batch: batch,
     seed: int = 0,
     flops_per_example: float = 0.0,
@@ -72,17 +71,13 @@ def train_stage(
         "frozen": fingerprint(frozen),
         "constants": fingerprint(constants),
     }
-
-    def whole() -> dict:
-        return program.whole(trained(state), frozen, constants)
-
     checkpoints = Checkpoints(run_directory / "checkpoints" / name, identity, keep)
     start, progress = 0, {}
     if restored := checkpoints.restore(state):
         start, state, progress = restored.step, restored.state, restored.progress
     if start >= stage.steps:
         checkpoints.close()
-        return whole()
+        return program.whole(trained(state), frozen, constants)
     if start:
         batches.set_state(progress["batches"])
     _announce(name, stage, start, state, frozen)
@@ -90,87 +85,135 @@ def train_stage(
     def put(batch: Batch) -> Batch:
         return encode(put_batch(mesh, batch))
 
-    step_key, held_out_key = (_named_key(seed, f"{name}/{use}") for use in ("step", "held_out"))
+    # The second name is older than what it names now: another would give other noise.
+    keys = [put_whole(mesh, named_key(seed, f"{name}/{use}")) for use in ("step", "held_out")]
     train_step = program.train()
-    evaluate = _make_evaluate(program, [put(batch) for batch in held_out], held_out_key)
-    metrics = Metrics(run_directory, name, stage.steps, start)
-    window = Window(progress.get("window"))
+    validate = _Validation(program, [put(batch) for batch in validation], keys[1])
     clock = _Clock(progress.get("seconds", 0.0), stage, flops_per_example, mesh)
-
-    not_finite = partial(_not_finite, name, stage, checkpoints)
-    stop = 0  # the number of a signal that any process got
-
-    def read(step: int, values: dict) -> None:
-        """Wait for a step that the device was given; its numbers go into the window."""
-        values = jax.device_get(values)
-        clock.tick()
-        nonlocal stop
-        stop = int(values.pop("signal")) or stop
-        loss, norm = values["loss"], values["gradient_norm"]
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            raise not_finite(step, f"loss is {loss}, gradient norm {norm}")
-        window.add(values)
-        metrics.advance(step)
-
-    def log(step: int, result: dict | None = None) -> None:
-        """The means since the last logged step, and the held-out results where there are any."""
-        nonlocal window
-        metrics.write(step, window.means() | clock.rates() | (result or {}))
-        window = Window()
-
+    metrics = Metrics(run_directory, name, stage.steps, start)
+    journal = _Journal(name, stage, checkpoints, metrics, clock, Window(progress.get("window")))
     try:
-        with _caught_signals() as caught, jax.set_mesh(mesh):
+        # Inside, what crosses between host and devices is said to: anything else is a mistake.
+        with _caught_signals() as caught, jax.set_mesh(mesh), jax.transfer_guard("disallow"):
             pending, batch, no_signal = None, None, hosts.flags(mesh, 0)
-            if start == 0 and held_out:
+            if start == 0 and validation:
                 batch = put(next(batches))
-                arguments = state, frozen, constants, batch, step_key, no_signal
+                arguments = state, frozen, constants, batch, keys[0], no_signal
                 with _compiling(mesh, train_step, arguments):
-                    at_start = evaluate(trained(state), frozen, constants)
-                metrics.write(0, {"loss": at_start["held_out"]} | at_start)
+                    at_start = validate(trained(state), frozen, constants)
+                metrics.write(0, {"loss": at_start["validation"]} | at_start)
             for step in range(start + 1, stage.steps + 1):
                 batch = batch or put(next(batches))
                 signals = hosts.flags(mesh, caught[0]) if caught else no_signal
-                state, values = train_step(state, frozen, constants, batch, step_key, signals)
+                with jax.profiler.StepTraceAnnotation(name, step_num=step):
+                    state, values = train_step(state, frozen, constants, batch, keys[0], signals)
                 batch = None
-                if pending:
-                    read(*pending)
+                if pending:  # the step before is read while this one runs
+                    journal.read(*pending)
                     if _every(stage.log_every, pending[0]):
-                        log(pending[0])
-                pending = (step, values)
-                evaluate_now, sample_now, save_now = due = _due(stage, step)
-                if not (any(due) or stop):
+                        journal.log(pending[0])
+                pending, due = (step, values), _due(stage, step)
+                if not (any(due) or journal.stop):
                     continue
-                read(*pending)
-                pending = None
-                result = {}
-                if evaluate_now and held_out:
-                    result = evaluate(trained(state), frozen, constants)
-                    if not np.isfinite(result["held_out"]):
-                        raise not_finite(step, f"held-out loss is {result['held_out']}")
-                if evaluate_now or _every(stage.log_every, step):
-                    log(step, result)
-                if sample_now and sample:
-                    sample(whole(), step)
-                if save_now or stop:
-                    progress = {
-                        "batches": batches.get_state(),
-                        "window": window.to_json(),
-                        "seconds": clock.seconds,
-                    }
-                    try:
-                        checkpoints.save(step, state, progress, result.get("held_out"))
-                    except FloatingPointError as error:
-                        raise not_finite(step, str(error)) from None
-                if stop:
-                    checkpoints.close()
-                    stopped = f"stopped by {signal.Signals(stop).name} at step {step}, saved"
-                    hosts.say(f"{name}: {stopped}; start again to go on")
-                    raise SystemExit(128 + stop)
+                journal.read(*pending)
+                pending, result = None, {}
+                if due.validate and validation:
+                    result = validate(trained(state), frozen, constants)
+                    journal.check_finite(step, {"validation loss": result["validation"]})
+                if due.validate or _every(stage.log_every, step):
+                    journal.log(step, result)
+                if due.sample and sample:
+                    with jax.transfer_guard("allow"):
+                        sample(program.whole(trained(state), frozen, constants), step)
+                if due.save or journal.stop:
+                    with jax.transfer_guard("allow"):
+                        journal.save(step, state, batches.get_state(), result.get("validation"))
+                if journal.stop:
+                    raise SystemExit(128 + journal.stop)
                 clock.skip()
     finally:
         checkpoints.close()
         metrics.close()
-    return whole()
+    return program.whole(trained(state), frozen, constants)
+
+
+class _Journal:
+    """What the host knows of a stage: numbers since the last logged step, whether to stop, and what
+    of all that a checkpoint needs."""
+
+    def __init__(
+        self,
+        name: str,
+        stage: StageConfig,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        clock: "_Clock",
+        window: Window,
+    ):
+        self.name, self.stage, self.checkpoints = name, stage, checkpoints
+        self.metrics, self.clock, self.window = metrics, clock, window
+        self.stop = 0  # the number of a signal that any process got
+
+    def read(self, step: int, values: dict[str, Array]) -> None:
+        """Wait for a step that the device was given; its numbers go into the window."""
+        found = jax.device_get(values)
+        self.clock.tick()
+        self.stop = int(found.pop("signal")) or self.stop
+        self.check_finite(step, {"loss": found["loss"], "gradient norm": found["gradient_norm"]})
+        self.window.add(found)
+        self.metrics.advance(step)
+
+    def log(self, step: int, result: dict[str, Any] | None = None) -> None:
+        """The means since the last logged step, and the validation's results where there are
+        any."""
+        self.metrics.write(step, self.window.means() | self.clock.rates() | (result or {}))
+        self.window = Window()
+
+    def save(self, step: int, state: dict, position: Any, validation: float | None) -> None:
+        """A checkpoint; of a run that is to stop it is on disk when this returns, and told."""
+        progress = {
+            "batches": position,
+            "window": self.window.to_json(),
+            "seconds": self.clock.seconds,
+        }
+        try:
+            self.checkpoints.save(step, state, progress, validation)
+        except FloatingPointError as error:
+            raise self._not_finite(step, str(error)) from None
+        if self.stop:
+            self.checkpoints.close()
+            stopped = f"stopped by {signal.Signals(self.stop).name} at step {step}, saved"
+            hosts.say(f"{self.name}: {stopped}; start again to go on")
+
+    def check_finite(self, step: int, values: dict[str, Any]) -> None:
+        """ConfigError that says what to try where a number is not finite."""
+        if not all(np.isfinite(value) for value in values.values()):
+            said = ", ".join(f"{name} is {value}" for name, value in values.items())
+            raise self._not_finite(step, said)
+
+    def _not_finite(self, step: int, what: str) -> ConfigError:
+        latest = self.checkpoints.latest_step()
+        kept = "no checkpoint yet" if latest is None else f"checkpoint {latest} is kept"
+        optimizer = self.stage.optimizer
+        return ConfigError(
+            f"stages.{self.name}, step {step}: {what}; {kept}; try a learning_rate below"
+            f" {optimizer.learning_rate:g} or a smaller clip than {optimizer.clip:g}"
+        )
+
+
+class _Validation:
+    """Mean loss and metrics over batches, each with its own key, always the same."""
+
+    def __init__(self, step: Step, batches: list[Batch], key: Array):
+        self._one, self._batches = step.evaluate(), batches
+        with jax.set_mesh(step.mesh):
+            self._keys = [jax.random.fold_in(key, i) for i in range(len(batches))]
+
+    def __call__(self, trainable: dict, frozen: dict, constants: Any) -> dict[str, Any]:
+        window = Window()
+        for batch, key in zip(self._batches, self._keys, strict=True):
+            window.add(jax.device_get(self._one(trainable, frozen, constants, batch, key)))
+        return window.means()
 
 
 @contextmanager
@@ -188,14 +231,21 @@ def _compiling(mesh: Mesh, program: Callable, arguments: tuple):
         compiled.result()
 
 
-def _due(stage: StageConfig, step: int) -> tuple[bool, bool, bool]:
-    """Whether to evaluate, to draw samples and to save after this step; 0 means at the end only,
-    for samples never."""
+class _Due(NamedTuple):
+    """What there is to do after a step."""
+
+    validate: bool
+    sample: bool
+    save: bool
+
+
+def _due(stage: StageConfig, step: int) -> _Due:
+    """0 means at the end only, for samples never."""
     last = step == stage.steps
-    return (
-        last or _every(stage.evaluate_every, step),
-        bool(stage.sample_every) and (last or _every(stage.sample_every, step)),
-        last or _every(stage.checkpoint_every, step),
+    return _Due(
+        validate=last or _every(stage.evaluate_every, step),
+        sample=bool(stage.sample_every) and (last or _every(stage.sample_every, step)),
+        save=last or _every(stage.checkpoint_every, step),
     )
 
 
@@ -214,23 +264,6 @@ def check_batch(path: str, stage: StageConfig, mesh: Mesh) -> None:
             f" optimizer.accumulate = {stage.optimizer.accumulate} times the mesh's"
             f" data · fsdp · expert = {shards}"
         )
-
-
-def _named_key(seed: int, name: str) -> Array:
-    return jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(name.encode())))
-
-
-def _make_evaluate(step: Step, batches: list, key: Array) -> Callable[[dict, dict, Any], dict]:
-    """Mean loss and metrics over the held-out batches, each with its own key, always the same."""
-    one = step.evaluate()
-
-    def evaluate(trainable, frozen, constants):
-        window = Window()
-        for i, batch in enumerate(batches):
-            window.add(jax.device_get(one(trainable, frozen, constants, batch, key, np.uint32(i))))
-        return window.means()
-
-    return evaluate
 
 
 class _Clock:
@@ -277,17 +310,6 @@ def _announce(name: str, stage: StageConfig, start: int, state: dict, frozen: di
     resumed = f", going on from step {start}" if start else ""
     share = f"{mine:,} of {mine + others:,} parameters train"
     hosts.say(f"{name}: {stage.steps:,} steps of {stage.batch_size}, {share}{resumed}")
-
-
-def _not_finite(
-    name: str, stage: StageConfig, checkpoints: Checkpoints, step: int, what: str
-) -> ConfigError:
-    latest = checkpoints.latest_step()
-    kept = "no checkpoint yet" if latest is None else f"checkpoint {latest} is kept"
-    return ConfigError(
-        f"stages.{name}, step {step}: {what}; {kept}; try a learning_rate below"
-        f" {stage.optimizer.learning_rate:g} or a smaller clip than {stage.optimizer.clip:g}"
-    )
 
 
 @contextmanager

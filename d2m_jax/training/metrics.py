@@ -95,15 +95,15 @@ class Metrics:
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
         shown = f"loss {values['loss']:.4g}"
-        if "held_out" in values:
-            shown += f", held out {values['held_out']:.4g}"
+        if "validation" in values:
+            shown += f", validation {values['validation']:.4g}"
         if "examples_per_second" in values:
             shown += f", {values['examples_per_second']:.4g} examples/s"
         if "model_flop_utilisation" in values:
             shown += f", MFU {values['model_flop_utilisation']:.1%}"
         if self._bar:
             self._bar.update(self._task, shown=shown)
-        elif "held_out" in values or time.monotonic() - self._printed > 10:
+        elif "validation" in values or time.monotonic() - self._printed > 10:
             self._printed = time.monotonic()
             hosts.say(f"{self.stage} {step}/{self.steps}: {shown}{self._time_left(step, values)}")
 
@@ -116,7 +116,7 @@ class Metrics:
     def _warn_of_collapse(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
             prefix, _, kind = name.rpartition("/")
-            if kind not in COLLAPSE or name.startswith("held_out"):
+            if kind not in COLLAPSE or name.startswith("validation"):
                 continue
             bad, words = COLLAPSE[kind]
             for i, x in enumerate(np.ravel(value)):

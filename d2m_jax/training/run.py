@@ -221,7 +221,7 @@ def _train_stage(
             params = regroup(old.transformer, params, stage.groups, work.config.seed)[1]
         return share(params, constants)
 
-    held_out = work.batches(model, stage.batch_size, "validation")
+    validation = work.batches(model, stage.batch_size, "validation")
     params = train_stage(
         name,
         stage,
@@ -229,7 +229,7 @@ def _train_stage(
         params=start,
         constants=constants,
         batches=work.batches(model, stage.batch_size),
-        held_out=list(islice(held_out, work.config.held_out_batches)),
+        validation=list(islice(validation, work.config.validation_batches)),
         encode=work.encoders.encode,
         run_directory=directory,
         seed=work.config.seed,

@@ -76,7 +76,8 @@ class Step:
 
     def loss(self, trainable: dict, frozen: dict, constants: Any, batch: dict, key: Array):
         """The stage's loss of what the programs are given."""
-        return self._loss(self.whole(trainable, frozen, constants), constants, batch, key)
+        with jax.named_scope("loss"):  # scopes are what a profile shows
+            return self._loss(self.whole(trainable, frozen, constants), constants, batch, key)
 
     def train(self) -> Callable:
         """The jitted step(state, frozen, constants, batch, key, signals) → next state, metrics.
@@ -110,7 +111,8 @@ class Step:
                 gradients = jax.tree.map(lambda g: g / parts, gradients)
                 value, metrics = jax.tree.map(lambda a: a.mean(0), (values, metrics))
 
-            new = self._updated(state, gradients)
+            with jax.named_scope("optimizer"):
+                new = self._updated(state, gradients)
             metrics = metrics | {
                 "loss": value,
                 "gradient_norm": optax.tree.norm(gradients),
@@ -141,13 +143,12 @@ class Step:
         return new
 
     def evaluate(self) -> Callable:
-        """The jitted evaluation (trainable, frozen, constants, batch, key, number) → scalars."""
+        """The jitted evaluation (trainable, frozen, constants, batch, key) → scalars."""
 
-        def one(trainable, frozen, constants, batch, key, i):
-            key = jax.random.fold_in(key, i)
+        def one(trainable, frozen, constants, batch, key):
             value, metrics = self.loss(trainable, frozen, constants, batch, key)
-            scalars = {f"held_out_{n}": v for n, v in metrics.items() if jnp.ndim(v) == 0}
-            return {"held_out": value} | scalars
+            scalars = {f"validation_{n}": v for n, v in metrics.items() if jnp.ndim(v) == 0}
+            return {"validation": value} | scalars
 
         return jax.jit(one, out_shardings=replicated(self.mesh))
 

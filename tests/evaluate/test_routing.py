@@ -16,7 +16,7 @@ from d2m_jax.config import (
     WordsConfig,
 )
 from d2m_jax.evaluate import routing
-from d2m_jax.evaluate.held_out import Program
+from d2m_jax.evaluate.noisy import Program
 from d2m_jax.models.flux import initialise
 from d2m_jax.report import pictures
 from tests.seed import generator

@@ -68,7 +68,7 @@ def leave(directory: Path, name: str, models: dict, seed: int, steps: dict) -> N
         weights.save(directory / "models" / stage, config, parameters(config, seed))
         for step in range(0, steps[stage].steps + 1, 10):
             line = {"step": step, "stage": stage, "loss": 2 / (step + 1), "output": 1 / (step + 1)}
-            line["held_out_output"] = 1.1 / (step + 1)
+            line["validation_output"] = 1.1 / (step + 1)
             if step:
                 line["seconds"] = step * SECONDS_PER_STEP[name]
             lines.append(json.dumps(line) + "\n")
@@ -97,7 +97,7 @@ def make_run(tmp_path):
             },
             evaluate_prompts=12,
             sweep_top_k=(0,),
-            held_out_batches=1,
+            validation_batches=1,
         )
         directory = tmp_path / "run"
         for name, models, student in (

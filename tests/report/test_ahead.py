@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax
 import pytest
 
-from d2m_jax.evaluate import held_out, latency, routing
+from d2m_jax.evaluate import latency, noisy, routing
 from d2m_jax.report import ahead, rows
 from d2m_jax.report.measure import Bench
 
@@ -33,8 +33,8 @@ def test_what_is_compiled_ahead_is_not_compiled_again(run_and_bench, monkeypatch
     caplog.clear()
     models = [(bench.program(row), bench.params(row)) for row in run.rows]
     for program, params in models:
-        held_out.velocities(program, params, [inputs])
-    for batch in (1, held_out.BATCH):
+        noisy.velocities(program, params, [inputs])
+    for batch in (1, noisy.BATCH):
         latency.milliseconds(models, inputs, batch)
     for row in run.routed:
         routing.measure(bench.program(row), bench.params(row), [inputs])
@@ -59,7 +59,7 @@ def test_an_error_cancels_what_has_not_begun(run_and_bench, monkeypatch):
         begun.append(model)
         time.sleep(0.2)
 
-    monkeypatch.setattr(held_out.Program, "compile", slow)
+    monkeypatch.setattr(noisy.Program, "compile", slow)
     with pytest.raises(Killed), ahead.compiled_ahead(*run_and_bench):
         raise Killed
     assert len(begun) <= ahead.THREADS
@@ -67,7 +67,7 @@ def test_an_error_cancels_what_has_not_begun(run_and_bench, monkeypatch):
     def fails(*model):
         raise ValueError("no such program")
 
-    monkeypatch.setattr(held_out.Program, "compile", fails)
+    monkeypatch.setattr(noisy.Program, "compile", fails)
     with pytest.raises(ValueError, match="no such program"):
         with ahead.compiled_ahead(*run_and_bench):
             pass

@@ -42,7 +42,7 @@ def few_programs(monkeypatch):
 
 def scores_of(directory) -> list:
     rows = json.loads((directory / "report.json").read_text())["rows"]
-    return [(row["name"], row["scores"], row["held_out_error"]) for row in rows]
+    return [(row["name"], row["scores"], row["error"]) for row in rows]
 
 
 def test_report_of_a_run(make_run, capsys):
@@ -72,16 +72,16 @@ def test_report_of_a_run(make_run, capsys):
     assert trained["fitted, after mob"] == (40, pytest.approx(20))
 
     # worth, and against the rival
-    assert found["teacher"]["held_out_error"] == {"seen": 0, "held_out": 0}
-    assert all(row["held_out_error"]["seen"] > 0 for row in value["rows"][1:])
+    assert found["teacher"]["error"] == {"seen": 0, "held_out": 0}
+    assert all(row["error"]["seen"] > 0 for row in value["rows"][1:])
     assert found["teacher"]["against_rival"] == found["pruned, after longer"]["against_rival"] == {}
     steps = found["fitted, after moe"]["against_rival"]["at_equal_steps"]
     time = found["fitted, after moe"]["against_rival"]["at_equal_seconds"]
     assert (steps["row"], steps["reached"]) == ("pruned, after retrain", True)
     assert (time["row"], time["reached"]) == ("pruned, after longer", False)
-    error = found["fitted, after moe"]["held_out_error"]["seen"]
+    error = found["fitted, after moe"]["error"]["seen"]
     assert steps["error_ratio"] == pytest.approx(
-        error / found["pruned, after retrain"]["held_out_error"]["seen"]
+        error / found["pruned, after retrain"]["error"]["seen"]
     )
     assert set(found["fitted, after mob"]["verdicts"]) == {
         "score_of_teacher",
@@ -90,7 +90,7 @@ def test_report_of_a_run(make_run, capsys):
     }
     assert [v["top_k"] for v in value["top_k"]["values"]] == [0, 2, 4]
     trained_k = next(v for v in value["top_k"]["values"] if v["top_k"] == 2)
-    assert trained_k["held_out_error"]["seen"] == error
+    assert trained_k["error"]["seen"] == error
 
     html = (directory / "report.html").read_text()
     assert not re.search(r"https?://|<script|<link", html)
@@ -151,7 +151,7 @@ def test_a_run_that_tries_no_other_numbers_of_experts_has_no_sweep(make_run, tmp
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_held_out_error_is_the_mean_squared_difference_of_velocities(make_run, tmp_path):
+def test_the_error_is_the_mean_squared_difference_of_velocities(make_run, tmp_path):
     run = rows.read(make_run())
     bench, row = Bench(run, tmp_path, {}), run.students[0].rows[0]
     (inputs,) = bench.inputs["seen"]

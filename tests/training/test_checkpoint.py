@@ -24,7 +24,7 @@ def saved(tmp_path_factory):
     directory = tmp_path_factory.mktemp("saved") / "stage"
     checkpoints = Checkpoints(directory, {"seed": 0})
     for step in (1, 2):
-        checkpoints.save(step, state(step), {"position": 10 * step}, held_out=1.0 / step)
+        checkpoints.save(step, state(step), {"position": 10 * step}, validation=1.0 / step)
     checkpoints.close()
     return directory
 
@@ -121,8 +121,8 @@ def test_damaged_newest_checkpoint_ends_the_same(tmp_path, capfd):
 
 def test_last_and_best_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "stage", {}, keep=2)
-    for step, held_out in enumerate([0.5, 0.1, 0.4, None, 0.3, 0.2], start=1):
-        checkpoints.save(step, {"a": jnp.ones(3)}, {}, held_out)
+    for step, validation in enumerate([0.5, 0.1, 0.4, None, 0.3, 0.2], start=1):
+        checkpoints.save(step, {"a": jnp.ones(3)}, {}, validation)
     checkpoints.close()
     assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["2", "5", "6"]
 

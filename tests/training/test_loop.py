@@ -69,8 +69,9 @@ def test_resume_equals_uninterrupted(uninterrupted, tmp_path):
 def test_it_learns_and_logs(uninterrupted):
     found = lines(uninterrupted[0])
     assert [line["step"] for line in found] == [0, 4, 8, 10, 12, 16, 20, 24, 28, 30, 32, 36, 40]
-    held_out = {line["step"]: line["held_out"] for line in found if "held_out" in line}
-    assert list(held_out) == [0, 10, 20, 30, 40] and held_out[40] < 0.9 * held_out[0]
+    validation = {line["step"]: line["validation"] for line in found if "validation" in line}
+    assert list(validation) == [0, 10, 20, 30, 40]
+    assert validation[40] < 0.9 * validation[0]
     assert all(np.isfinite(line["loss"]) and line["stage"] == "toy" for line in found)
 
 
@@ -143,7 +144,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
             return batch | {"y": batch["y"] * np.nan} if self.position == 17 else batch
 
     with pytest.raises(
-        ConfigError, match=r"step 17: loss is nan, gradient norm nan; checkpoint 10 is kept"
+        ConfigError, match=r"step 17: loss is nan, gradient norm is nan; checkpoint 10 is kept"
     ) as error:
         toy.run(tmp_path, toy.stage(40), batches=Poisoned())
     assert "\n" not in str(error.value)
@@ -198,7 +199,7 @@ def test_keys(tmp_path):
     toy.run(tmp_path, toy.stage(20, log_every=1), loss=loss)
     found = lines(tmp_path)
     assert len({line["draw"] for line in found[1:]}) == 20
-    assert len({line["held_out_draw"] for line in found if "held_out" in line}) == 1
+    assert len({line["validation_draw"] for line in found if "validation" in line}) == 1
 
 
 def test_the_step_compiles_once(tmp_path):

@@ -39,7 +39,7 @@ def scratch(mesh: MeshConfig) -> RunConfig:
         model=model,
         data=tiny.DATA,
         stages={"flow": stage},
-        held_out_batches=1,
+        validation_batches=1,
         mesh=mesh,
     )
 
@@ -80,7 +80,7 @@ def distil(directory: str, teacher: str, sizes: tuple[int, ...]) -> None:
 def losses(directory: Path) -> dict[tuple, list[float]]:
     """What a run told, by stage and step."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    kinds = ("loss", "gradient_norm", "held_out")
+    kinds = ("loss", "gradient_norm", "validation")
     return {(line["stage"], line["step"]): [line.get(kind, 0) for kind in kinds] for line in lines}
 
 

@@ -58,7 +58,7 @@ def stage(steps=40, **changes):
 
 
 def run(directory, stage, params=None, loss=loss, batches=None, **others):
-    held_out = Stream(16)
+    validation = Stream(16)
     return train_stage(
         "toy",
         stage,
@@ -66,7 +66,7 @@ def run(directory, stage, params=None, loss=loss, batches=None, **others):
         params=params or initial(),
         constants={"scale": jnp.float32(1.5)},
         batches=batches or Stream(stage.batch_size),
-        held_out=[next(held_out)],
+        validation=[next(validation)],
         run_directory=directory,
         **others,
     )

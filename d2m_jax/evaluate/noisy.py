@@ -1,7 +1,6 @@
 """One forward on noisy held-out examples that are the same for all models: its velocities."""
 
 import contextlib
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from d2m_jax.config import ModelConfig, RunConfig
 from d2m_jax.data.protocol import Split
 from d2m_jax.data.source import open_data
 from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.keys import named_key
 from d2m_jax.models.flux import model_of
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sharding import batch_sharding, batch_shards, constrain, put_batch
@@ -39,10 +39,8 @@ def noisy_batches(config: RunConfig, encoders: Encoders, pairs: str, mesh: Mesh)
     """As many examples of SPLITS[pairs] as training evaluates on, noise and times fixed; cut over
     the mesh, whose parts divide BATCH."""
     stage = next(iter(config.stages.values()))
-    count = max(1, config.held_out_batches * stage.batch_size // BATCH)
-    key = jax.random.fold_in(
-        jax.random.key(config.seed), np.uint32(zlib.crc32(f"report/{pairs}".encode()))
-    )
+    count = max(1, config.validation_batches * stage.batch_size // BATCH)
+    key = named_key(config.seed, f"report/{pairs}")
     model = encoders.config
     data = open_data(config.data, model.image)
     batches = data.batches(encoders.tokenizer, BATCH, config.seed, SPLITS[pairs])

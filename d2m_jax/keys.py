@@ -1,0 +1,17 @@
+"""Random keys by name: the same seed and name give the same numbers, whatever else was drawn."""
+
+import zlib
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+
+def named_key(seed: int, name: str) -> Key[Array, ""]:
+    """The key of this name."""
+    return jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(name.encode())))
+
+
+def named_generator(seed: int, name: str) -> np.random.Generator:
+    """The same for draws of NumPy."""
+    return np.random.default_rng((seed, zlib.crc32(name.encode())))
