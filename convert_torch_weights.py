@@ -22,6 +22,7 @@ class Arguments:
     # A diffusers FluxPipeline, folder or repository, whose encoders and autoencoder come along.
     encoders: str | None = None
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # FILE[:SCALE] to merge; may be repeated
+    overwrite: bool = False  # replace what is at OUTPUT, a folder only if it is of the same kind
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         dtype=parsed.dtype,
         export=parsed.export,
         encoders=parsed.encoders,
+        overwrite=parsed.overwrite,
         loras=[convert.lora_of(argument) for argument in parsed.lora],
     )
     print(f"{parsed.output} written")

@@ -39,6 +39,7 @@ def convert(
     export: Literal["bfl", "diffusers", "torch"] | None = None,
     loras: Sequence[tuple[Path | str, float]] = (),
     encoders: Path | str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write the transformer in `source` (whatever load_model takes) as a model directory.
 
@@ -46,7 +47,8 @@ def convert(
     folder with transformer/, "torch" a folder for any model, sparse too, with the PyTorch module
     that runs it. Text encoders, tokenizers and autoencoder come along where the source is a whole
     FluxPipeline or has them, or from the FluxPipeline `encoders`. dtype None is the type that is
-    stored, fp16 as float32 and fp8 as bfloat16. LoRA files are merged, each times its scale. Raises
+    stored, fp16 as float32 and fp8 as bfloat16. LoRA files are merged, each times its scale. What
+    is at `target` is replaced with `overwrite` only, and a folder only by one of its kind. Raises
     ConfigError for bad input and for a full disk, and then leaves nothing behind.
     """
     target = Path(target)
@@ -64,6 +66,7 @@ def convert(
     inside = Path(source).is_dir() and Path(source).resolve() in target.resolve().parents
     check(not inside, f"{target}: expected a place outside of the source's folder")
     check(export != "bfl" or not target.is_dir(), f"{target}: a folder, expected a file's name")
+    output.check_free(target, overwrite)
     output.check_writable(target)
     config, params = _open(source, dtype, loras)
     if encoders is not None:
@@ -82,13 +85,16 @@ def convert(
     try:
         with progress(size, f"writing {target}") as advance:
             if export is None:
-                model_directory.save(target, config, params, progress=advance, beside=beside)
+                how = {"beside": beside, "overwrite": overwrite}
+                model_directory.save(target, config, params, progress=advance, **how)
             elif export == "torch":
-                torch_export.export_torch(target, config, params, advance, beside)
+                how = {"beside": beside, "overwrite": overwrite}
+                torch_export.export_torch(target, config, params, advance, **how)
             elif export == "bfl":
-                torch_export.export_bfl(target, config.transformer, params, advance)
+                torch_export.export_bfl(target, config.transformer, params, advance, overwrite)
             else:
-                with output.new_directory(target, _is_diffusers, "folder of diffusers") as new:
+                kind = "folder of diffusers"
+                with output.new_directory(target, _is_diffusers, kind, overwrite) as new:
                     transformer = new / "transformer"
                     torch_export.export_diffusers(transformer, config.transformer, params, advance)
                     if folder is not None:

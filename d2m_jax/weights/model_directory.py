@@ -29,14 +29,15 @@ def save(
     dtype=None,
     progress: Callable[[int], None] | None = None,
     beside: Callable[[Path], None] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a model directory, floats stored as `dtype` (None: as they are).
 
     `params` is a tree, or already by dotted names, of arrays or of key_table.Parameter, which are
     read block by block; `progress` is told the bytes of each; `beside(folder)` writes what else
-    belongs there. It appears whole or not at all, and only then replaces a model directory that was
-    there. All processes call it, on one file system; the first writes what is not cut over them.
-    Raises ConfigError where `path` is something else, or the disk is full.
+    belongs there. It appears whole or not at all, and only then replaces, with `overwrite`, a model
+    directory that was there. All processes call it, on one file system; the first writes what is
+    not cut over them. Raises ConfigError where `path` is taken, or the disk is full.
     """
     path, named = Path(os.path.abspath(path)), names(params)
     if dtype is not None:
@@ -47,7 +48,8 @@ def save(
     with contextlib.ExitStack() as stack:
 
         def begin():
-            new = stack.enter_context(new_directory(path, _is_ours, "model directory"))
+            there = new_directory(path, _is_ours, "model directory", overwrite)
+            new = stack.enter_context(there)
             (new / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
             if beside is not None:
                 beside(new)

@@ -110,7 +110,8 @@ def test_bad_input_is_one_line(bfl, tmp_path, capfd):
     for arguments, message in (
         ((tmp_path / "absent", "out"), "absent: no such file or folder"),
         ((tmp_path / "flux.pt", "out"), "a pickle file"),
-        ((bfl, tmp_path / "mine"), "exists and is no model directory"),
+        ((bfl, tmp_path / "mine"), "mine: exists; expected a free name, or --overwrite"),
+        ((bfl, tmp_path / "mine", "--overwrite"), "exists and is no model directory"),
         ((bfl, bfl, "--export", "bfl"), "another place than the source's"),
         ((bfl, tmp_path / "out", "--export", "bfl"), "a name that ends in .safetensors"),
         ((bfl, tmp_path / "out", "--dtype", "int8"), "dtype"),
@@ -151,6 +152,21 @@ def test_damaged_numbers(tmp_path, export):
     with pytest.raises(ConfigError, match="(linear1|qkv|to_q).* is not finite"):
         convert.convert(file, out, export=export, loras=[(tmp_path / "lora.safetensors", 1.0)])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "lora.safetensors"]
+
+
+@pytest.mark.parametrize("export", [None, "bfl", "diffusers", "torch"])
+def test_what_is_there_is_replaced_on_demand_only(bfl, tmp_path, capfd, export):
+    out = tmp_path / ("out.safetensors" if export == "bfl" else "out")
+    how = () if export is None else ("--export", export)
+    assert run(bfl, out, *how) == 0
+
+    def stored():
+        return {f: f.stat().st_mtime_ns for f in (out, *out.rglob("*")) if f.is_file()}
+
+    before = stored()
+    assert run(bfl, out, *how) == 2 and stored() == before
+    assert "expected a free name, or --overwrite" in capfd.readouterr().err
+    assert run(bfl, out, *how, "--overwrite") == 0 and stored() != before
 
 
 @pytest.mark.parametrize("name", ["OUT.SAFETENSORS", "out.Sft"])

@@ -66,7 +66,10 @@ def test_load_model(path, params):
 
 def test_replaced_whole(path, params):
     other = jax.tree.map(lambda a: a + 1, params)
-    model_directory.save(path, CONFIG, other)
+    with pytest.raises(ConfigError, match="model: exists; expected a free name, or --overwrite"):
+        model_directory.save(path, CONFIG, other)
+    assert fingerprint(model_directory.load(path)[1]) == fingerprint(params)
+    model_directory.save(path, CONFIG, other, overwrite=True)
     assert fingerprint(model_directory.load(path)[1]) == fingerprint(other)
     assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
 
@@ -74,7 +77,7 @@ def test_replaced_whole(path, params):
 def test_failed_write_loses_nothing(path, params):
     bad = params | {"img_in": {"kernel": jnp.full(3, jnp.nan)}}
     with pytest.raises(FloatingPointError):
-        model_directory.save(path, CONFIG, bad)
+        model_directory.save(path, CONFIG, bad, overwrite=True)
     assert fingerprint(model_directory.load(path)[1]) == fingerprint(params)
     assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
 
@@ -89,7 +92,7 @@ def test_failed_rename_loses_nothing(path, params, monkeypatch):
 
     monkeypatch.setattr(type(path), "rename", fail)
     with pytest.raises(OSError, match="disk full"):
-        model_directory.save(path, CONFIG, jax.tree.map(lambda a: a + 1, params))
+        model_directory.save(path, CONFIG, jax.tree.map(lambda a: a + 1, params), overwrite=True)
     assert fingerprint(model_directory.load(path)[1]) == fingerprint(params)
     assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
 
@@ -97,7 +100,7 @@ def test_failed_rename_loses_nothing(path, params, monkeypatch):
 def test_something_else_is_not_replaced(params, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is no model directory"):
-        model_directory.save(tmp_path, CONFIG, params)
+        model_directory.save(tmp_path, CONFIG, params, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -44,6 +44,20 @@ def dead():
     return process.pid
 
 
+def test_what_is_there_is_replaced_on_demand_only(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()  # has nothing to lose
+    for overwrite in (False, True):
+        with output.new_directory(model, lambda path: True, "folder", overwrite) as new:
+            (new / "a").write_text(str(overwrite))
+        with (
+            pytest.raises(ConfigError, match="model: exists; expected a free name, or --overwrite"),
+            output.new_directory(model, lambda path: True, "folder"),
+        ):
+            pass
+        assert (model / "a").read_text() == str(overwrite)
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path, dead):
     here, old = output.machine(), time.time() - 2 * output.LEFT_OVER
     killed = tmp_path / f".model.{here}.{dead}.new"
@@ -69,12 +83,13 @@ def test_what_a_killed_process_left_is_removed(tmp_path, dead):
 def test_killed_between_two_renamings_the_earlier_folder_comes_back(tmp_path, dead):
     model, old = tmp_path / "model", tmp_path / f".model.{output.machine()}.{dead}.old"
     (old / "params").mkdir(parents=True)
-    with pytest.raises(ZeroDivisionError), output.new_directory(model, lambda path: True, "folder"):
+    replaced = output.new_directory(model, lambda path: True, "folder", overwrite=True)
+    with pytest.raises(ZeroDivisionError), replaced:
         assert (model / "params").exists() and not old.exists()
         _ = 1 / 0
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     old.mkdir()  # killed after both: it has been replaced
-    with output.new_directory(model, lambda path: True, "folder"):
+    with output.new_directory(model, lambda path: True, "folder", overwrite=True):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
