@@ -1,6 +1,7 @@
 """What the root scripts share: config files, options, and errors told in one line."""
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import io
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from d2m_jax import config
 from d2m_jax.config import ConfigError, at_path, check, suggestion
 
 T = TypeVar("T")
@@ -74,10 +76,23 @@ def load_config(path: str | Path) -> Any:
         return module.get_config()
     except Exception as error:  # whatever a user's file does wrong
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        what = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{path}{f', line {line}' if line else ''}: {what}") from error
+        raise ConfigError(f"{path}{f', line {line}' if line else ''}: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """What went wrong in a config file."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    # What Python says of a config's fields that are unknown, or that were left out.
+    said = re.match(r"(\w+)\.__init__\(\) (got an unexpected|missing).*?'(\w+)'", str(error))
+    kind = said and getattr(config, said[1], None)
+    if not (isinstance(error, TypeError) and kind):
+        return f"{type(error).__name__}: {error}"
+    known = [field.name for field in dataclasses.fields(kind)]
+    near = f"unknown field{suggestion(said[3], known)}"
+    return f"{said[1]}.{said[3]}: {'missing' if said[2] == 'missing' else near}"
 
 
 def parse(

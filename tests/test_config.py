@@ -78,6 +78,34 @@ def test_numbers_that_can_only_fail_later(kind, field, values):
             kind(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (StageConfig, {"train": "*.mlp.*"}, "train = '.*mlp.*': expected a tuple or list of st"),
+        (StageConfig, {"train": ("*", 3)}, r"train.1. = 3: expected a string"),
+        (StageConfig, {"steps": True}, "steps = True: expected a whole number"),
+        (StageConfig, {"dtype": "bf16"}, "dtype = 'bf16': expected one of 'float32', 'bfloat16'"),
+        (StageConfig, {"top_k": "2"}, "top_k = '2': expected a whole number or None"),
+        (OptimizerConfig, {"rates": {"*": "4"}}, r"rates\['\*'\] = '4': expected a number"),
+        (
+            StudentConfig,
+            {"stages": [StageConfig()]},
+            "stages = .*: expected a dict of names",
+        ),
+        (ModelConfig, {"text": "x"}, "text = 'x': expected a WordsConfig or a PromptsConfig"),
+    ],
+)
+def test_fields_of_another_type(kind, fields, message):
+    with pytest.raises(ConfigError, match=f"^{kind.__name__}.{message}"):
+        kind(**fields)
+
+
+def test_lists_are_taken_as_tuples_and_whole_numbers_as_numbers():
+    assert StageConfig(train=["a", "b"]) == StageConfig(train=("a", "b"))
+    hash(SparsifyConfig(dense_double=[0, 2]))
+    assert isinstance(OptimizerConfig(learning_rate=1).learning_rate, float)
+
+
 def test_names_of_stages():
     stage = StageConfig()
 

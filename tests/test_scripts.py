@@ -187,12 +187,21 @@ def test_help_lists_fields_with_their_comments(capsys):
             "import d2m_jax.config as c\ndef get_config():\n    return c.MoEConfig(experts=0)",
             r"bad.py, line 3: MoEConfig.experts = 0: expected at least 1",
         ),
+        (
+            "import d2m_jax.config as c\ndef get_config():\n    return c.RunConfig(nam='tiny')",
+            r"^bad.py, line 3: RunConfig.nam: unknown field, did you mean name\?$",
+        ),
+        (
+            "import d2m_jax.config as c\ndef get_config():\n    return c.RunConfig(seed=3)",
+            r"^bad.py, line 3: RunConfig.name: missing$",
+        ),
     ],
 )
-def test_bad_config_files_are_told_in_one_line(tmp_path, text, message):
+def test_bad_config_files_are_told_in_one_line(tmp_path, monkeypatch, text, message):
     (tmp_path / "bad.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
-        command_line.load_config(tmp_path / "bad.py")
+        command_line.load_config("bad.py")
 
 
 def test_exit_codes(capsys):
