@@ -83,9 +83,12 @@ def icons(arguments: Sequence[str]) -> None:
     check(parsed.prompts > 0, f"--prompts {parsed.prompts}: expected at least 1")
     options = {"steps": parsed.steps, "top_k": parsed.top_k, "reuse": parsed.reuse}
     check_options(seed=parsed.seed, **options)
+    from d2m_jax import weights
     from d2m_jax.evaluate import benchmark
     from d2m_jax.evaluate.scores import table, to_json
 
+    for path in parsed.models:  # what is no model is told before the first is scored
+        weights.load_config(path)
     scores = {
         str(path): benchmark.evaluate(path, parsed.prompts, parsed.seed, parsed.quantize, **options)
         for path in parsed.models

@@ -51,7 +51,14 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> None:
     parsed = command_line.parse(
-        Arguments, arguments, usage="sample.py", description="Write images for prompts."
+        Arguments,
+        arguments,
+        usage="sample.py",
+        description="Write images for prompts.",
+        elsewhere={
+            "--lora": "merge it into its model first: python convert_torch_weights.py MODEL OUTPUT"
+            " --lora FILE"
+        },
     )
     # Imported once the arguments are right: help and errors need not wait for jax.
     from d2m_jax.sampling import grid, pipeline

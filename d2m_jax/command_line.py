@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,10 +102,12 @@ def parse(
     usage: str,
     description: str,
     default: T | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> T:
     """Arguments as a dataclass, by tyro: a field is `--field`, one of an inner dataclass `--a.b`.
 
-    `--help` prints them all and exits. Raises ConfigError where tyro would draw a box.
+    `--help` prints them all and exits. Raises ConfigError where tyro would draw a box, which says
+    of options in `elsewhere`, that others have, what to do.
     """
 
     def cli(arguments):
@@ -134,7 +136,8 @@ def parse(
             cli(["--help"])
         name = unknown[0].split("=")[0]
         known = re.findall(r"--[\w.]+", options.getvalue())
-        raise ConfigError(f"{name}: unknown option{suggestion(name, known)}")
+        hint = f"; {elsewhere[name]}" if name in (elsewhere or {}) else suggestion(name, known)
+        raise ConfigError(f"{name}: unknown option{hint}")
     return parsed
 
 

@@ -261,6 +261,8 @@ def test_evaluate_answers_bad_input(script, error_of, model, tmp_path):
     assert "expected a model directory" in error_of("evaluate", "account", tmp_path)
     assert "found none" in error_of("evaluate", "icons")
     assert str(model) in error_of("evaluate", "icons", model)  # its words are of no task
+    # All are looked at before the first is scored.
+    assert "absent: expected a model" in error_of("evaluate", "icons", model, tmp_path / "absent")
     assert "account CONFIG_OR_MODEL" in script("evaluate", "--help").stdout
 
 
@@ -288,6 +290,8 @@ def test_sample_answers_bad_input(error_of, model, tmp_path):
     assert "unknown word 'hearth', did you mean heart?" in error("--prompt", "red hearth")
     assert "top_k = 5: expected 0 to 4" in error("--prompt", "red", "--top-k", "5")
     assert "--steps" in error("--prompt", "red", "--steps", "many")
+    said = error("--prompt", "red", "--lora", "a.safetensors")
+    assert "--lora: unknown option; merge it into its model first: python convert_torch_w" in said
     assert not (tmp_path / "new").exists()
     assert "--output" in error_of("sample", model, "--prompt", "red")
     (tmp_path / "file").write_text("")

@@ -37,7 +37,7 @@ from d2m_jax.sharding import (
     put_parameters,
     whole,
 )
-from d2m_jax.weights import model_directory, torch_import
+from d2m_jax.weights import hub, model_directory, torch_import
 from d2m_jax.weights.encoders import (
     FOLDERS,
     is_pipeline,
@@ -303,6 +303,7 @@ def load_pipeline(
     a transformer alone. ConfigError for whatever else is there.
     """
     check_kind(quantize)
+    path = hub.place(path)
     mesh = mesh or local_mesh()
     place = partial(parameter_sharding, mesh)
     if model_directory.is_model_directory(path):

@@ -51,7 +51,7 @@ def convert(
     is at `target` is replaced with `overwrite` only, and a folder only by one of its kind. Raises
     ConfigError for bad input and for a full disk, and then leaves nothing behind.
     """
-    target = Path(target)
+    source, target = hub.place(source), Path(hub.place(target))
     check(
         not target.exists() or not Path(source).exists() or not target.samefile(source),
         f"{target}: expected another place than the source's",

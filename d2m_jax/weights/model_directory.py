@@ -72,6 +72,7 @@ def _is_ours(path: Path) -> bool:
 def load_config(path: Path | str) -> ModelConfig:
     """The config of a model directory, the path of its encoders made absolute. Raises ConfigError
     where it is missing or damaged."""
+    hub.refuse_run(Path(path))
     file = Path(path) / "config.json"
     if not file.is_file():
         kind = recognise.kind(Path(path)) if Path(path).is_file() else None
@@ -119,8 +120,7 @@ def placement(
 
 def is_model_directory(path: Path | str) -> bool:
     """Whether there is a folder of ours: config.json beside params/. ConfigError for no path."""
-    hub.check_path(path)
-    file, params = (os.path.join(path, name) for name in ("config.json", "params"))
+    file, params = (os.path.join(hub.place(path), name) for name in ("config.json", "params"))
     return os.path.isfile(file) and os.path.exists(params)
 
 

@@ -204,6 +204,7 @@ def load_model(
     Activations are in `dtype`. Parameters are float32 from a model directory, else `dtype` too;
     `sharding` says where they go (model_directory.load). ConfigError for whatever else is there.
     """
+    path = hub.place(path)
     if model_directory.is_model_directory(path):
         config, params = model_directory.load(path, sharding=sharding)
         return model_of(config.transformer, params, dtype)

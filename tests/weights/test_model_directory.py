@@ -74,6 +74,24 @@ def test_replaced_whole(path, params):
     assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
 
 
+def test_a_run_is_no_model(tmp_path):
+    run = tmp_path / "run"
+    (run / "models" / "start").mkdir(parents=True)
+    message = f"a run that has not ended; its newest model is {run}/models/start$"
+    for load in (model_directory.load_config, d2m_jax.load_model, d2m_jax.load_pipeline):
+        with pytest.raises(ConfigError, match=message):
+            load(run)
+    (run / "model").mkdir()
+    with pytest.raises(ConfigError, match=f"run: a run; its model is {run}/model$"):
+        d2m_jax.load_model(run)
+
+
+def test_home(path, monkeypatch):
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert d2m_jax.load_model("~/model").config == CONFIG.transformer
+    assert d2m_jax.load_pipeline("~/model").config == CONFIG
+
+
 def test_failed_write_loses_nothing(path, params):
     bad = params | {"img_in": {"kernel": jnp.full(3, jnp.nan)}}
     with pytest.raises(FloatingPointError):
