@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import tyro
+from d2m_jax import command_line  # first, for it tells where there is no environment
 
-from d2m_jax import command_line
+# isort: split
+import tyro
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import rich
+from d2m_jax import command_line  # first, for it tells where there is no environment
+
+# isort: split
 import tyro
 
-from d2m_jax import command_line
 from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check, suggestion
 from d2m_jax.sampling.options import check_options
 
@@ -83,6 +84,8 @@ def icons(arguments: Sequence[str]) -> None:
     check(parsed.prompts > 0, f"--prompts {parsed.prompts}: expected at least 1")
     options = {"steps": parsed.steps, "top_k": parsed.top_k, "reuse": parsed.reuse}
     check_options(seed=parsed.seed, **options)
+    import rich
+
     from d2m_jax import weights
     from d2m_jax.evaluate import benchmark
     from d2m_jax.evaluate.scores import table, to_json

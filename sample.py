@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from d2m_jax import command_line  # first, for it tells where there is no environment
+
+# isort: split
 import tyro
 
-from d2m_jax import command_line
 from d2m_jax.config import MeshConfig, check
 from d2m_jax.sampling.options import captions_of, check_options, read_prompts
 

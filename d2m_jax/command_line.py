@@ -14,6 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from d2m_jax import environment  # noqa: F401 (before what it looks for)
+
+# isort: split
 import tyro
 
 from d2m_jax import config

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "d2m_jax"
 SCRIPTS = ("train", "convert_torch_weights", "sample", "evaluate")
 FLOORS = {
     "config": 0,
+    "environment": 0,
     "flow": 0,
     "kernels": 1,
     "hosts": 1,

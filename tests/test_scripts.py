@@ -226,6 +226,17 @@ def test_a_script_exits_with_its_code(name):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "convert_torch_weights"])
+def test_without_an_environment_a_script_says_what_to_do(name):
+    command = [sys.executable, "-S", ROOT / f"{name}.py", "--help"]  # without site-packages
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        " lacks jax and rich and tyro, expected an environment with d2m_jax: source .venv/bin/act"
+        in done.stderr
+    )
+
+
 def test_train_answers_bad_input(script, error_of, tmp_path):
     config = tmp_path / "dense.py"
     config.write_text(
