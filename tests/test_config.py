@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from d2m_jax.config import (
+    ROOT,
     AutoencoderConfig,
     ConfigError,
     IconsConfig,
@@ -19,6 +20,7 @@ from d2m_jax.config import (
     StudentConfig,
     WordsConfig,
     from_json,
+    teacher_path,
     to_json,
 )
 
@@ -117,6 +119,15 @@ def test_names_of_stages():
         refused(rf"RunConfig.stages.{name}: expected letters", stages={name: stage})
         refused(rf"RunConfig.rivals.{name}: expected letters", rivals={name: StudentConfig()})
     refused("RunConfig.keep_checkpoints = 0: expected a whole number", keep_checkpoints=0)
+
+
+def test_a_teacher_is_found_from_the_shell_and_from_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert teacher_path("teachers/icons") == ROOT / "teachers/icons"
+    (tmp_path / "teachers" / "icons").mkdir(parents=True)
+    assert teacher_path("teachers/icons") == tmp_path / "teachers/icons"
+    with pytest.raises(ConfigError, match=f"^teacher = a/b: found nothing in {tmp_path} nor in"):
+        teacher_path("a/b")
 
 
 def test_grid_of_an_image():

@@ -159,7 +159,7 @@ class RunConfig(Config):
 
     name: str
     seed: int = 0
-    teacher: str | None = None  # a model directory; relative paths start at the repository root
+    teacher: str | None = None  # a model directory, found from the shell's folder or the repository
     model: ModelConfig | None = None
     data: IconsConfig = IconsConfig()
     # How times are drawn in training and calibration, before the model's shift.
