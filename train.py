@@ -17,7 +17,7 @@ from d2m_jax import command_line  # first, for it tells where there is no enviro
 # isort: split
 import tyro
 
-from d2m_jax.config import RunConfig, check
+from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,17 @@ def main(arguments: Sequence[str]) -> None:
         print(__doc__.strip())
         return
     found = arguments[0] if arguments else "none"
-    check(found.endswith(".py"), f"CONFIG: expected a Python file with get_config(), found {found}")
+    check(
+        found.endswith(".py"),
+        "CONFIG: expected a Python file with get_config() before all options, python train.py"
+        f" CONFIG.py --run-dir DIR, found {found}",
+    )
     config = command_line.load_config(arguments[0])
+    model = isinstance(config, FluxConfig | ModelConfig)
+    hint = "; it is for evaluate.py account, configs/flux_distill.py trains" if model else ""
     check(
         isinstance(config, RunConfig),
-        f"{arguments[0]}: get_config() returns {type(config).__name__}, expected RunConfig",
+        f"{arguments[0]}: get_config() returns {type(config).__name__}, expected RunConfig{hint}",
     )
     parsed = command_line.parse(
         Arguments,

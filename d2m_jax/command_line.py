@@ -125,6 +125,14 @@ def parse(
             **({} if default is None else {"default": default}),
         )
 
+    def usage_of(name: str) -> str:
+        """The line of --help on an option, `--seed INT`; all of the help for ""."""
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            cli(["--help"])
+        found = re.search(rf"{re.escape(name)} (.*?)(  |│|\n)", said.getvalue()) if name else None
+        return found[1] if found else said.getvalue()
+
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -132,13 +140,12 @@ def parse(
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(_message(said.getvalue())) from None
+        raise ConfigError(_plain(_message(said.getvalue()), usage_of)) from None
     if unknown:
-        options = io.StringIO()
-        with contextlib.redirect_stdout(options), contextlib.suppress(SystemExit):
-            cli(["--help"])
         name = unknown[0].split("=")[0]
-        known = re.findall(r"--[\w.]+", options.getvalue())
+        plain = "one that is True or False takes no value: --NAME, --no_NAME"
+        check(name.startswith("-"), f"{name}: no option takes it; {plain}")
+        known = re.findall(r"--[\w.]*\w(?![\w.])", usage_of(""))
         hint = f"; {elsewhere[name]}" if name in (elsewhere or {}) else suggestion(name, known)
         raise ConfigError(f"{name}: unknown option{hint}")
     return parsed
@@ -152,3 +159,22 @@ def _message(box: str) -> str:
     # Of a config's own check tyro tells the path, and the check the name of its class.
     path, _, rest = said.partition(": ")
     return at_path(rest, path) if re.match(r"\w+Config[.:]", rest) else said
+
+
+def _plain(said: str, usage_of: Callable[[str], str]) -> str:
+    """tyro's and Python's words for a value that cannot be read: option, found, expected."""
+    if found := re.match(r"Missing from (.*?): ", said):
+        needed = re.findall(r"(?:^|\(required\)) ?(--[\w.]+|\S+)", said[found.end() :])
+        return f"{', '.join(needed)}: missing ({found[1]} --help)"
+    if found := re.match(r"Missing value for argument '(.*?)'", said):
+        return f"{found[1]}: found no value, expected one"
+    if found := re.match(r"invalid choice '(.*?)' for argument '(.*?)'.*\((.*)\)", said):
+        return f"{found[2]} = {found[1]}: expected one of {found[3]}"
+    unread = "invalid literal|could not convert|no type matching|Could not find valid parse"
+    if found := re.match(rf"(\S+): (?:{unread})", said):
+        values = " ".join(re.findall("'(.*?)'", said))
+        usage = usage_of(found[1])
+        kind = "number" if "FLOAT" in usage else "whole number"
+        kind = f"{kind}s" if "..." in usage else f"a {kind}"
+        return f"{found[1]} = {values}: expected {kind}{' or None' if 'None' in usage else ''}"
+    return said

@@ -16,7 +16,7 @@ def teacher_path(teacher: str) -> Path:
     check(
         found is not None,
         f"teacher = {teacher}: found nothing in {' nor in '.join(map(str, folders))}; expected a"
-        " model directory: python convert_torch_weights.py SOURCE OUTPUT makes one of torch's files or of"
-        " a repository of Hugging Face",
+        " model directory: python convert_torch_weights.py SOURCE OUTPUT makes one of torch's files"
+        " or of a repository of Hugging Face",
     )
     return found

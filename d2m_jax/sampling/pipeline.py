@@ -303,7 +303,7 @@ def load_pipeline(
     a transformer alone. ConfigError for whatever else is there.
     """
     check_kind(quantize)
-    path = hub.place(path)
+    path, dtype = hub.place(path), None if dtype is None else torch_import.dtype_of(dtype)
     mesh = mesh or local_mesh()
     place = partial(parameter_sharding, mesh)
     if model_directory.is_model_directory(path):

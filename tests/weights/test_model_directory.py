@@ -86,6 +86,17 @@ def test_a_run_is_no_model(tmp_path):
         d2m_jax.load_model(run)
 
 
+def test_types_by_their_names(path):
+    for name in ("bf16", "bfloat16", jnp.bfloat16):
+        assert d2m_jax.load_model(path, name).dtype == jnp.bfloat16
+        assert d2m_jax.load_pipeline(path, name).encoders.dtype == jnp.bfloat16
+    for load in (d2m_jax.load_model, d2m_jax.load_pipeline):
+        with pytest.raises(ConfigError, match="dtype = 'b16': expected bfloat16 or float32"):
+            load(path, "b16")
+        with pytest.raises(ConfigError, match="dtype = 'int8': expected bfloat16 or float32"):
+            load(path, "int8")
+
+
 def test_home(path, monkeypatch):
     monkeypatch.setenv("HOME", str(path.parent))
     assert d2m_jax.load_model("~/model").config == CONFIG.transformer
