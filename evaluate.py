@@ -93,7 +93,9 @@ def icons(arguments: Sequence[str]) -> None:
     for path in parsed.models:  # what is no model is told before the first is scored
         weights.load_config(path)
     scores = {
-        str(path): benchmark.evaluate(path, parsed.prompts, parsed.seed, parsed.quantize, **options)
+        str(path): benchmark.evaluate(
+            path, parsed.prompts, parsed.seed, parsed.quantize, progress=True, **options
+        )
         for path in parsed.models
     }
     if parsed.json:

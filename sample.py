@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
     pipe = pipeline.load_pipeline(
         parsed.model, parsed.dtype, mesh, parsed.quantize, encoders=parsed.encoders
     )
-    images = pipe(prompts, negative_prompts=parsed.negative_prompt, **options)
+    images = pipe(prompts, negative_prompts=parsed.negative_prompt, progress=True, **options)
     grid.write(images, parsed.output)
     print(f"{len(images)} images and grid.png in {parsed.output}")
 

@@ -17,6 +17,7 @@ FLOORS = {
     "flow": 0,
     "kernels": 1,
     "hosts": 1,
+    "progress": 1,
     "sharding": 1,
     "models": 2,
     "weights": 3,

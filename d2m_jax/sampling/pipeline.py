@@ -1,5 +1,6 @@
 """From prompts to images."""
 
+import contextlib
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,12 @@ from d2m_jax.kernels.quantized import check_kind, quantized
 from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.models.parameters import unstacked
 from d2m_jax.models.size import summary
+from d2m_jax.progress import bar
 from d2m_jax.sampling.denoise import denoise
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.grid import Images, check_finite
 from d2m_jax.sampling.options import captions_of, check_options, refuse_unknown, several
+from d2m_jax.sampling.pace import Pace
 from d2m_jax.sharding import (
     batch_shards,
     check_mesh,
@@ -104,6 +107,7 @@ class Pipeline:
         true_cfg: float = 1.0,
         batch_size: int | None = None,
         tile: int | None = None,
+        progress: bool = False,
         **unknown: Any,
     ) -> Images:
         """Images in [0, 1], float32 [b, H, W, 3], b = 1 for one string. What is None comes from the
@@ -112,11 +116,12 @@ class Pipeline:
         `top_k` as a sequence serves equal shares of the steps; normal experts are computed in every
         `reuse`-th step, and what they added then is added again in those between. Negative prompts,
         one for all or one per prompt, count where true_cfg > 1: it multiplies the distance from
-        them. `tile`, in latents, makes an autoencoder decode in tiles of that side. The noise of
-        prompt i depends on the seed and i alone, and a batch never changes a sample. What is cut
-        off a prompt, or ignored by this model, is told in a line on stderr. ConfigError for unknown
-        words or options, sizes that tokens do not divide, latents of another shape, top_k outside 0
-        to n, reuse without MoE layers, whatever check_options finds, and images of NaN.
+        them. `tile`, in latents, makes an autoencoder decode in tiles of that side. `progress` is
+        told on stderr. The noise of prompt i depends on the seed and i alone, and a batch never
+        changes a sample. What is cut off a prompt, or ignored by this model, is told in a line on
+        stderr. ConfigError for unknown words or options, sizes that tokens do not divide, latents
+        of another shape, top_k outside 0 to n, reuse without MoE layers, whatever check_options
+        finds, and images of NaN.
         """
         config = self.config
         top_k = several(top_k)
@@ -124,7 +129,7 @@ class Pipeline:
         options = {"height": height, "width": width, "steps": steps, "guidance": guidance}
         options |= {"seed": seed, "top_k": top_k, "reuse": reuse, "true_cfg": true_cfg}
         options |= {"batch_size": batch_size, "tile": tile}
-        named = ("prompts", "latents", "negative_prompts", "max_sequence_length")
+        named = ("prompts", "latents", "negative_prompts", "max_sequence_length", "progress")
         refuse_unknown(unknown, (*options, *named))
         check_options(**options, max_sequence_length=max_sequence_length)
         self._check(top_k, reuse, max_sequence_length, tile)
@@ -149,20 +154,23 @@ class Pipeline:
         guidance = float(config.guidance if guidance is None else guidance)
         times = flow.schedule(steps, tokens, config.shift)
         times = np.pad(times, (0, -steps % STEPS))
-        images = []
-        for part in _batches(count, self._batch_size(count, tokens, batch_size)):
-            part = part[own_rows(self.mesh, len(part))]
-            start = noise_of(seed, part, *shape[1:]) if latents is None else latents[part]
-            inputs = jax.tree.map(lambda a, part=part: a[part], ids), np.asarray(start)
-            ids_here, start = put_batch(self.mesh, inputs)
-            with jax.set_mesh(self.mesh):
-                texts = [self.encoders.text(ids) for ids in ids_here]
-                fixed = config, self.encoders.dtype, grid, top_k, reuse
-                x = _denoise(
-                    *fixed, self.params, start, texts, times, steps, guidance, float(true_cfg)
-                )
-                images.append(whole(self.encoders.images(x, height, width, tile)))
-            check_finite(images[-1], f"; has the model such weights? It ran in {fixed[1]}")
+        images, batches = [], _batches(count, self._batch_size(count, tokens, batch_size))
+        fixed = config, self.encoders.dtype, grid, top_k, reuse
+        call, numbers = partial(_denoise, *fixed, self.params), (guidance, float(true_cfg))
+        watched = progress and hosts.first()
+        shown = bar(len(batches) * steps, "sampling", "steps", "compiling …") if watched else None
+        with shown or contextlib.nullcontext() as advance:
+            pace = Pace(steps, reuse, tokens, advance)
+            for part in batches:
+                part = part[own_rows(self.mesh, len(part))]
+                start = noise_of(seed, part, *shape[1:]) if latents is None else latents[part]
+                inputs = jax.tree.map(lambda a, part=part: a[part], ids), np.asarray(start)
+                ids_here, start = put_batch(self.mesh, inputs)
+                with jax.set_mesh(self.mesh):
+                    texts = [self.encoders.text(ids) for ids in ids_here]
+                    x = pace.run(call, start, texts, times, steps, *numbers)
+                    images.append(whole(self.encoders.images(x, height, width, tile)))
+                check_finite(images[-1], f"; has the model such weights? It ran in {fixed[1]}")
         return np.concatenate(images)[:count].view(Images)
 
     def _batch_size(self, count: int, tokens: int, batch_size: int | None) -> int:
@@ -255,6 +263,7 @@ def _denoise(
     reuse,
     params,
     latents,
+    span,
     texts,
     times,
     steps,
@@ -263,7 +272,7 @@ def _denoise(
 ):
     model = model_of(config.transformer, params, dtype)
     negative = texts[1] if len(texts) > 1 else None
-    options = top_k, negative, true_cfg, reuse, steps
+    options = top_k, negative, true_cfg, reuse, steps, span
     return denoise(model, latents, texts[0], grid, times, guidance, *options)
 
 

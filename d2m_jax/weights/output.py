@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from d2m_jax.config import ConfigError, check
+from d2m_jax.progress import size
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_TEXTS = tuple(map(os.strerror, FULL))  # of tensorstore, without errno
@@ -29,8 +30,7 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ConfigError(
-            f"{path}: needs {needed / 1e9:.1f} GB on the disk of {parent}, found {free / 1e9:.1f}"
-            " GB free"
+            f"{path}: needs {size(needed)} on the disk of {parent}, found {size(free)} free"
         )
 
 

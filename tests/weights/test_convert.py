@@ -48,7 +48,7 @@ def test_there_and_back(bfl, tmp_path, capfd):
             assert np.asarray(found[key]).tobytes() == np.asarray(tensor).tobytes(), key
 
 
-def test_types_and_loras(bfl, tmp_path):
+def test_types_and_loras(bfl, tmp_path, capfd):
     up, down = np.ones((32, 1), np.float32), np.full((1, 32), 2**-12, np.float32)
     tensors = {
         "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": up,
@@ -59,6 +59,9 @@ def test_types_and_loras(bfl, tmp_path):
     for model in ("bare", "merged"):
         lora = () if model == "bare" else ("--lora", f"{file}:0.5", "--lora", file)
         assert run(bfl, tmp_path / model, "--dtype", "float32", *lora) == 0
+    said = capfd.readouterr().err
+    for strength in ("0.5", "1"):
+        assert f"{file}: merged into 1 layer, rank 1, at a strength of {strength}\n" in said
     # from a model directory too
     assert run(tmp_path / "bare", tmp_path / "later", *lora) == 0
     bare, merged, later = (
@@ -185,6 +188,6 @@ def test_full_disk(bfl, tmp_path, monkeypatch):
             convert.convert(bfl, tmp_path / "out")
     usage = convert.output.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(convert.output.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ConfigError, match="out: needs .* GB on the disk of .*, found 0.0 GB free"):
+    with pytest.raises(ConfigError, match=r"out: needs .* kB on the disk of .*, found 1.0 kB free"):
         convert.convert(bfl, tmp_path / "out")
     assert not list(tmp_path.iterdir())

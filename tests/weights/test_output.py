@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from d2m_jax import progress
 from d2m_jax.config import ConfigError
 from d2m_jax.weights import output
 
@@ -34,6 +35,16 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(output.tempfile, "TemporaryFile", refuse)
     with pytest.raises(ConfigError, match="a: cannot be written .Permission denied"):
         output.check_writable(tmp_path / "a")
+
+
+def test_sizes_are_told_in_the_unit_that_fits():
+    assert [progress.size(n) for n in (12, 3_400_000, 23.8e9)] == [
+        "12.0 bytes",
+        "3.4 MB",
+        "23.8 GB",
+    ]
+    assert progress.told(6e8, 3e9, 2e8) == "0.6 of 3.0 GB, 0.20 GB/s, 0:12 left"
+    assert progress.told(3, 28, 0.5, "steps") == "3 of 28 steps, 0.50 steps/s, 0:50 left"
 
 
 @pytest.fixture
