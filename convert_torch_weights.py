@@ -16,6 +16,7 @@ class Arguments:
     # A .safetensors file of BFL or ComfyUI, a folder of diffusers or of --export torch, a
     # repository OWNER/NAME of Hugging Face, or a model directory.
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    # A new model directory; with --export a new folder for torch or, of bfl, a .safetensors file.
     output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")]
     dtype: Literal["bfloat16", "float32"] | None = None  # None: as stored
     # None: a model directory; "torch", the one for sparse models, brings the module that runs them.

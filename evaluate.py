@@ -3,7 +3,8 @@
 python evaluate.py account CONFIG_OR_MODEL [--json]   parameters and FLOPs, beside the paper's
 python evaluate.py icons MODEL … [--prompts N]        scores on the embedded task
 
-CONFIG is a Python file with get_config(), MODEL a model directory; `--help` lists all options.
+CONFIG is a Python file with get_config(), MODEL a model directory; `account --help` and
+`icons --help` list all options.
 """
 
 import json

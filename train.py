@@ -1,8 +1,9 @@
 """Train or distill a model: python train.py CONFIG.py [--run-dir DIR] [--any.field value]
 
 Goes on where it stopped if DIR (default: runs/ and the config's name) holds a run of that config.
-`--plan --topology v5p:4x4x4` trains nothing, and tells what every stage would need there: memory,
-collectives, time. `python train.py CONFIG.py --help` lists every field.
+`--plan --topology v5p:4x4x4` trains nothing, and tells after some minutes of compilation what every
+stage would need there: memory, collectives, time. `python train.py CONFIG.py --help` lists every
+field.
 """
 
 import shlex
@@ -29,7 +30,7 @@ class Arguments:
     output: Path | None = None  # of --plan: a JSON file for what it prints
     # Of many processes, where the environment does not tell (SLURM, Kubernetes, TPU pods do):
     coordinator: str | None = None  # HOST:PORT of process 0
-    processes: int | None = None
+    processes: int | None = None  # how many there are
     process: int | None = None  # number of this one
     host_timeout: float = 300.0  # seconds that all may take to come
 

@@ -143,6 +143,13 @@ def test_importing_the_package_costs_nothing():
     assert not top & {"jax", "flax", "numpy"}
 
 
+def test_every_field_of_a_config_has_help_of_its_own():
+    """A comment above a field is taken by --help for those below too that have none."""
+    for file in (*PACKAGE.glob("config/*.py"), *(ROOT / f"{name}.py" for name in SCRIPTS)):
+        found = re.search(r"\n    # .*\n    \w+: .*\n    (\w+): [^#\n]*\n", file.read_text())
+        assert not found, f"{file.name}: {found and found[1]}: expected a comment beside it"
+
+
 def test_scripts_are_small():
     for name in SCRIPTS:
         file = ROOT / f"{name}.py"

@@ -164,15 +164,15 @@ class RunConfig(Config):
     data: IconsConfig = IconsConfig()
     # How times are drawn in training and calibration, before the model's shift.
     timesteps: Timesteps = "uniform"
-    sparsify: SparsifyConfig = SparsifyConfig()
-    stages: Mapping[str, StageConfig] = field(default_factory=dict)
+    sparsify: SparsifyConfig = SparsifyConfig()  # how the student is cut from the teacher
+    stages: Mapping[str, StageConfig] = field(default_factory=dict)  # what trains it, in this order
     rivals: Mapping[str, StudentConfig] = field(default_factory=dict)  # trained for the report
     mesh: MeshConfig = MeshConfig()
     keep_checkpoints: int = 2
     evaluate_prompts: int = 600  # prompts of the icons benchmark in the report
     # Experts per token that the report tries beside the model's own number and all of them.
     sweep_top_k: tuple[int, ...] = (0, 1, 4, 8)
-    held_out_batches: int = 8
+    held_out_batches: int = 8  # on which the held-out loss is measured
     quick_compilation: bool = False  # programs compile fast and run slowly: for first tries
 
     def __post_init__(self):

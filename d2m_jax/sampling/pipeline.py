@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from d2m_jax import flow, hosts
 from d2m_jax.config import (
     AutoencoderConfig,
+    ConfigError,
     ModelConfig,
     PixelsConfig,
     PromptsConfig,
@@ -54,6 +55,7 @@ BATCH_TOKENS = 2048  # image tokens of a batch where no size is asked for
 # steps that are not taken only the modulations are computed: at FLUX.1's size, all 31 together
 # 0.003 of the FLOPs of one step.
 STEPS = 32
+EXAMPLES = ("red anchor left of blue earth", "red anchor")
 SHOWN = 80  # characters of what was cut off a prompt
 
 
@@ -187,7 +189,10 @@ class Pipeline:
     def _ids(self, name: str, captions: list[str], length: int | None):
         tokenizer = self.encoders.tokenizer
         if isinstance(self.config.text, WordsConfig):
-            return tokenizer.ids(captions)
+            try:
+                return tokenizer.ids(captions)
+            except ConfigError as error:
+                raise ConfigError(f"{error}{_example(self.config.text)}") from None
         _tell_lost(name, tokenizer.lost(captions, length), self.config.text, length)
         return tokenizer.ids(captions, length)
 
@@ -220,6 +225,15 @@ class Pipeline:
             hosts.say(
                 f"true_cfg = {true_cfg}: ignored, expected negative_prompts (one may be empty)"
             )
+
+
+def _example(text: WordsConfig) -> str:
+    """For the embedded task, a whole caption that this model reads."""
+    for caption in EXAMPLES:
+        words = caption.split()
+        if len(words) <= text.length and set(words) <= set(text.vocabulary):
+            return f"; a whole caption is {caption!r}"
+    return ""
 
 
 def _batches(count: int, size: int) -> Int[np.ndarray, "batches size"]:

@@ -69,6 +69,12 @@ def test_progress_is_told_and_changes_no_bit(pipe, monkeypatch, capsys, reuse):
     assert [line.split(" steps")[0] for line in lines] == [f"sampling: {n} of 15" for n in done[1:]]
 
 
+def test_a_caption_that_is_none_of_the_task_s_is_answered_with_one(pipe):
+    for prompt in ("a cat", "red anchor earth blue"):
+        with pytest.raises(ConfigError, match="caption.*; a whole caption is 'red anchor'$"):
+            pipe(prompt)
+
+
 def test_seed_and_given_noise(pipe, images):
     channels = CONFIG.transformer.in_channels
     given = noise(3, 5, 12, channels)
