@@ -2,7 +2,7 @@
 # (in an environment of its own). On Linux, torch without CUDA (3 GB less):
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
 PYTHON ?= python3
-VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
 # A stamp's name holds the version: an upgraded python3 makes the environment anew.
@@ -46,6 +46,8 @@ lint: $(INSTALLED)-dev
 	$(BIN)/ruff format --check .
 
 $(CREATED):
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "$(PYTHON): not found, expected Python 3.11 or newer (make PYTHON=...)" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "$(PYTHON) is Python $(VERSION): expected 3.11 or newer (make PYTHON=...)" >&2; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import tyro
+from d2m_jax import command_line  # first, for it tells where there is no environment
 
-from d2m_jax import command_line
+# isort: split
+import tyro
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Arguments:
     # A .safetensors file of BFL or ComfyUI, a folder of diffusers or of --export torch, a
     # repository OWNER/NAME of Hugging Face, or a model directory.
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    # A new model directory; with --export a new folder for torch or, of bfl, a .safetensors file.
     output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")]
     dtype: Literal["bfloat16", "float32"] | None = None  # None: as stored
     # None: a model directory; "torch", the one for sparse models, brings the module that runs them.
@@ -22,6 +24,7 @@ class Arguments:
     # A diffusers FluxPipeline, folder or repository, whose encoders and autoencoder come along.
     encoders: str | None = None
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # FILE[:SCALE] to merge; may be repeated
+    overwrite: bool = False  # replace what is at OUTPUT, a folder only if it is of the same kind
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,6 +43,7 @@ def main(arguments: Sequence[str]) -> None:
         dtype=parsed.dtype,
         export=parsed.export,
         encoders=parsed.encoders,
+        overwrite=parsed.overwrite,
         loras=[convert.lora_of(argument) for argument in parsed.lora],
     )
     print(f"{parsed.output} written")

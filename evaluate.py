@@ -3,7 +3,8 @@
 python evaluate.py account CONFIG_OR_MODEL [--json]   parameters and FLOPs, beside the paper's
 python evaluate.py icons MODEL … [--prompts N]        scores on the embedded task
 
-CONFIG is a Python file with get_config(), MODEL a model directory; `--help` lists all options.
+CONFIG is a Python file with get_config(), MODEL a model directory; `account --help` and
+`icons --help` list all options.
 """
 
 import json
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import rich
+from d2m_jax import command_line  # first, for it tells where there is no environment
+
+# isort: split
 import tyro
 
-from d2m_jax import command_line
 from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check, suggestion
 from d2m_jax.sampling.options import check_options
 
@@ -83,11 +85,18 @@ def icons(arguments: Sequence[str]) -> None:
     check(parsed.prompts > 0, f"--prompts {parsed.prompts}: expected at least 1")
     options = {"steps": parsed.steps, "top_k": parsed.top_k, "reuse": parsed.reuse}
     check_options(seed=parsed.seed, **options)
+    import rich
+
+    from d2m_jax import weights
     from d2m_jax.evaluate import benchmark
     from d2m_jax.evaluate.scores import table, to_json
 
+    for path in parsed.models:  # what is no model is told before the first is scored
+        weights.load_config(path)
     scores = {
-        str(path): benchmark.evaluate(path, parsed.prompts, parsed.seed, parsed.quantize, **options)
+        str(path): benchmark.evaluate(
+            path, parsed.prompts, parsed.seed, parsed.quantize, progress=True, **options
+        )
         for path in parsed.models
     }
     if parsed.json:

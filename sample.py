@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from d2m_jax import command_line  # first, for it tells where there is no environment
+
+# isort: split
 import tyro
 
-from d2m_jax import command_line
 from d2m_jax.config import MeshConfig, check
 from d2m_jax.sampling.options import captions_of, check_options, read_prompts
 
@@ -51,7 +53,14 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> None:
     parsed = command_line.parse(
-        Arguments, arguments, usage="sample.py", description="Write images for prompts."
+        Arguments,
+        arguments,
+        usage="sample.py",
+        description="Write images for prompts.",
+        elsewhere={
+            "--lora": "merge it into its model first: python convert_torch_weights.py MODEL OUTPUT"
+            " --lora FILE"
+        },
     )
     # Imported once the arguments are right: help and errors need not wait for jax.
     from d2m_jax.sampling import grid, pipeline
@@ -64,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
     pipe = pipeline.load_pipeline(
         parsed.model, parsed.dtype, mesh, parsed.quantize, encoders=parsed.encoders
     )
-    images = pipe(prompts, negative_prompts=parsed.negative_prompt, **options)
+    images = pipe(prompts, negative_prompts=parsed.negative_prompt, progress=True, **options)
     grid.write(images, parsed.output)
     print(f"{len(images)} images and grid.png in {parsed.output}")
 

@@ -1,8 +1,9 @@
 """Train or distill a model: python train.py CONFIG.py [--run-dir DIR] [--any.field value]
 
 Goes on where it stopped if DIR (default: runs/ and the config's name) holds a run of that config.
-`--plan --topology v5p:4x4x4` trains nothing, and tells what every stage would need there: memory,
-collectives, time. `python train.py CONFIG.py --help` lists every field.
+`--plan --topology v5p:4x4x4` trains nothing, and tells after some minutes of compilation what every
+stage would need there: memory, collectives, time. `python train.py CONFIG.py --help` lists every
+field.
 """
 
 import shlex
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from d2m_jax import command_line  # first, for it tells where there is no environment
+
+# isort: split
 import tyro
 
-from d2m_jax import command_line
-from d2m_jax.config import RunConfig, check
+from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Arguments:
     output: Path | None = None  # of --plan: a JSON file for what it prints
     # Of many processes, where the environment does not tell (SLURM, Kubernetes, TPU pods do):
     coordinator: str | None = None  # HOST:PORT of process 0
-    processes: int | None = None
+    processes: int | None = None  # how many there are
     process: int | None = None  # number of this one
     host_timeout: float = 300.0  # seconds that all may take to come
 
@@ -37,11 +40,17 @@ def main(arguments: Sequence[str]) -> None:
         print(__doc__.strip())
         return
     found = arguments[0] if arguments else "none"
-    check(found.endswith(".py"), f"CONFIG: expected a Python file with get_config(), found {found}")
+    check(
+        found.endswith(".py"),
+        "CONFIG: expected a Python file with get_config() before all options, python train.py"
+        f" CONFIG.py --run-dir DIR, found {found}",
+    )
     config = command_line.load_config(arguments[0])
+    model = isinstance(config, FluxConfig | ModelConfig)
+    hint = "; it is for evaluate.py account, configs/flux_distill.py trains" if model else ""
     check(
         isinstance(config, RunConfig),
-        f"{arguments[0]}: get_config() returns {type(config).__name__}, expected RunConfig",
+        f"{arguments[0]}: get_config() returns {type(config).__name__}, expected RunConfig{hint}",
     )
     parsed = command_line.parse(
         Arguments,

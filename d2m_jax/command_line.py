@@ -1,6 +1,7 @@
 """What the root scripts share: config files, options, and errors told in one line."""
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import io
@@ -9,12 +10,16 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from d2m_jax import environment  # noqa: F401 (before what it looks for)
+
+# isort: split
 import tyro
 
+from d2m_jax import config
 from d2m_jax.config import ConfigError, at_path, check, suggestion
 
 T = TypeVar("T")
@@ -74,10 +79,23 @@ def load_config(path: str | Path) -> Any:
         return module.get_config()
     except Exception as error:  # whatever a user's file does wrong
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        what = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{path}{f', line {line}' if line else ''}: {what}") from error
+        raise ConfigError(f"{path}{f', line {line}' if line else ''}: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """What went wrong in a config file."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    # What Python says of a config's fields that are unknown, or that were left out.
+    said = re.match(r"(\w+)\.__init__\(\) (got an unexpected|missing).*?'(\w+)'", str(error))
+    kind = said and getattr(config, said[1], None)
+    if not (isinstance(error, TypeError) and kind):
+        return f"{type(error).__name__}: {error}"
+    known = [field.name for field in dataclasses.fields(kind)]
+    near = f"unknown field{suggestion(said[3], known)}"
+    return f"{said[1]}.{said[3]}: {'missing' if said[2] == 'missing' else near}"
 
 
 def parse(
@@ -87,10 +105,12 @@ def parse(
     usage: str,
     description: str,
     default: T | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> T:
     """Arguments as a dataclass, by tyro: a field is `--field`, one of an inner dataclass `--a.b`.
 
-    `--help` prints them all and exits. Raises ConfigError where tyro would draw a box.
+    `--help` prints them all and exits. Raises ConfigError where tyro would draw a box, which says
+    of options in `elsewhere`, that others have, what to do.
     """
 
     def cli(arguments):
@@ -105,6 +125,14 @@ def parse(
             **({} if default is None else {"default": default}),
         )
 
+    def usage_of(name: str) -> str:
+        """The line of --help on an option, `--seed INT`; all of the help for ""."""
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            cli(["--help"])
+        found = re.search(rf"{re.escape(name)} (.*?)(  |│|\n)", said.getvalue()) if name else None
+        return found[1] if found else said.getvalue()
+
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -112,14 +140,14 @@ def parse(
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(_message(said.getvalue())) from None
+        raise ConfigError(_plain(_message(said.getvalue()), usage_of)) from None
     if unknown:
-        options = io.StringIO()
-        with contextlib.redirect_stdout(options), contextlib.suppress(SystemExit):
-            cli(["--help"])
         name = unknown[0].split("=")[0]
-        known = re.findall(r"--[\w.]+", options.getvalue())
-        raise ConfigError(f"{name}: unknown option{suggestion(name, known)}")
+        plain = "one that is True or False takes no value: --NAME, --no_NAME"
+        check(name.startswith("-"), f"{name}: no option takes it; {plain}")
+        known = re.findall(r"--[\w.]*\w(?![\w.])", usage_of(""))
+        hint = f"; {elsewhere[name]}" if name in (elsewhere or {}) else suggestion(name, known)
+        raise ConfigError(f"{name}: unknown option{hint}")
     return parsed
 
 
@@ -131,3 +159,22 @@ def _message(box: str) -> str:
     # Of a config's own check tyro tells the path, and the check the name of its class.
     path, _, rest = said.partition(": ")
     return at_path(rest, path) if re.match(r"\w+Config[.:]", rest) else said
+
+
+def _plain(said: str, usage_of: Callable[[str], str]) -> str:
+    """tyro's and Python's words for a value that cannot be read: option, found, expected."""
+    if found := re.match(r"Missing from (.*?): ", said):
+        needed = re.findall(r"(?:^|\(required\)) ?(--[\w.]+|\S+)", said[found.end() :])
+        return f"{', '.join(needed)}: missing ({found[1]} --help)"
+    if found := re.match(r"Missing value for argument '(.*?)'", said):
+        return f"{found[1]}: found no value, expected one"
+    if found := re.match(r"invalid choice '(.*?)' for argument '(.*?)'.*\((.*)\)", said):
+        return f"{found[2]} = {found[1]}: expected one of {found[3]}"
+    unread = "invalid literal|could not convert|no type matching|Could not find valid parse"
+    if found := re.match(rf"(\S+): (?:{unread})", said):
+        values = " ".join(re.findall("'(.*?)'", said))
+        usage = usage_of(found[1])
+        kind = "number" if "FLOAT" in usage else "whole number"
+        kind = f"{kind}s" if "..." in usage else f"a {kind}"
+        return f"{found[1]} = {values}: expected {kind}{' or None' if 'None' in usage else ''}"
+    return said

@@ -1,6 +1,7 @@
 """Every test runs on a CPU, with the package's array types checked and compiled programs kept."""
 
 import os
+import pkgutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,8 +20,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 from jaxtyping import install_import_hook  # noqa: E402 (jax reads the environment when imported)
 
+import d2m_jax  # noqa: E402
+
 install_import_hook(
-    "d2m_jax",
+    # configs check their own types, and take lists as tuples
+    [f"d2m_jax.{m.name}" for m in pkgutil.iter_modules(d2m_jax.__path__) if m.name != "config"],
     # an int may stand where a float is expected
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from d2m_jax.config import (
+    ROOT,
     AutoencoderConfig,
     ConfigError,
     IconsConfig,
@@ -19,6 +20,7 @@ from d2m_jax.config import (
     StudentConfig,
     WordsConfig,
     from_json,
+    teacher_path,
     to_json,
 )
 
@@ -78,6 +80,34 @@ def test_numbers_that_can_only_fail_later(kind, field, values):
             kind(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (StageConfig, {"train": "*.mlp.*"}, "train = '.*mlp.*': expected a tuple or list of st"),
+        (StageConfig, {"train": ("*", 3)}, r"train.1. = 3: expected a string"),
+        (StageConfig, {"steps": True}, "steps = True: expected a whole number"),
+        (StageConfig, {"dtype": "bf16"}, "dtype = 'bf16': expected one of 'float32', 'bfloat16'"),
+        (StageConfig, {"top_k": "2"}, "top_k = '2': expected a whole number or None"),
+        (OptimizerConfig, {"rates": {"*": "4"}}, r"rates\['\*'\] = '4': expected a number"),
+        (
+            StudentConfig,
+            {"stages": [StageConfig()]},
+            "stages = .*: expected a dict of names",
+        ),
+        (ModelConfig, {"text": "x"}, "text = 'x': expected a WordsConfig or a PromptsConfig"),
+    ],
+)
+def test_fields_of_another_type(kind, fields, message):
+    with pytest.raises(ConfigError, match=f"^{kind.__name__}.{message}"):
+        kind(**fields)
+
+
+def test_lists_are_taken_as_tuples_and_whole_numbers_as_numbers():
+    assert StageConfig(train=["a", "b"]) == StageConfig(train=("a", "b"))
+    hash(SparsifyConfig(dense_double=[0, 2]))
+    assert isinstance(OptimizerConfig(learning_rate=1).learning_rate, float)
+
+
 def test_names_of_stages():
     stage = StageConfig()
 
@@ -89,6 +119,15 @@ def test_names_of_stages():
         refused(rf"RunConfig.stages.{name}: expected letters", stages={name: stage})
         refused(rf"RunConfig.rivals.{name}: expected letters", rivals={name: StudentConfig()})
     refused("RunConfig.keep_checkpoints = 0: expected a whole number", keep_checkpoints=0)
+
+
+def test_a_teacher_is_found_from_the_shell_and_from_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert teacher_path("teachers/icons") == ROOT / "teachers/icons"
+    (tmp_path / "teachers" / "icons").mkdir(parents=True)
+    assert teacher_path("teachers/icons") == tmp_path / "teachers/icons"
+    with pytest.raises(ConfigError, match=f"^teacher = a/b: found nothing in {tmp_path} nor in"):
+        teacher_path("a/b")
 
 
 def test_grid_of_an_image():

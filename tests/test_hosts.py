@@ -252,7 +252,7 @@ def two_processes(directory, expected):
         config, params = model_directory.load(f"{directory}/model", sharding=cut)
         assert not params["img_in"]["kernel"].is_fully_addressable
         model_directory.save(f"{directory}/by_two", config, params)
-        with pytest.raises(ConfigError, match="is no model directory"):
+        with pytest.raises(ConfigError, match="exists; expected a free name"):
             model_directory.save(directory, config, params)
         # What every process has whole, the first writes.
         model_directory.save(f"{directory}/by_first", config, parameters())

@@ -13,10 +13,12 @@ PACKAGE = ROOT / "d2m_jax"
 SCRIPTS = ("train", "convert_torch_weights", "sample", "evaluate")
 FLOORS = {
     "config": 0,
+    "environment": 0,
     "flow": 0,
     "keys": 0,
     "kernels": 1,
     "hosts": 1,
+    "progress": 1,
     "sharding": 1,
     "models": 2,
     "weights": 3,
@@ -140,6 +142,13 @@ def test_array_types_are_checked():
 def test_importing_the_package_costs_nothing():
     top = {name.split(".")[0] for name in imported(PACKAGE / "__init__.py") if "." not in name}
     assert not top & {"jax", "flax", "numpy"}
+
+
+def test_every_field_of_a_config_has_help_of_its_own():
+    """A comment above a field is taken by --help for those below too that have none."""
+    for file in (*PACKAGE.glob("config/*.py"), *(ROOT / f"{name}.py" for name in SCRIPTS)):
+        found = re.search(r"\n    # .*\n    \w+: .*\n    (\w+): [^#\n]*\n", file.read_text())
+        assert not found, f"{file.name}: {found and found[1]}: expected a comment beside it"
 
 
 def test_scripts_are_small():

@@ -147,9 +147,13 @@ def test_stacks_can_be_overridden():
             r"^--stages.moe.stepz: .*, did you mean --stages.moe.steps\?$",
         ),
         (["--zzzzz=3"], r"^--zzzzz: unknown option$"),
-        (["--stages.moe.steps", "abc"], r"^--stages.moe.steps: .*'abc'"),
-        (["--sparsify.method", "prun"], r"'prun' .*'--sparsify.method'.*'moe', 'prune'"),
-        (["--seed"], r"'--seed'"),
+        (["--stages.moe.steps", "abc"], r"^--stages.moe.steps = abc: expected a whole number$"),
+        (["--stages.moe.top_k", "x"], r"^--stages.moe.top_k = x: expected a whole number or None$"),
+        (["--stages.moe.optimizer.ema", "x"], r"^--stages.moe.optimizer.ema = x: expected a numb"),
+        (["--sweep_top_k", "1", "ten"], r"^--sweep_top_k = 1 ten: expected whole numbers$"),
+        (["--sparsify.method", "prun"], r"^--sparsify.method = prun: .* one of 'moe', 'prune'$"),
+        (["--seed"], r"^--seed: found no value, expected one$"),
+        (["--quick_compilation", "yes"], r"^yes: no option takes it; .* no value: --NAME, --no_"),
         (["--sparsify.moe.top_k", "13"], r"sparsify.moe.top_k = 13: expected 0 to experts = 12"),
         (["--teacher", "None"], r"expected either teacher .*, found neither"),
     ],
@@ -163,7 +167,7 @@ def test_bad_options_are_told_in_one_line(arguments, message):
 def test_options_without_a_default():
     parsed = parse("--count", "3", "--shares", "0.5", "1", kind=Numbers, default=None)
     assert parsed == Numbers(3, (0.5, 1.0))
-    with pytest.raises(ConfigError, match="--count"):
+    with pytest.raises(ConfigError, match=r"^--count: missing .train.py --help.$"):
         parse(kind=Numbers, default=None)
 
 
@@ -187,12 +191,21 @@ def test_help_lists_fields_with_their_comments(capsys):
             "import d2m_jax.config as c\ndef get_config():\n    return c.MoEConfig(experts=0)",
             r"bad.py, line 3: MoEConfig.experts = 0: expected at least 1",
         ),
+        (
+            "import d2m_jax.config as c\ndef get_config():\n    return c.RunConfig(nam='tiny')",
+            r"^bad.py, line 3: RunConfig.nam: unknown field, did you mean name\?$",
+        ),
+        (
+            "import d2m_jax.config as c\ndef get_config():\n    return c.RunConfig(seed=3)",
+            r"^bad.py, line 3: RunConfig.name: missing$",
+        ),
     ],
 )
-def test_bad_config_files_are_told_in_one_line(tmp_path, text, message):
+def test_bad_config_files_are_told_in_one_line(tmp_path, monkeypatch, text, message):
     (tmp_path / "bad.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
-        command_line.load_config(tmp_path / "bad.py")
+        command_line.load_config("bad.py")
 
 
 def test_exit_codes(capsys):
@@ -217,6 +230,17 @@ def test_a_script_exits_with_its_code(name):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "convert_torch_weights"])
+def test_without_an_environment_a_script_says_what_to_do(name):
+    command = [sys.executable, "-S", ROOT / f"{name}.py", "--help"]  # without site-packages
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        " lacks jax and rich and tyro, expected an environment with d2m_jax: source .venv/bin/act"
+        in done.stderr
+    )
+
+
 def test_train_answers_bad_input(script, error_of, tmp_path):
     config = tmp_path / "dense.py"
     config.write_text(
@@ -232,7 +256,9 @@ def test_train_answers_bad_input(script, error_of, tmp_path):
     assert "found none" in error_of("train")
     assert "found --seed" in error_of("train", "--seed", "3")
     assert "no such file" in error_of("train", tmp_path / "absent.py")
-    assert "expected RunConfig" in error_of("train", "configs/flux_dev.py")
+    said = error_of("train", "configs/flux_moe_s.py")
+    assert "expected RunConfig; it is for evaluate.py account, configs/flux_distill.py tr" in said
+    assert "before all options" in error_of("train", "--run-dir", run_dir, config)
     said = script("train", config, "--help").stdout
     assert "--run_dir" in said and "--stages.flow.steps" in said
 
@@ -252,6 +278,8 @@ def test_evaluate_answers_bad_input(script, error_of, model, tmp_path):
     assert "expected a model directory" in error_of("evaluate", "account", tmp_path)
     assert "found none" in error_of("evaluate", "icons")
     assert str(model) in error_of("evaluate", "icons", model)  # its words are of no task
+    # All are looked at before the first is scored.
+    assert "absent: expected a model" in error_of("evaluate", "icons", model, tmp_path / "absent")
     assert "account CONFIG_OR_MODEL" in script("evaluate", "--help").stdout
 
 
@@ -279,6 +307,8 @@ def test_sample_answers_bad_input(error_of, model, tmp_path):
     assert "unknown word 'hearth', did you mean heart?" in error("--prompt", "red hearth")
     assert "top_k = 5: expected 0 to 4" in error("--prompt", "red", "--top-k", "5")
     assert "--steps" in error("--prompt", "red", "--steps", "many")
+    said = error("--prompt", "red", "--lora", "a.safetensors")
+    assert "--lora: unknown option; merge it into its model first: python convert_torch_w" in said
     assert not (tmp_path / "new").exists()
     assert "--output" in error_of("sample", model, "--prompt", "red")
     (tmp_path / "file").write_text("")

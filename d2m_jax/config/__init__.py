@@ -14,7 +14,7 @@ from d2m_jax.config.models import (
     T5Config,
     WordsConfig,
 )
-from d2m_jax.config.paths import ROOT
+from d2m_jax.config.paths import ROOT, teacher_path
 from d2m_jax.config.runs import (
     GroupsConfig,
     IconsConfig,
@@ -56,5 +56,6 @@ __all__ = [
     "differences",
     "from_json",
     "suggestion",
+    "teacher_path",
     "to_json",
 ]

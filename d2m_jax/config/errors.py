@@ -18,11 +18,11 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_whole(config: Any, least: int, *fields: str) -> None:
-    """Raise ConfigError for a field of a config that is no whole number of at least `least`."""
+    """Raise ConfigError for a field of a config that is less than `least`."""
     for field in fields:
         value = getattr(config, field)
         check(
-            isinstance(value, int) and not isinstance(value, bool) and value >= least,
+            value >= least,
             f"{type(config).__name__}.{field} = {value!r}: expected a whole number, at least"
             f" {least}",
         )
@@ -31,13 +31,13 @@ def check_whole(config: Any, least: int, *fields: str) -> None:
 def check_number(
     config: Any, *fields: str, least: float = -math.inf, below: float = math.inf
 ) -> None:
-    """Raise ConfigError for a field that is no finite number, less than `least`, or not `below`."""
+    """Raise ConfigError for a field that is not finite, less than `least`, or not `below`."""
     limits = [f"at least {least:g}"] if least > -math.inf else []
     limits += [f"less than {below:g}"] if below < math.inf else []
     for field in fields:
         value = getattr(config, field)
         check(
-            isinstance(value, int | float) and math.isfinite(value) and least <= value < below,
+            math.isfinite(value) and least <= value < below,
             f"{type(config).__name__}.{field} = {value!r}: expected a finite number"
             + "".join(f", {limit}" for limit in limits),
         )

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from d2m_jax.config.errors import check, check_number, check_whole
+from d2m_jax.config.fields import Config
 
 
 @dataclass(frozen=True)
-class StackConfig:
+class StackConfig(Config):
     """`groups` groups of `blocks` blocks, of which `active` run per sample.
 
     active < blocks is Mixture of Blocks.
@@ -20,6 +21,7 @@ class StackConfig:
     mlp_ratio: float = 4.0  # r, the FFN's total expansion; a width-pruned model has less than 4
 
     def __post_init__(self):
+        super().__post_init__()
         check(self.groups >= 1, f"StackConfig.groups = {self.groups}: expected at least 1")
         check_number(self, "mlp_ratio", least=0)
         check(
@@ -39,7 +41,7 @@ class StackConfig:
 
 
 @dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(Config):
     """The MoE FFN (docs/method.md): a shared expert and `experts` normal ones, `top_k` per
     token."""
 
@@ -50,6 +52,7 @@ class MoEConfig:
     router_input: Literal["modulated", "unmodulated"] = "modulated"
 
     def __post_init__(self):
+        super().__post_init__()
         check_number(self, "shared_ratio", least=0)
         check(self.experts >= 1, f"MoEConfig.experts = {self.experts}: expected at least 1")
         check(
@@ -59,7 +62,7 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
-class FluxConfig:
+class FluxConfig(Config):
     """One FLUX.1 transformer, dense or sparse; the defaults are FLUX.1 [dev] at full size."""
 
     in_channels: int = 64
@@ -77,6 +80,7 @@ class FluxConfig:
     modulation_rank: int | None = None  # r of the shared basis; None: a full matrix per block
 
     def __post_init__(self):
+        super().__post_init__()
         check_whole(self, 1, "in_channels", "vec_in_dim", "context_in_dim")
         check_whole(self, 1, "hidden_size", "num_heads", "theta")
         heads, hidden = self.num_heads, self.hidden_size
@@ -143,7 +147,7 @@ class FluxConfig:
 
 
 @dataclass(frozen=True)
-class WordsConfig:
+class WordsConfig(Config):
     """The embedded text encoder of models/words.py."""
 
     dim: int = 128
@@ -154,7 +158,7 @@ class WordsConfig:
 
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(Config):
     """T5 v1.1's encoder, which gives `txt`; the defaults are XXL's (transformers' names)."""
 
     vocab_size: int = 32_128
@@ -168,7 +172,7 @@ class T5Config:
 
 
 @dataclass(frozen=True)
-class CLIPConfig:
+class CLIPConfig(Config):
     """CLIP's text encoder, which gives `y`; the defaults are ViT-L/14's (transformers' names)."""
 
     vocab_size: int = 49_408
@@ -180,6 +184,7 @@ class CLIPConfig:
     eos_token_id: int = 49_407
 
     def __post_init__(self):
+        super().__post_init__()
         heads, hidden = self.num_attention_heads, self.hidden_size
         check(
             heads >= 1 and hidden % heads == 0,
@@ -189,7 +194,7 @@ class CLIPConfig:
 
 
 @dataclass(frozen=True)
-class PromptsConfig:
+class PromptsConfig(Config):
     """The text encoders of FLUX.1: T5 for the tokens, CLIP for the pooled vector."""
 
     t5: T5Config = T5Config()
@@ -199,7 +204,7 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderConfig(Config):
     """FLUX.1's autoencoder (diffusers' names); latents enter the transformer in 2 × 2 patches."""
 
     height: int = 1024  # pixels of an image where nothing else is said
@@ -218,6 +223,7 @@ class AutoencoderConfig:
         return 2 ** len(self.block_out_channels)
 
     def __post_init__(self):
+        super().__post_init__()
         widths, groups = self.block_out_channels, self.norm_num_groups
         check(
             len(widths) > 0 and groups > 0 and all(w > 0 and w % groups == 0 for w in widths),
@@ -227,7 +233,7 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True)
-class PixelsConfig:
+class PixelsConfig(Config):
     """No autoencoder: the transformer sees pixels in patches; channels = 3 · patch²."""
 
     height: int = 24
@@ -236,6 +242,7 @@ class PixelsConfig:
     kind: Literal["pixels"] = "pixels"
 
     def __post_init__(self):
+        super().__post_init__()
         check_whole(self, 1, "height", "width", "patch")
         check(
             self.height % self.patch == 0 and self.width % self.patch == 0,
@@ -250,7 +257,7 @@ class PixelsConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Config):
     """What config.json of a model directory holds: the transformer and its encoders."""
 
     transformer: FluxConfig = FluxConfig()
@@ -264,6 +271,7 @@ class ModelConfig:
     guidance: float = 3.5  # used where the transformer has guidance_embed
 
     def __post_init__(self):
+        super().__post_init__()
         check_whole(self, 1, "sample_steps")
         check_number(self, "guidance", *([] if self.shift is None else ["shift"]))
 

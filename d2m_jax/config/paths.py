@@ -1,5 +1,22 @@
-"""Where the repository is."""
+"""Where the repository is, and what is found from there."""
 
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]  # where relative paths of teachers start
+from d2m_jax.config.errors import check
+
+ROOT = Path(__file__).parents[2]
+
+
+def teacher_path(teacher: str) -> Path:
+    """Where the model directory of RunConfig.teacher lies: a relative path starts at the shell's
+    folder or, where nothing is there, at the repository's root. ConfigError if neither has it."""
+    folders = dict.fromkeys((Path.cwd(), ROOT))
+    places = [folder / Path(teacher).expanduser() for folder in folders]
+    found = next((place for place in places if place.exists()), None)
+    check(
+        found is not None,
+        f"teacher = {teacher}: found nothing in {' nor in '.join(map(str, folders))}; expected a"
+        " model directory: python convert_torch_weights.py SOURCE OUTPUT makes one of torch's files"
+        " or of a repository of Hugging Face",
+    )
+    return found

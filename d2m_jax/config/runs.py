@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from d2m_jax.config.errors import check, check_number, check_whole
+from d2m_jax.config.fields import Config
 from d2m_jax.config.models import ModelConfig, MoEConfig
 
 Timesteps = Literal["uniform", "logit_normal"]
 
 
 @dataclass(frozen=True)
-class IconsConfig:
+class IconsConfig(Config):
     """The embedded task of data/icons.py."""
 
     task: Literal["single", "scenes"] = "scenes"
@@ -23,12 +24,13 @@ class IconsConfig:
     workers: int = 0  # grain worker processes; 0 renders in threads of this process
 
     def __post_init__(self):
+        super().__post_init__()
         check_whole(self, 1, "glyphs", "train_size")
         check_whole(self, 0, "seed", "workers")
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """AdamW with a schedule; rates in steps of the stage."""
 
     learning_rate: float = 1e-3
@@ -44,6 +46,7 @@ class OptimizerConfig:
     rates: Mapping[str, float] = field(default_factory=dict)  # name pattern → factor on the rate
 
     def __post_init__(self):
+        super().__post_init__()
         check_whole(self, 0, "warmup")
         check_whole(self, 1, "accumulate")
         check_number(self, "learning_rate", "final_rate", "weight_decay", "clip", least=0)
@@ -54,7 +57,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Config):
     """Weights of a stage's losses (docs/method.md); 0 leaves a loss out of the program."""
 
     output: float = 1.0
@@ -63,11 +66,12 @@ class LossConfig:
     block_balance: float = 1e-2
 
     def __post_init__(self):
+        super().__post_init__()
         check_number(self, "output", "feature", "balance", "block_balance", least=0)
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(Config):
     """One stage of training: what trains, on which losses, for how long."""
 
     steps: int = 1000
@@ -86,6 +90,7 @@ class StageConfig:
     sample_every: int = 0  # sample grids of fixed prompts; 0 turns them off
 
     def __post_init__(self):
+        super().__post_init__()
         check_whole(self, 1, "steps", "batch_size")
         check_whole(self, 0, "log_every", "evaluate_every", "checkpoint_every", "sample_every")
         if self.top_k is not None:
@@ -93,7 +98,7 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class GroupsConfig:
+class GroupsConfig(Config):
     """How blocks become MoB groups: the first `keep` stay outside, the rest form the groups."""
 
     keep_double: int = 0
@@ -105,7 +110,7 @@ class GroupsConfig:
 
 
 @dataclass(frozen=True)
-class SparsifyConfig:
+class SparsifyConfig(Config):
     """How a student is made from the teacher, before any training (docs/recipe.md)."""
 
     method: Literal["moe", "prune"] = "moe"
@@ -123,6 +128,7 @@ class SparsifyConfig:
     tokens: int = 4096  # calibration tokens per FFN for clusters and gates
 
     def __post_init__(self):
+        super().__post_init__()
         check_whole(self, 1, "batches", "batch_size", "tokens")
         check_number(self, "mlp_ratio", "routed_scale", least=0)
         if self.modulation_rank is not None:
@@ -130,7 +136,7 @@ class SparsifyConfig:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Config):
     """Device mesh; -1 fills what the other axes leave."""
 
     data: int = -1
@@ -140,7 +146,7 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(Config):
     """A student: how it is cut from the teacher, and the stages that train it."""
 
     sparsify: SparsifyConfig = SparsifyConfig()
@@ -148,18 +154,18 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Config):
     """One run directory: a student distilled from `teacher`, or `model` trained from scratch."""
 
     name: str
     seed: int = 0
-    teacher: str | None = None  # a model directory; relative paths start at the repository root
+    teacher: str | None = None  # a model directory, found from the shell's folder or the repository
     model: ModelConfig | None = None
     data: IconsConfig = IconsConfig()
     # How times are drawn in training and calibration, before the model's shift.
     timesteps: Timesteps = "uniform"
-    sparsify: SparsifyConfig = SparsifyConfig()
-    stages: Mapping[str, StageConfig] = field(default_factory=dict)
+    sparsify: SparsifyConfig = SparsifyConfig()  # how the student is cut from the teacher
+    stages: Mapping[str, StageConfig] = field(default_factory=dict)  # what trains it, in this order
     rivals: Mapping[str, StudentConfig] = field(default_factory=dict)  # trained for the report
     mesh: MeshConfig = MeshConfig()
     keep_checkpoints: int = 2
@@ -170,6 +176,7 @@ class RunConfig:
     quick_compilation: bool = False  # programs compile fast and run slowly: for first tries
 
     def __post_init__(self):
+        super().__post_init__()
         check(
             (self.teacher is None) != (self.model is None),
             "RunConfig: expected either teacher (a model directory, to distill from) or model (to"

@@ -16,11 +16,13 @@ from d2m_jax.command_line import load_config
 from d2m_jax.config import (
     ROOT,
     AutoencoderConfig,
+    ConfigError,
     FluxConfig,
     ModelConfig,
     PromptsConfig,
     RunConfig,
     StageConfig,
+    teacher_path,
 )
 from d2m_jax.models.flux import abstract
 from d2m_jax.planning import hardware
@@ -75,8 +77,13 @@ def _settings(stage: StageConfig, mesh: Mesh) -> str:
 
 def _teacher(path: str) -> ModelConfig:
     preset = ROOT / "configs" / f"{Path(path).name}.py"
-    if (ROOT / path).exists() or not preset.exists():
-        return model_directory.load_config(ROOT / path)
+    try:
+        place = teacher_path(path)
+    except ConfigError:
+        if not preset.exists():
+            raise
+    else:
+        return model_directory.load_config(place)
     print(f"{path} is not there: planned with {preset.relative_to(ROOT)}")
     config = load_config(preset)
     if isinstance(config, FluxConfig):

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from d2m_jax.config import (
-    ROOT,
     ConfigError,
     ModelConfig,
     RunConfig,
     StageConfig,
     check,
     from_json,
+    teacher_path,
 )
 from d2m_jax.weights import model_directory
 
@@ -110,7 +110,7 @@ def read(run_directory: Path | str) -> Run:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
     check(config.teacher is not None, f"{file}: teacher = None: a report compares with a teacher")
-    path = ROOT / config.teacher
+    path = teacher_path(config.teacher)
     teacher = Row(TEACHER, "", model_directory.load_config(path), path)
     students = [
         _student(name, rival.sparsify.method, directory / "rivals" / name, rival.stages)

@@ -26,11 +26,13 @@ def denoise(
     true_cfg: float | Float[Array, ""] = 1.0,
     reuse: int = 1,
     steps: int | Int[Array, ""] | None = None,
+    span: tuple[int | Int[Array, ""], int | Int[Array, ""]] | None = None,
 ) -> Float[Array, "b n c"]:
     """From noise at times[0] to data at times[steps]: x += (t_next − t)·v, in float32.
 
     `grid`: rows, columns. `steps` are taken (None: all), with times beyond them left out: so one
-    program serves many numbers of steps.
+    program serves many numbers of steps. With `span` only those from its first number up to its
+    second are taken, the first a multiple of `reuse`, and `noise` is what those before left.
 
     The entries of `top_k` serve equal shares of the steps, in order. With a `negative` text the
     velocity is v_negative + true_cfg · (v − v_negative): classifier-free guidance, at twice the
@@ -81,4 +83,5 @@ def denoise(
         first = jax.tree.map(lambda a: a[0], modulations)
         shapes = jax.eval_shape(branches[0], noise, times[0], first, None)[1]
         routed = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    return jax.lax.fori_loop(0, steps, step, (noise, routed))[0]
+    first, last = (0, steps) if span is None else span
+    return jax.lax.fori_loop(first, last, step, (noise, routed))[0]

@@ -16,6 +16,7 @@ from d2m_jax.models.words import Words
 from d2m_jax.sampling.tokenizers import Tokenizers
 from d2m_jax.sharding import local_mesh, spread
 from d2m_jax.weights.encoders import load_encoders
+from d2m_jax.weights.torch_import import dtype_of
 
 
 class Encoders:
@@ -30,7 +31,7 @@ class Encoders:
 
     def __init__(self, config: ModelConfig, dtype=None, mesh: Mesh | None = None):
         usual = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        self.config, self.dtype = config, jnp.dtype(dtype or usual)
+        self.config, self.dtype = config, dtype_of(usual if dtype is None else dtype)
         self.params = load_encoders(config, partial(spread, mesh or local_mesh()))
         if isinstance(config.text, WordsConfig):
             self.tokenizer = Words(config.text)

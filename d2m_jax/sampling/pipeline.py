@@ -1,5 +1,6 @@
 """From prompts to images."""
 
+import contextlib
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from d2m_jax import flow, hosts
 from d2m_jax.config import (
     AutoencoderConfig,
+    ConfigError,
     ModelConfig,
     PixelsConfig,
     PromptsConfig,
@@ -23,10 +25,12 @@ from d2m_jax.kernels.quantized import check_kind, quantized
 from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.models.parameters import unstacked
 from d2m_jax.models.size import summary
+from d2m_jax.progress import bar
 from d2m_jax.sampling.denoise import denoise
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.grid import Images, check_finite
 from d2m_jax.sampling.options import captions_of, check_options, refuse_unknown, several
+from d2m_jax.sampling.pace import Pace
 from d2m_jax.sharding import (
     batch_shards,
     check_mesh,
@@ -37,7 +41,7 @@ from d2m_jax.sharding import (
     put_parameters,
     whole,
 )
-from d2m_jax.weights import model_directory, torch_import
+from d2m_jax.weights import hub, model_directory, torch_import
 from d2m_jax.weights.encoders import (
     FOLDERS,
     is_pipeline,
@@ -51,6 +55,7 @@ BATCH_TOKENS = 2048  # image tokens of a batch where no size is asked for
 # steps that are not taken only the modulations are computed: at FLUX.1's size, all 31 together
 # 0.003 of the FLOPs of one step.
 STEPS = 32
+EXAMPLES = ("red anchor left of blue earth", "red anchor")
 SHOWN = 80  # characters of what was cut off a prompt
 
 
@@ -104,6 +109,7 @@ class Pipeline:
         true_cfg: float = 1.0,
         batch_size: int | None = None,
         tile: int | None = None,
+        progress: bool = False,
         **unknown: Any,
     ) -> Images:
         """Images in [0, 1], float32 [b, H, W, 3], b = 1 for one string. What is None comes from the
@@ -112,11 +118,12 @@ class Pipeline:
         `top_k` as a sequence serves equal shares of the steps; normal experts are computed in every
         `reuse`-th step, and what they added then is added again in those between. Negative prompts,
         one for all or one per prompt, count where true_cfg > 1: it multiplies the distance from
-        them. `tile`, in latents, makes an autoencoder decode in tiles of that side. The noise of
-        prompt i depends on the seed and i alone, and a batch never changes a sample. What is cut
-        off a prompt, or ignored by this model, is told in a line on stderr. ConfigError for unknown
-        words or options, sizes that tokens do not divide, latents of another shape, top_k outside 0
-        to n, reuse without MoE layers, whatever check_options finds, and images of NaN.
+        them. `tile`, in latents, makes an autoencoder decode in tiles of that side. `progress` is
+        told on stderr. The noise of prompt i depends on the seed and i alone, and a batch never
+        changes a sample. What is cut off a prompt, or ignored by this model, is told in a line on
+        stderr. ConfigError for unknown words or options, sizes that tokens do not divide, latents
+        of another shape, top_k outside 0 to n, reuse without MoE layers, whatever check_options
+        finds, and images of NaN.
         """
         config = self.config
         top_k = several(top_k)
@@ -124,7 +131,7 @@ class Pipeline:
         options = {"height": height, "width": width, "steps": steps, "guidance": guidance}
         options |= {"seed": seed, "top_k": top_k, "reuse": reuse, "true_cfg": true_cfg}
         options |= {"batch_size": batch_size, "tile": tile}
-        named = ("prompts", "latents", "negative_prompts", "max_sequence_length")
+        named = ("prompts", "latents", "negative_prompts", "max_sequence_length", "progress")
         refuse_unknown(unknown, (*options, *named))
         check_options(**options, max_sequence_length=max_sequence_length)
         self._check(top_k, reuse, max_sequence_length, tile)
@@ -149,20 +156,23 @@ class Pipeline:
         guidance = float(config.guidance if guidance is None else guidance)
         times = flow.schedule(steps, tokens, config.shift)
         times = np.pad(times, (0, -steps % STEPS))
-        images = []
-        for part in _batches(count, self._batch_size(count, tokens, batch_size)):
-            part = part[own_rows(self.mesh, len(part))]
-            start = noise_of(seed, part, *shape[1:]) if latents is None else latents[part]
-            inputs = jax.tree.map(lambda a, part=part: a[part], ids), np.asarray(start)
-            ids_here, start = put_batch(self.mesh, inputs)
-            with jax.set_mesh(self.mesh):
-                texts = [self.encoders.text(ids) for ids in ids_here]
-                fixed = config, self.encoders.dtype, grid, top_k, reuse
-                x = _denoise(
-                    *fixed, self.params, start, texts, times, steps, guidance, float(true_cfg)
-                )
-                images.append(whole(self.encoders.images(x, height, width, tile)))
-            check_finite(images[-1], f"; has the model such weights? It ran in {fixed[1]}")
+        images, batches = [], _batches(count, self._batch_size(count, tokens, batch_size))
+        fixed = config, self.encoders.dtype, grid, top_k, reuse
+        call, numbers = partial(_denoise, *fixed, self.params), (guidance, float(true_cfg))
+        watched = progress and hosts.first()
+        shown = bar(len(batches) * steps, "sampling", "steps", "compiling …") if watched else None
+        with shown or contextlib.nullcontext() as advance:
+            pace = Pace(steps, reuse, tokens, advance)
+            for part in batches:
+                part = part[own_rows(self.mesh, len(part))]
+                start = noise_of(seed, part, *shape[1:]) if latents is None else latents[part]
+                inputs = jax.tree.map(lambda a, part=part: a[part], ids), np.asarray(start)
+                ids_here, start = put_batch(self.mesh, inputs)
+                with jax.set_mesh(self.mesh):
+                    texts = [self.encoders.text(ids) for ids in ids_here]
+                    x = pace.run(call, start, texts, times, steps, *numbers)
+                    images.append(whole(self.encoders.images(x, height, width, tile)))
+                check_finite(images[-1], f"; has the model such weights? It ran in {fixed[1]}")
         return np.concatenate(images)[:count].view(Images)
 
     def _batch_size(self, count: int, tokens: int, batch_size: int | None) -> int:
@@ -179,7 +189,10 @@ class Pipeline:
     def _ids(self, name: str, captions: list[str], length: int | None):
         tokenizer = self.encoders.tokenizer
         if isinstance(self.config.text, WordsConfig):
-            return tokenizer.ids(captions)
+            try:
+                return tokenizer.ids(captions)
+            except ConfigError as error:
+                raise ConfigError(f"{error}{_example(self.config.text)}") from None
         _tell_lost(name, tokenizer.lost(captions, length), self.config.text, length)
         return tokenizer.ids(captions, length)
 
@@ -212,6 +225,15 @@ class Pipeline:
             hosts.say(
                 f"true_cfg = {true_cfg}: ignored, expected negative_prompts (one may be empty)"
             )
+
+
+def _example(text: WordsConfig) -> str:
+    """For the embedded task, a whole caption that this model reads."""
+    for caption in EXAMPLES:
+        words = caption.split()
+        if len(words) <= text.length and set(words) <= set(text.vocabulary):
+            return f"; a whole caption is {caption!r}"
+    return ""
 
 
 def _batches(count: int, size: int) -> Int[np.ndarray, "batches size"]:
@@ -255,6 +277,7 @@ def _denoise(
     reuse,
     params,
     latents,
+    span,
     texts,
     times,
     steps,
@@ -263,7 +286,7 @@ def _denoise(
 ):
     model = model_of(config.transformer, params, dtype)
     negative = texts[1] if len(texts) > 1 else None
-    options = top_k, negative, true_cfg, reuse, steps
+    options = top_k, negative, true_cfg, reuse, steps, span
     return denoise(model, latents, texts[0], grid, times, guidance, *options)
 
 
@@ -303,6 +326,7 @@ def load_pipeline(
     a transformer alone. ConfigError for whatever else is there.
     """
     check_kind(quantize)
+    path, dtype = hub.place(path), None if dtype is None else torch_import.dtype_of(dtype)
     mesh = mesh or local_mesh()
     place = partial(parameter_sharding, mesh)
     if model_directory.is_model_directory(path):

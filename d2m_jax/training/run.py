@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from d2m_jax import hosts
 from d2m_jax.config import (
-    ROOT,
     ConfigError,
     ModelConfig,
     RunConfig,
@@ -24,6 +23,7 @@ from d2m_jax.config import (
     WordsConfig,
     at_path,
     check,
+    teacher_path,
 )
 from d2m_jax.data.protocol import Batches, Split
 from d2m_jax.data.source import open_data
@@ -91,11 +91,11 @@ def run(config: RunConfig, run_directory: Path | str) -> None:
         encoders = Encoders(model, mesh=mesh)
         _train(_Work(config, mesh, encoders), run_directory, (model, params), config.stages)
         return
-    model = model_directory.load_config(ROOT / config.teacher)
+    model = model_directory.load_config(teacher_path(config.teacher))
     _check_students(config, model, mesh)
     noisy = partial(noisy_inputs, model, config.timesteps)
     work = _Work(config, mesh, Encoders(model, mesh=mesh), noisy)
-    teacher = work.load(ROOT / config.teacher)
+    teacher = work.load(teacher_path(config.teacher))
     for name, rival in config.rivals.items():
         hosts.say(f"rival {name}")
         start = partial(_cut, work, teacher, rival.sparsify)

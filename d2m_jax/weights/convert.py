@@ -1,20 +1,17 @@
 """From torch's files to a model directory and back, holding few bytes at a time."""
 
-import contextlib
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-import rich.progress
-from rich.console import Console
 
+from d2m_jax import hosts
 from d2m_jax.config import ConfigError, ModelConfig, check
+from d2m_jax.progress import bar
 from d2m_jax.weights import blocks, hub, lora, model_directory, output, torch_export, torch_import
 from d2m_jax.weights.encoders import (
     FOLDERS,
@@ -27,6 +24,7 @@ from d2m_jax.weights.encoders import (
     with_encoders,
 )
 from d2m_jax.weights.key_table import Parameter
+from d2m_jax.weights.lora_differences import LowRank
 from d2m_jax.weights.model_directory import ENCODERS
 from d2m_jax.weights.named_arrays import names
 
@@ -40,6 +38,7 @@ def convert(
     export: Literal["bfl", "diffusers", "torch"] | None = None,
     loras: Sequence[tuple[Path | str, float]] = (),
     encoders: Path | str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write the transformer in `source` (whatever load_model takes) as a model directory.
 
@@ -47,10 +46,11 @@ def convert(
     folder with transformer/, "torch" a folder for any model, sparse too, with the PyTorch module
     that runs it. Text encoders, tokenizers and autoencoder come along where the source is a whole
     FluxPipeline or has them, or from the FluxPipeline `encoders`. dtype None is the type that is
-    stored, fp16 as float32 and fp8 as bfloat16. LoRA files are merged, each times its scale. Raises
+    stored, fp16 as float32 and fp8 as bfloat16. LoRA files are merged, each times its scale. What
+    is at `target` is replaced with `overwrite` only, and a folder only by one of its kind. Raises
     ConfigError for bad input and for a full disk, and then leaves nothing behind.
     """
-    target = Path(target)
+    source, target = hub.place(source), Path(hub.place(target))
     check(
         not target.exists() or not Path(source).exists() or not target.samefile(source),
         f"{target}: expected another place than the source's",
@@ -65,6 +65,7 @@ def convert(
     inside = Path(source).is_dir() and Path(source).resolve() in target.resolve().parents
     check(not inside, f"{target}: expected a place outside of the source's folder")
     check(export != "bfl" or not target.is_dir(), f"{target}: a folder, expected a file's name")
+    output.check_free(target, overwrite)
     output.check_writable(target)
     config, params = _open(source, dtype, loras)
     if encoders is not None:
@@ -81,15 +82,18 @@ def convert(
             copy_encoders(folder, new / ENCODERS)
 
     try:
-        with progress(size, f"writing {target}") as advance:
+        with bar(size, f"writing {target}") as advance:
             if export is None:
-                model_directory.save(target, config, params, progress=advance, beside=beside)
+                how = {"beside": beside, "overwrite": overwrite}
+                model_directory.save(target, config, params, progress=advance, **how)
             elif export == "torch":
-                torch_export.export_torch(target, config, params, advance, beside)
+                how = {"beside": beside, "overwrite": overwrite}
+                torch_export.export_torch(target, config, params, advance, **how)
             elif export == "bfl":
-                torch_export.export_bfl(target, config.transformer, params, advance)
+                torch_export.export_bfl(target, config.transformer, params, advance, overwrite)
             else:
-                with output.new_directory(target, _is_diffusers, "folder of diffusers") as new:
+                kind = "folder of diffusers"
+                with output.new_directory(target, _is_diffusers, kind, overwrite) as new:
                     transformer = new / "transformer"
                     torch_export.export_diffusers(transformer, config.transformer, params, advance)
                     if folder is not None:
@@ -121,41 +125,18 @@ def _open(
         params = opened.parameters(dtype and jnp.dtype(dtype))
         exact = opened.parameters(np.float32)
     found = [lora.read(file, config.transformer, scale) for file, scale in loras]
+    for (file, scale), changes in zip(loras, found, strict=True):
+        hosts.say(f"{file}: merged into {_layers(changes)}, at a strength of {scale:g}")
     return config, lora.merge(params, exact, found)
 
 
-@contextlib.contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with rate and time left, or else a line every ten seconds."""
-    console = Console(stderr=True)
-    start = shown = time.monotonic()
-    done = 0
-    if console.is_terminal:
-        with rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
-            rich.progress.DownloadColumn(),
-            rich.progress.TransferSpeedColumn(),
-            rich.progress.TimeRemainingColumn(),
-            console=console,
-            refresh_per_second=4,
-        ) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda size: bar.advance(task, size)
-        return
-
-    def advance(size: int) -> None:
-        nonlocal done, shown
-        done += size
-        now = time.monotonic()
-        if now - shown > 10:
-            shown = now
-            rate = done / (now - start)
-            left = round((total - done) / rate)
-            text = f"{what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s"
-            print(f"{text}, {left // 60}:{left % 60:02d} left", file=sys.stderr, flush=True)
-
-    yield advance
+def _layers(changes: Sequence[lora.Change]) -> str:
+    """How many layers are changed, and of which ranks what changes them is."""
+    layers = {change.tensor.name.rpartition(".")[0] for change in changes}
+    parts = (getattr(change.difference, "direction", change.difference) for change in changes)
+    ranks = sorted({part.down.shape[0] for part in parts if isinstance(part, LowRank)})
+    told = f", rank {' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}" if ranks else ""
+    return f"{len(layers)} layer{'' if len(layers) == 1 else 's'}{told}"
 
 
 def lora_of(argument: str) -> tuple[Path, float]:

@@ -1,7 +1,6 @@
 """Where a model lies: a path, or a repository of Hugging Face, of which no more is downloaded than
 is needed."""
 
-import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils import logging
 
 from d2m_jax.config import ConfigError, check
 from d2m_jax.weights.key_table import listed
@@ -36,17 +36,19 @@ def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
     OWNER/NAME/FILE names a file, OWNER/NAME@REVISION a revision. Raises ConfigError that says what
     to do: for a gated repository, one that is not there, several files, no network.
     """
-    check_path(source)
+    source = place(source)
     path = Path(source)
     if os.path.lexists(path):
         check(path.exists(), f"{path}: a link to {os.path.realpath(path)}, which is not there")
         _refuse_cache(path)
+        refuse_run(path)
         return path
-    found = REPOSITORY.fullmatch(str(source))
+    found = REPOSITORY.fullmatch(source)
     if found is None:
-        far = "://" in str(source) or re.fullmatch(r"[\w-][^/]*(/[^/]+){2,}", str(source))
+        far = "://" in source or re.fullmatch(r"[\w-][^/]*(/[^/]+){2,}", source)
         address = "; of Hugging Face, name OWNER/NAME or OWNER/NAME/FILE" if far else ""
-        raise ConfigError(f"{source}: no such file or folder{address}")
+        here = "" if path.is_absolute() or "://" in source else f" in {os.getcwd()}"
+        raise ConfigError(f"{source}: no such file or folder{here}{address}")
     name, revision, file = found.group("name", "revision", "file")
     try:
         return _download(name, revision, file, parts)
@@ -56,11 +58,23 @@ def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
         raise ConfigError(f"{source}: {_told(name, error)}") from None
 
 
-def check_path(source: Any) -> None:
-    """Raise ConfigError for what names no place at all: None, a model, an empty string."""
+def place(source: Any) -> str:
+    """The name of a place, `~` being the home folder. ConfigError for what is none: None, a model,
+    an empty string."""
     found = "an empty string" if source == "" else type(source).__name__
     right = isinstance(source, str | os.PathLike) and source != ""
     check(right, f"the model's path: found {found}, expected a path or OWNER/NAME")
+    return os.path.expanduser(os.fspath(source))
+
+
+def refuse_run(path: Path) -> None:
+    """Raise ConfigError for the directory of a run, which holds models and is none."""
+    if not (path / "models" / "start").is_dir():
+        return
+    if (path / "model").is_dir():
+        raise ConfigError(f"{path}: a run; its model is {path / 'model'}")
+    saved = sorted((path / "models").iterdir(), key=lambda model: model.stat().st_mtime)
+    raise ConfigError(f"{path}: a run that has not ended; its newest model is {saved[-1]}")
 
 
 def check_folder_name(path: Path) -> None:
@@ -93,9 +107,11 @@ def refuse_shard(file: str) -> None:
 
 
 def _download(name: str, revision: str | None, file: str | None, parts: Sequence[str]) -> Path:
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
+    logging.set_verbosity_error()  # it tells of every try, here twice
     try:
-        files = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
+        # Asked once: list_repo_files would try for half a minute where there is no connection.
+        info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=20)
+        files = [file.rfilename for file in info.siblings or ()]
     except Exception as error:  # huggingface_hub's own, and those of the connection
         if _status(error) in (401, 403, 404):
             raise
@@ -185,6 +201,7 @@ def _told(name: str, error: Exception) -> str:
     """What happened and what helps, for one line."""
     page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
     status = _status(error)
+    nowhere = f"no such file or folder in {os.getcwd()}; taken for a repository of Hugging Face,"
     login = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
         if status == 403:
@@ -194,16 +211,13 @@ def _told(name: str, error: Exception) -> str:
             )
         return f"gated: accept its licence on {page}, then {login}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"no such file or folder, and no such repository: {page} (is it misspelt? for a private"
-            f" one, {login})"
-        )
+        return f"{nowhere} which is not there: {page} (is it misspelt? for a private one, {login})"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository {page} has no such revision"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return (
-            "no such file or folder, and not in Hugging Face's cache, which alone is asked while"
-            " there is no connection or HF_HUB_OFFLINE is set"
+            f"{nowhere} which is not in its cache, and only that is asked while there is no"
+            " connection or HF_HUB_OFFLINE is set"
         )
     said = getattr(error, "server_message", None) or str(error).strip().splitlines()
     line = (said if isinstance(said, str) else (said or [type(error).__name__])[0])[:160]
@@ -213,4 +227,4 @@ def _told(name: str, error: Exception) -> str:
         return f"{page} answers {status}, try again later ({line})"
     if status in (401, 403):
         return f"Hugging Face refuses the login ({line}): {login}"
-    return f"no such file or folder, and not to be had from {page} ({line})"
+    return f"{nowhere} which is not to be had from {page} ({line})"

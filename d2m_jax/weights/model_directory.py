@@ -29,14 +29,15 @@ def save(
     dtype=None,
     progress: Callable[[int], None] | None = None,
     beside: Callable[[Path], None] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a model directory, floats stored as `dtype` (None: as they are).
 
     `params` is a tree, or already by dotted names, of arrays or of key_table.Parameter, which are
     read block by block; `progress` is told the bytes of each; `beside(folder)` writes what else
-    belongs there. It appears whole or not at all, and only then replaces a model directory that was
-    there. All processes call it, on one file system; the first writes what is not cut over them.
-    Raises ConfigError where `path` is something else, or the disk is full.
+    belongs there. It appears whole or not at all, and only then replaces, with `overwrite`, a model
+    directory that was there. All processes call it, on one file system; the first writes what is
+    not cut over them. Raises ConfigError where `path` is taken, or the disk is full.
     """
     path, named = Path(os.path.abspath(path)), names(params)
     if dtype is not None:
@@ -47,7 +48,8 @@ def save(
     with contextlib.ExitStack() as stack:
 
         def begin():
-            new = stack.enter_context(new_directory(path, _is_ours, "model directory"))
+            there = new_directory(path, _is_ours, "model directory", overwrite)
+            new = stack.enter_context(there)
             (new / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
             if beside is not None:
                 beside(new)
@@ -70,6 +72,7 @@ def _is_ours(path: Path) -> bool:
 def load_config(path: Path | str) -> ModelConfig:
     """The config of a model directory, the path of its encoders made absolute. Raises ConfigError
     where it is missing or damaged."""
+    hub.refuse_run(Path(path))
     file = Path(path) / "config.json"
     if not file.is_file():
         kind = recognise.kind(Path(path)) if Path(path).is_file() else None
@@ -117,8 +120,7 @@ def placement(
 
 def is_model_directory(path: Path | str) -> bool:
     """Whether there is a folder of ours: config.json beside params/. ConfigError for no path."""
-    hub.check_path(path)
-    file, params = (os.path.join(path, name) for name in ("config.json", "params"))
+    file, params = (os.path.join(hub.place(path), name) for name in ("config.json", "params"))
     return os.path.isfile(file) and os.path.exists(params)
 
 

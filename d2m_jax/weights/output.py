@@ -12,7 +12,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from d2m_jax.config import ConfigError
+from d2m_jax.config import ConfigError, check
+from d2m_jax.progress import size
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_TEXTS = tuple(map(os.strerror, FULL))  # of tensorstore, without errno
@@ -29,8 +30,7 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ConfigError(
-            f"{path}: needs {needed / 1e9:.1f} GB on the disk of {parent}, found {free / 1e9:.1f}"
-            " GB free"
+            f"{path}: needs {size(needed)} on the disk of {parent}, found {size(free)} free"
         )
 
 
@@ -47,6 +47,16 @@ def check_writable(path: Path | str) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def check_free(path: Path | str, overwrite: bool) -> None:
+    """Raise ConfigError where something is at `path` that nobody asked to replace."""
+    path = Path(path)
+    empty = path.is_dir() and not any(path.iterdir())
+    check(
+        overwrite or empty or not os.path.lexists(path),
+        f"{path}: exists; expected a free name, or --overwrite (in Python overwrite=True)",
+    )
 
 
 @contextlib.contextmanager
@@ -68,14 +78,17 @@ def new_file(path: Path | str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_directory(path: Path | str, replaces: Callable[[Path], bool], kind: str) -> Iterator[Path]:
+def new_directory(
+    path: Path | str, replaces: Callable[[Path], bool], kind: str, overwrite: bool = False
+) -> Iterator[Path]:
     """A new folder beside `path`, which is `path` in the end, or gone on errors.
 
-    Where `path` exists it is replaced, then and only then, if replaces(path); else, and where the
-    disk is full, ConfigError. `kind` names in the message what is written.
+    Where `path` exists it is replaced, then and only then, with `overwrite` and if replaces(path);
+    else, and where the disk is full, ConfigError. `kind` names in the message what is written.
     """
     path = Path(os.path.abspath(path))
     _clear_left_over(path)
+    check_free(path, overwrite)
     if path.exists() and not replaces(path):
         raise ConfigError(f"{path}: exists and is no {kind}; expected a free name")
     new, old = _beside(path, "new"), _beside(path, "old")

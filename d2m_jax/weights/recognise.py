@@ -211,5 +211,6 @@ def refuse(where: Any, tensors: Iterable[str], kinds, expected="a FLUX.1 transfo
     for kind, marks in kinds:
         name = next((n for n in names if any(mark in n for mark in marks)), None)
         if name is not None:
-            advice = "; merge it into its model with --lora" if kind == "a LoRA" else ""
+            merge = f"python convert_torch_weights.py MODEL OUTPUT --lora {where}"
+            advice = f"; merge it into its model: {merge}" if kind == "a LoRA" else ""
             raise ConfigError(f"{where}: {kind} (it holds {name}), expected {expected}{advice}")

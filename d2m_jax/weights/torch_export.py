@@ -51,8 +51,11 @@ def export_bfl(
     config: FluxConfig,
     params: Mapping[str, Any],
     progress: Callable[[int], None] | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """One .safetensors file in BFL's layout, as ComfyUI and others read it; `params` by name."""
+    """One .safetensors file in BFL's layout, as ComfyUI and others read it; `params` by name.
+    ConfigError where it exists, unless `overwrite`."""
+    output.check_free(file, overwrite)
     tensors = torch_tensors(flux_keys.keys("bfl", config), params, progress)
     safetensors.write(file, tensors, {"format": "pt"})
 
@@ -63,15 +66,16 @@ def export_diffusers(
     params: Mapping[str, Any],
     progress: Callable[[int], None] | None = None,
     shard_bytes: int = 10_000_000_000,
+    overwrite: bool = False,
 ) -> None:
     """A folder that diffusers' FluxTransformer2DModel.from_pretrained reads; `params` by name.
 
-    It appears whole or not at all, in the place of a folder of the same kind that was there.
+    It appears whole or not at all, with `overwrite` in the place of a folder of the same kind.
     """
     tensors = torch_tensors(flux_keys.keys("diffusers", config), params, progress)
     value = flux_keys.diffusers_config(config)
     output.check_space(Path(folder), safetensors.total_bytes(tensors))
-    with output.new_directory(folder, _is_diffusers, "folder of diffusers") as new:
+    with output.new_directory(folder, _is_diffusers, "folder of diffusers", overwrite) as new:
         (new / "config.json").write_text(json.dumps(value, indent=2) + "\n")
         safetensors.write_sharded(new, "diffusion_pytorch_model", tensors, shard_bytes)
 
@@ -90,15 +94,16 @@ def export_torch(
     progress: Callable[[int], None] | None = None,
     beside: Callable[[Path], None] | None = None,
     shard_bytes: int = 10_000_000_000,
+    overwrite: bool = False,
 ) -> None:
     """A folder that is a PyTorch program: weights of any model, config.json, sparse_flux.py, which
     runs them, and KEYS.md, which names them; `params` by name, `beside` as in model_directory.save.
 
-    It appears whole or not at all, in the place of a folder of the same kind that was there.
+    It appears whole or not at all, with `overwrite` in the place of a folder of the same kind.
     """
     tensors = torch_tensors(sparse_keys.keys(config.transformer), params, progress)
     output.check_space(Path(folder), safetensors.total_bytes(tensors))
-    with output.new_directory(folder, _is_torch, "folder of --export torch") as new:
+    with output.new_directory(folder, _is_torch, "folder of --export torch", overwrite) as new:
         (new / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
         (new / "KEYS.md").write_text(sparse_keys.describe(config.transformer, tensors))
         shutil.copyfile(MODULE, new / MODULE.name)

@@ -174,6 +174,18 @@ def stored_dtype(tensors: Mapping[str, Any]) -> np.dtype:
     return np.dtype(jnp.float32 if wide else jnp.bfloat16)
 
 
+def dtype_of(dtype: Any) -> np.dtype:
+    """A floating-point type, by its name, short or long, or as JAX and NumPy have it."""
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    try:
+        found = jnp.dtype(short.get(dtype, dtype) if isinstance(dtype, str) else dtype)
+    except TypeError:
+        found = None
+    right = found is not None and jnp.issubdtype(found, jnp.floating)
+    check(right, f"dtype = {dtype!r}: expected bfloat16 or float32 (short: bf16, fp32)")
+    return found
+
+
 def load(
     params: Mapping[str, Parameter],
     like: dict,
@@ -204,6 +216,7 @@ def load_model(
     Parameters and activations are in `dtype`; `sharding` says where parameters go
     (model_directory.load). ConfigError for whatever else is there.
     """
+    path, dtype = hub.place(path), dtype_of(dtype)
     if model_directory.is_model_directory(path):
         config, params = model_directory.load(path, dtype, sharding)
         return model_of(config.transformer, params, dtype)

@@ -135,7 +135,7 @@ def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch):
     (directory / "evaluation" / "teacher.json").write_text('{"key": ')
     config, params = weights.load(directory / "models" / "mob")
     params["img_in"]["bias"] += jnp.float32(0.5)
-    weights.save(directory / "models" / "mob", config, params)
+    weights.save(directory / "models" / "mob", config, params, overwrite=True)
     measured.clear()
     write.write(directory)
     assert len(measured) == 2

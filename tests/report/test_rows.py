@@ -43,7 +43,7 @@ def test_history_goes_on_through_the_stages(tmp_path):
         ),
         (
             '{"name": "a", "teacher": "no/such", "stages": {"moe": {}}}',
-            "no/such: expected a model directory",
+            "teacher = no/such: found nothing in",
         ),
     ],
 )

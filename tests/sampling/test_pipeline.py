@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from d2m_jax import progress
 from d2m_jax.config import ConfigError, ModelConfig, PixelsConfig, StackConfig, WordsConfig
 from d2m_jax.models.parameters import is_unstacked
+from d2m_jax.sampling import pace
 from d2m_jax.sampling.pipeline import Pipeline, load_pipeline, noise
 from d2m_jax.weights import model_directory
 from tests.models import toy
@@ -50,6 +52,27 @@ def test_an_image_does_not_depend_on_its_batch(pipe, images):
     again = pipe(others, seed=3)
     np.testing.assert_array_equal(again[[0, 4]], images[[0, 4]])
     assert np.abs(again[1] - images[1]).max() > 0.01
+
+
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_progress_is_told_and_changes_no_bit(pipe, monkeypatch, capsys, reuse):
+    monkeypatch.setattr(pace, "LARGE", 0)
+    monkeypatch.setattr(pace, "SECONDS", 0)  # one turn at a time
+    monkeypatch.setattr(progress, "PATIENCE", -1)
+    options = {"seed": 3, "steps": 5, "batch_size": 2, "reuse": reuse}
+    expected = pipe(PROMPTS, **options)
+    assert capsys.readouterr().err == ""
+    np.testing.assert_array_equal(pipe(PROMPTS, progress=True, **options), expected)
+    lines = capsys.readouterr().err.splitlines()  # from the second part on there is a rate
+    parts = [0, 2, 4, 5] if reuse == 2 else range(6)
+    done = [5 * batch + steps for batch in range(3) for steps in parts[1:]]
+    assert [line.split(" steps")[0] for line in lines] == [f"sampling: {n} of 15" for n in done[1:]]
+
+
+def test_a_caption_that_is_none_of_the_task_s_is_answered_with_one(pipe):
+    for prompt in ("a cat", "red anchor earth blue"):
+        with pytest.raises(ConfigError, match="caption.*; a whole caption is 'red anchor'$"):
+            pipe(prompt)
 
 
 def test_seed_and_given_noise(pipe, images):

@@ -142,7 +142,7 @@ def test_variants_that_are_refused(change, message):
     [
         ({"block_out_channels": 128}, "block_out_channels: expected a list, found 128"),
         ({"block_out_channels": [128, 200]}, "(128, 200): expected multiples of"),
-        ({"layers_per_block": "2"}, "layers_per_block = '2': expected int"),
+        ({"layers_per_block": "2"}, "layers_per_block = '2': expected a whole number"),
     ],
 )
 def test_values_that_are_damaged(change, message):

@@ -49,7 +49,7 @@ def test_there_and_back(bfl, tmp_path, capfd):
             assert np.asarray(found[key]).tobytes() == np.asarray(tensor).tobytes(), key
 
 
-def test_types_and_loras(bfl, tmp_path):
+def test_types_and_loras(bfl, tmp_path, capfd):
     up, down = np.ones((32, 1), np.float32), np.full((1, 32), 2**-12, np.float32)
     tensors = {
         "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": up,
@@ -60,6 +60,9 @@ def test_types_and_loras(bfl, tmp_path):
     for model in ("bare", "merged"):
         lora = () if model == "bare" else ("--lora", f"{file}:0.5", "--lora", file)
         assert run(bfl, tmp_path / model, "--dtype", "float32", *lora) == 0
+    said = capfd.readouterr().err
+    for strength in ("0.5", "1"):
+        assert f"{file}: merged into 1 layer, rank 1, at a strength of {strength}\n" in said
     # from a model directory too
     assert run(tmp_path / "bare", tmp_path / "later", *lora) == 0
     bare, merged, later = (
@@ -111,7 +114,8 @@ def test_bad_input_is_one_line(bfl, tmp_path, capfd):
     for arguments, message in (
         ((tmp_path / "absent", "out"), "absent: no such file or folder"),
         ((tmp_path / "flux.pt", "out"), "a pickle file"),
-        ((bfl, tmp_path / "mine"), "exists and is no model directory"),
+        ((bfl, tmp_path / "mine"), "mine: exists; expected a free name, or --overwrite"),
+        ((bfl, tmp_path / "mine", "--overwrite"), "exists and is no model directory"),
         ((bfl, bfl, "--export", "bfl"), "another place than the source's"),
         ((bfl, tmp_path / "out", "--export", "bfl"), "a name that ends in .safetensors"),
         ((bfl, tmp_path / "out", "--dtype", "int8"), "dtype"),
@@ -154,6 +158,21 @@ def test_damaged_numbers(tmp_path, export):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "lora.safetensors"]
 
 
+@pytest.mark.parametrize("export", [None, "bfl", "diffusers", "torch"])
+def test_what_is_there_is_replaced_on_demand_only(bfl, tmp_path, capfd, export):
+    out = tmp_path / ("out.safetensors" if export == "bfl" else "out")
+    how = () if export is None else ("--export", export)
+    assert run(bfl, out, *how) == 0
+
+    def stored():
+        return {f: f.stat().st_mtime_ns for f in (out, *out.rglob("*")) if f.is_file()}
+
+    before = stored()
+    assert run(bfl, out, *how) == 2 and stored() == before
+    assert "expected a free name, or --overwrite" in capfd.readouterr().err
+    assert run(bfl, out, *how, "--overwrite") == 0 and stored() != before
+
+
 @pytest.mark.parametrize("name", ["OUT.SAFETENSORS", "out.Sft"])
 def test_endings_in_capitals(bfl, tmp_path, name):
     assert run(bfl, tmp_path / name, "--export", "bfl") == 0
@@ -170,7 +189,7 @@ def test_full_disk(bfl, tmp_path, monkeypatch):
             convert.convert(bfl, tmp_path / "out")
     usage = convert.output.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(convert.output.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ConfigError, match="out: needs .* GB on the disk of .*, found 0.0 GB free"):
+    with pytest.raises(ConfigError, match=r"out: needs .* kB on the disk of .*, found 1.0 kB free"):
         convert.convert(bfl, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

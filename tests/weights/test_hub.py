@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -123,14 +124,14 @@ REFUSED = [
         "someone/shards/flux-00002-of-00002.safetensors",
         "flux-00002-of-00002.safetensors: one of 2 shards of a model; give their folder, or its",
     ),
-    ("someone/pipeline/transformer", "no such file or folder; of Hugging Face, name OWNER/NAME or"),
+    ("someone/pipeline/transformer", "no such file or folder in .*; of Hugging Face, name OW"),
     ("someone/empty", "holds no weights, expected .safetensors"),
     ("someone/gated", "gated: accept its licence on http.*/someone/gated, then log in with `hf au"),
     ("someone/waiting", "gated, and your login has no access to it: accept its licence on http"),
-    ("someone/absent", "no such file or folder, and no such repository: http.*/someone/absent"),
+    ("someone/absent", "taken for a repository of Hugging Face, which is not there: http.*/some"),
     ("someone/one@absent", "the repository http.*/someone/one has no such revision"),
     ("/nothing/there", "^/nothing/there: no such file or folder$"),
-    ("./someone/one", "^./someone/one: no such file or folder$"),
+    ("./someone/one", f"^./someone/one: no such file or folder in {ROOT}$"),
 ]
 CHILD = """
 import json, pathlib, shutil, sys
@@ -203,17 +204,18 @@ def ask(tmp_path_factory):
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
 
-    def results(asked, offline=False):
+    def results(asked, offline=False, **more):
         done = subprocess.run(
             [sys.executable, "-c", CHILD, json.dumps(asked)],
             capture_output=True,
             text=True,
             cwd=ROOT,
-            env=os.environ | settings | {"HF_HUB_OFFLINE": str(int(offline))},
+            env=os.environ | settings | {"HF_HUB_OFFLINE": str(int(offline))} | more,
             timeout=300,
         )
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         assert len(lines) == len(asked), done.stderr[-3000:]
+        assert "thrown while requesting" not in done.stderr  # huggingface_hub's own lines
         return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
     yield results
@@ -233,7 +235,14 @@ def test_what_was_downloaded_is_found_offline(ask, i):
     online = ask([(source, parts)])
     assert ask([(source, parts)], offline=True) == online
     (said,) = ask([("someone/lora", None)], offline=True)
-    assert "not in Hugging Face's cache" in said
+    assert "taken for a repository of Hugging Face, which is not in its cache" in said
+
+
+def test_without_a_connection_a_mistyped_path_is_told_at_once(ask):
+    start = time.monotonic()
+    (said,) = ask([("teachers/iconz", None)], HF_ENDPOINT="http://127.0.0.1:9")
+    assert said.startswith(f"teachers/iconz: no such file or folder in {ROOT}; taken for a repo")
+    assert time.monotonic() - start < 20  # trying again and again takes 23 s
 
 
 @pytest.mark.parametrize("i", range(len(TAKEN)), ids=[f"{t[0]}-{i}" for i, t in enumerate(TAKEN)])

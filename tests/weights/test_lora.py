@@ -678,5 +678,7 @@ def test_the_command_line_form(tmp_path):
 
 def test_lora_alone_is_no_model(tmp_path):
     file = written(tmp_path / "lora.safetensors", "bfl", "kohya")
-    with pytest.raises(ConfigError, match="a LoRA .* merge it into its model with --lora"):
+    with pytest.raises(
+        ConfigError, match="a LoRA .* merge it into its model: python conv.* --lora "
+    ):
         torch_import.open_source(file)

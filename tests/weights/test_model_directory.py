@@ -66,15 +66,47 @@ def test_load_model(path, params):
 
 def test_replaced_whole(path, params):
     other = jax.tree.map(lambda a: a + 1, params)
-    model_directory.save(path, CONFIG, other)
+    with pytest.raises(ConfigError, match="model: exists; expected a free name, or --overwrite"):
+        model_directory.save(path, CONFIG, other)
+    assert fingerprint(model_directory.load(path)[1]) == fingerprint(params)
+    model_directory.save(path, CONFIG, other, overwrite=True)
     assert fingerprint(model_directory.load(path)[1]) == fingerprint(other)
     assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
+
+
+def test_a_run_is_no_model(tmp_path):
+    run = tmp_path / "run"
+    (run / "models" / "start").mkdir(parents=True)
+    message = f"a run that has not ended; its newest model is {run}/models/start$"
+    for load in (model_directory.load_config, d2m_jax.load_model, d2m_jax.load_pipeline):
+        with pytest.raises(ConfigError, match=message):
+            load(run)
+    (run / "model").mkdir()
+    with pytest.raises(ConfigError, match=f"run: a run; its model is {run}/model$"):
+        d2m_jax.load_model(run)
+
+
+def test_types_by_their_names(path):
+    for name in ("bf16", "bfloat16", jnp.bfloat16):
+        assert d2m_jax.load_model(path, name).dtype == jnp.bfloat16
+        assert d2m_jax.load_pipeline(path, name).encoders.dtype == jnp.bfloat16
+    for load in (d2m_jax.load_model, d2m_jax.load_pipeline):
+        with pytest.raises(ConfigError, match="dtype = 'b16': expected bfloat16 or float32"):
+            load(path, "b16")
+        with pytest.raises(ConfigError, match="dtype = 'int8': expected bfloat16 or float32"):
+            load(path, "int8")
+
+
+def test_home(path, monkeypatch):
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert d2m_jax.load_model("~/model").config == CONFIG.transformer
+    assert d2m_jax.load_pipeline("~/model").config == CONFIG
 
 
 def test_failed_write_loses_nothing(path, params):
     bad = params | {"img_in": {"kernel": jnp.full(3, jnp.nan)}}
     with pytest.raises(FloatingPointError):
-        model_directory.save(path, CONFIG, bad)
+        model_directory.save(path, CONFIG, bad, overwrite=True)
     assert fingerprint(model_directory.load(path)[1]) == fingerprint(params)
     assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
 
@@ -89,7 +121,7 @@ def test_failed_rename_loses_nothing(path, params, monkeypatch):
 
     monkeypatch.setattr(type(path), "rename", fail)
     with pytest.raises(OSError, match="disk full"):
-        model_directory.save(path, CONFIG, jax.tree.map(lambda a: a + 1, params))
+        model_directory.save(path, CONFIG, jax.tree.map(lambda a: a + 1, params), overwrite=True)
     assert fingerprint(model_directory.load(path)[1]) == fingerprint(params)
     assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
 
@@ -97,7 +129,7 @@ def test_failed_rename_loses_nothing(path, params, monkeypatch):
 def test_something_else_is_not_replaced(params, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is no model directory"):
-        model_directory.save(tmp_path, CONFIG, params)
+        model_directory.save(tmp_path, CONFIG, params, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

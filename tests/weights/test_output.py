@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from d2m_jax import progress
 from d2m_jax.config import ConfigError
 from d2m_jax.weights import output
 
@@ -36,12 +37,36 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
         output.check_writable(tmp_path / "a")
 
 
+def test_sizes_are_told_in_the_unit_that_fits():
+    assert [progress.size(n) for n in (12, 3_400_000, 23.8e9)] == [
+        "12.0 bytes",
+        "3.4 MB",
+        "23.8 GB",
+    ]
+    assert progress.told(6e8, 3e9, 2e8) == "0.6 of 3.0 GB, 0.20 GB/s, 0:12 left"
+    assert progress.told(3, 28, 0.5, "steps") == "3 of 28 steps, 0.50 steps/s, 0:50 left"
+
+
 @pytest.fixture
 def dead():
     """The number of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
+
+
+def test_what_is_there_is_replaced_on_demand_only(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()  # has nothing to lose
+    for overwrite in (False, True):
+        with output.new_directory(model, lambda path: True, "folder", overwrite) as new:
+            (new / "a").write_text(str(overwrite))
+        with (
+            pytest.raises(ConfigError, match="model: exists; expected a free name, or --overwrite"),
+            output.new_directory(model, lambda path: True, "folder"),
+        ):
+            pass
+        assert (model / "a").read_text() == str(overwrite)
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path, dead):
@@ -69,12 +94,13 @@ def test_what_a_killed_process_left_is_removed(tmp_path, dead):
 def test_killed_between_two_renamings_the_earlier_folder_comes_back(tmp_path, dead):
     model, old = tmp_path / "model", tmp_path / f".model.{output.machine()}.{dead}.old"
     (old / "params").mkdir(parents=True)
-    with pytest.raises(ZeroDivisionError), output.new_directory(model, lambda path: True, "folder"):
+    replaced = output.new_directory(model, lambda path: True, "folder", overwrite=True)
+    with pytest.raises(ZeroDivisionError), replaced:
         assert (model / "params").exists() and not old.exists()
         _ = 1 / 0
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     old.mkdir()  # killed after both: it has been replaced
-    with output.new_directory(model, lambda path: True, "folder"):
+    with output.new_directory(model, lambda path: True, "folder", overwrite=True):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

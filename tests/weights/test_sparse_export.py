@@ -178,7 +178,8 @@ def test_there_and_back(tmp_path, capfd):
     config = ModelConfig(MIXED, image=PixelsConfig(12, 20), shift=2.5)
     model_directory.save(tmp_path / "model", config, params)
     for _ in range(2):  # an export may be replaced, used or not
-        assert run(tmp_path / "model", tmp_path / "torch", "--export", "torch") == 0
+        to = tmp_path / "torch", "--export", "torch", "--overwrite"
+        assert run(tmp_path / "model", *to) == 0
         program(tmp_path / "torch").load(tmp_path / "torch")
         (tmp_path / "torch" / "__pycache__").mkdir(exist_ok=True)  # as an import leaves it
     assert json.loads((tmp_path / "torch/config.json").read_text()) == to_json(config)
@@ -197,7 +198,7 @@ def test_there_and_back(tmp_path, capfd):
         )
         assert not target.exists()
     (tmp_path / "torch" / "mine.txt").write_text("mine")
-    assert run(tmp_path / "model", tmp_path / "torch", "--export", "torch") == 2
+    assert run(tmp_path / "model", *to) == 2
     assert "exists and is no folder of --export torch" in capfd.readouterr().err
 
 

@@ -117,7 +117,7 @@ def test_what_is_in_no_table_is_not_swallowed():
         (keys.t5_config, {"model_type": "umt5"}, "model_type = 'umt5', expected 't5'"),
         (keys.t5_config, {"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon = 1e-05, expected"),
         (keys.t5_config, {"d_model": None}, "d_model is missing, expected a value"),
-        (keys.t5_config, {"d_model": "8"}, "d_model = '8': expected int"),
+        (keys.t5_config, {"d_model": "8"}, "d_model = '8': expected a whole number"),
         (keys.clip_config, {"hidden_act": "gelu"}, "hidden_act = 'gelu', expected 'quick_gelu'"),
         (keys.clip_config, {"model_type": "clip"}, "model_type = 'clip', expected"),
         (keys.clip_config, {"hidden_size": None}, "hidden_size is missing, expected a value"),
