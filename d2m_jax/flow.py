@@ -1,11 +1,14 @@
 """Rectified flow: noisy input, velocity target, schedule, packing into tokens, position ids."""
 
 import math
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
+
+Times = TypeVar("Times", Array, np.ndarray)
 
 
 def mix(
@@ -21,9 +24,7 @@ def velocity(data: Float[Array, "b n c"], noise: Float[Array, "b n c"]) -> Float
     return noise - data
 
 
-def shift(
-    t: Float[Array | np.ndarray, " s"], factor: float | None, image_tokens: int
-) -> Float[Array | np.ndarray, " s"]:
+def shift(t: Float[Times, " s"], factor: float | None, image_tokens: int) -> Float[Times, " s"]:
     """s·t / (1 + (s − 1)·t): more times near 1, where an image's layout is decided.
 
     A factor s of 1 leaves times as they are (FLUX.1 [schnell]), 3 is usual (SD3); None is FLUX.1

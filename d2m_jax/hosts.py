@@ -14,11 +14,11 @@ import threading
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 from jax._src import distributed  # its client is public nowhere; Orbax takes it from here too
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -78,7 +78,7 @@ def start(
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3 and _alone():
         return
-    if not missing:
+    if coordinator is not None and processes is not None and process is not None:
         _check(coordinator, processes, process)
     elif len(missing) < 3:
         raise ConfigError(
@@ -197,17 +197,22 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def _client() -> Any:
+    """JAX's line between the processes, of a type that JAX does not hand out."""
+    return distributed.global_state.client
+
+
 def barrier(name: str, timeout: float = PATIENCE) -> None:
     """Wait until all processes are here."""
     if count() > 1:
-        distributed.global_state.client.wait_at_barrier(f"d2m_jax/{name}", int(1000 * timeout))
+        _client().wait_at_barrier(f"d2m_jax/{name}", int(1000 * timeout))
 
 
 def gather(value: Any) -> list[Any]:
     """The JSON values that the processes bring, in their order. All processes must call it."""
     if count() == 1:
         return [value]
-    client, key = distributed.global_state.client, f"d2m_jax/{next(_calls)}"
+    client, key = _client(), f"d2m_jax/{next(_calls)}"
     client.key_value_set(f"{key}/{distributed.global_state.process_id}", json.dumps(value))
     barrier(key)
     values = {int(name.rsplit("/", 1)[1]): text for name, text in client.key_value_dir_get(key)}
@@ -223,7 +228,7 @@ def by_first(action: Callable[[], Any]) -> Any:
     global _acting
     if count() == 1:
         return action()
-    client, key = distributed.global_state.client, f"d2m_jax/{next(_calls)}"
+    client, key = _client(), f"d2m_jax/{next(_calls)}"
     if not first():
         answer = json.loads(client.blocking_key_value_get(key, 1000 * PATIENCE))
         if "error" in answer:
@@ -272,11 +277,11 @@ def _versions() -> dict[str, str]:
     return {
         "d2m_jax": f"code {code:08x}",  # a checkout may be another one under the same number
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": version("jaxlib"),
     }
 
 
-def flags(mesh: Mesh, value: int) -> Int32[Array, "devices"]:
+def flags(mesh: Mesh, value: int) -> Int32[Array, " devices"]:
     """One number per device of the mesh, `value` on those of this process.
 
     Their maximum, taken inside a step, is the same on all processes at the same step: so all learn

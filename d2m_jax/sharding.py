@@ -11,22 +11,25 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from d2m_jax.config import ConfigError, FluxConfig, MeshConfig, check
 
+Tree = TypeVar("Tree")
 AXES = ("data", "fsdp", "expert", "tensor")
 Axes = tuple[str | None, ...]  # logical axes, of RULES
 
 # Logical axis → the mesh axes that cut it.
-RULES = {
+RULES: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     # Rows of matrices, where they are stored.
     "rows": ("fsdp", "expert"),
@@ -39,7 +42,7 @@ RULES = {
     "inner": ("tensor",),  # heads, neurons of an FFN, outputs of a modulation
 }
 # How stored parameters are cut for the time of a block, and inside `on_own_part`.
-USED = {"rows": None, "inner_rows": "inner"}
+USED: dict[str | None, str | None] = {"rows": None, "inner_rows": "inner"}
 OWN = USED | {"expert_rows": None, "expert_inner_rows": "inner"}
 BY_NAME = "by name"  # in the place of logical axes: parameters, every device wants all of them
 
@@ -77,7 +80,8 @@ def use_cores(quick_compilation: bool = False) -> None:
     its time (docs/decisions.md). `quick_compilation` leaves optimisations out, on any device.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if jax.config.jax_num_cpu_devices < 0 and DEVICE_COUNT not in flags:
+    asked = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    if asked < 0 and DEVICE_COUNT not in flags:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jax.config.update("jax_num_cpu_devices", 2 ** min(3, int(math.log2(cores or 1))))
     if jax.__version_info__ < (0, 11):
@@ -158,7 +162,7 @@ def partition(mesh: Mesh | AbstractMesh, axes: Axes, shape: tuple[int, ...]) -> 
     return PartitionSpec(*[names or None for names in _cuts(mesh, axes, shape)])
 
 
-def _cuts(mesh, axes: Axes, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+def _cuts(mesh: Mesh | AbstractMesh, axes: Axes, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
     """The mesh axes that cut each dimension."""
     parts: list[tuple[str, ...]] = [()] * (len(shape) - len(axes))
     for size, axis in zip(shape[len(parts) :], axes, strict=True):
@@ -191,13 +195,13 @@ def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSh
 def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
     """The same for a tree of arrays, concrete or abstract: parameters, optimizer states."""
 
-    def place(path, leaf):
+    def place(path: KeyPath, leaf: Array | jax.ShapeDtypeStruct):
         return parameter_sharding(mesh, _name(path), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def _name(path) -> str:
+def _name(path: KeyPath) -> str:
     # A state of Flax ends every name with that of the variable's field, and a quantised kernel
     # (kernels/quantized.py) has a field of its own shape; its scales are whole on every device.
     name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -212,7 +216,7 @@ def gathered(params: Any, dtype: Any) -> Any:
     if mesh.empty or mesh.manual_axes:
         return params
 
-    def gather(path, leaf):
+    def gather(path: KeyPath, leaf: Array):
         axes = axes_of(_name(path))
         used = tuple(USED.get(axis, axis) for axis in axes)
         stored, used = (partition(mesh, kind, leaf.shape) for kind in (axes, used))
@@ -228,7 +232,7 @@ def sent(params: Any, dtype: Any) -> Any:
     if mesh.empty or mesh.manual_axes:
         return params
 
-    def cast(path, leaf):
+    def cast(path: KeyPath, leaf: Array):
         whole = not any(partition(mesh, axes_of(_name(path)), leaf.shape))
         return leaf if whole else leaf.astype(_sent(leaf, dtype))
 
@@ -241,15 +245,17 @@ def _sent(leaf: Array, dtype: Any) -> Any:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(a, stored: PartitionSpec, used: PartitionSpec, dtype):
+def _gather(a: Array, stored: PartitionSpec, used: PartitionSpec, dtype: DTypeLike):
     return jax.lax.with_sharding_constraint(a.astype(dtype), used)
 
 
-def _gather_forward(a, stored, used, dtype):
+def _gather_forward(a: Array, stored: PartitionSpec, used: PartitionSpec, dtype: DTypeLike):
     return _gather(a, stored, used, dtype), jnp.zeros((), a.dtype)
 
 
-def _gather_backward(stored, used, dtype, like, gradient):
+def _gather_backward(
+    stored: PartitionSpec, used: PartitionSpec, dtype: DTypeLike, like: Array, gradient: Array
+):
     # Cut at once, so that devices sum a part of it each instead of all of it (reduce-scatter).
     return (jax.lax.with_sharding_constraint(gradient, stored).astype(like.dtype),)
 
@@ -305,8 +311,8 @@ def on_own_part(
         return function(*arguments)
     leaves, tree = jax.tree_util.tree_flatten_with_path(arguments)
     specs, gathers = [], []
-    for (argument, *path), leaf in leaves:
-        kind = axes[argument.idx]
+    for (argument, *rest), leaf in leaves:
+        kind, path = axes[argument.idx], tuple(rest)
         if kind == BY_NAME:
             stored, used = axes_of(_name(path)), ()
         else:
@@ -322,7 +328,7 @@ def on_own_part(
         both = zip(_cuts(mesh, stored, leaf.shape), _cuts(mesh, used, leaf.shape), strict=True)
         gathers.append([cut[len(kept) :] for cut, kept in both])
 
-    def on_own(*own):
+    def on_own(*own: Array):
         return function(*jax.tree.unflatten(tree, map(_gather_inside, own, gathers)))
 
     # Kernels do not say over which axes their results vary, hence no check.
@@ -343,14 +349,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def put(value: Any, sharding: NamedSharding) -> Array:
     """An array there; one of the host must be the same in all processes."""
-    if sharding.is_fully_addressable or isinstance(value, jax.Array) and value.committed:
+    if sharding.is_fully_addressable or (isinstance(value, jax.Array) and value.committed):
         return jax.device_put(value, sharding)
     value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
@@ -364,11 +370,11 @@ def put_whole(mesh: Mesh, value: Any) -> Array:
     return put(value, replicated(mesh))
 
 
-def put_parameters(mesh: Mesh, tree: Any) -> Any:
+def put_parameters(mesh: Mesh, tree: Tree) -> Tree:
     """A tree of parameters where `parameter_sharding` says; what is one array stays one."""
     done: dict[int, Array] = {}
 
-    def place(path, leaf):
+    def place(path: KeyPath, leaf: Array | np.ndarray):
         if id(leaf) not in done:
             sharding = parameter_sharding(mesh, _name(path), np.shape(leaf))
             done[id(leaf)] = put(leaf, sharding)
@@ -383,11 +389,11 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
     shards, sharding = batch_shards(mesh), batch_sharding(mesh)
     mine = own_rows(mesh, shards)
 
-    def place(leaf):
+    def place(leaf: np.ndarray):
         rows = len(leaf) // (mine.stop - mine.start)  # of a shard
 
-        def part(index):
-            start, stop, _ = index[0].indices(rows * shards)
+        def part(index: tuple[slice, ...] | None):
+            start, stop, _ = (index[0] if index else slice(None)).indices(rows * shards)
             return leaf[start - rows * mine.start : stop - rows * mine.start]
 
         shape = rows * shards, *leaf.shape[1:]
@@ -400,14 +406,15 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
 def own_rows(mesh: Mesh, size: int) -> slice:
     """The rows of a batch of `size` that this process's devices need."""
     parts = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
-    rows = [part[0].indices(size) for part in parts]
+    rows = [part[0].indices(size) for part in parts if part]
     return slice(min(start for start, _, _ in rows), max(stop for _, stop, _ in rows))
 
 
 def whole(array: Array | np.ndarray) -> np.ndarray:
     """All of an array on the host, in every process."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = jax.jit(lambda a: a, out_shardings=replicated(array.sharding.mesh))(array)
+    place = array.sharding if isinstance(array, jax.Array) else None
+    if isinstance(place, NamedSharding) and not place.is_fully_addressable:
+        array = jax.jit(lambda a: a, out_shardings=replicated(place.mesh))(array)
     return np.asarray(array)
 
 

@@ -3,6 +3,7 @@
 import functools
 import unicodedata
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -96,7 +97,9 @@ def lexicon(glyphs: int, size: int) -> Lexicon:
     kept = np.zeros((glyphs, size * size), np.float32)
     for code in (code for block in BLOCKS for code in range(*block) if code in drawn):
         name = _name(chr(code))
-        mask = None if name is None or name in names else _draw(font, chr(code), size)
+        if name is None or name in names:
+            continue
+        mask = _draw(font, chr(code), size)
         if mask is None:
             continue
         # intersection over union with every kept glyph, at its best over shifts by one pixel
@@ -128,7 +131,8 @@ def _draw(
 ) -> Bool[np.ndarray, "s s"] | None:
     """The glyph as a centred mask; none where it is narrow, sparse, dense or in pieces."""
     image = font.getmask(character, mode="L")
-    image = Image.frombytes("L", image.size, bytes(image))
+    pixels = bytes(image)  # pyright: ignore[reportArgumentType] (Pillow's own cast is private)
+    image = Image.frombytes("L", image.size, pixels)
     box = image.getbbox()
     if box is None:
         return None
@@ -136,7 +140,8 @@ def _draw(
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     mask = np.asarray(image.resize((width, height), Image.Resampling.BOX)) >= 110
-    whole = ndimage.label(mask, np.ones((3, 3)))[1] == 1
+    labelled: Any = ndimage.label(mask, np.ones((3, 3)))  # scipy says no types
+    whole = labelled[1] == 1
     filled = mask.any(axis=0).all() and mask.any(axis=1).all()
     if min(width, height) < size // 2 or not whole or not filled:
         return None

@@ -178,12 +178,12 @@ class Batches:
     def __len__(self) -> int:
         return self.config.train_size // self.batch_size
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        index = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rows]
-        drawn = _scenes(self.config, self.lexicon, self.key, index, self.held_out)
-        canvas = np.full((len(index), self.grid**2), -1)
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        mine = np.arange(index * self.batch_size, (index + 1) * self.batch_size)[self.rows]
+        drawn = _scenes(self.config, self.lexicon, self.key, mine, self.held_out)
+        canvas = np.full((len(mine), self.grid**2), -1)
         for k in reversed(range(drawn.objects.shape[1])):
-            canvas[np.arange(len(index)), drawn.places[:, k]] = drawn.objects[:, k]
+            canvas[np.arange(len(mine)), drawn.places[:, k]] = drawn.objects[:, k]
         text = self.tokenizer.ids(_captions(drawn, self.lexicon))
         return {"image": _paint(canvas, self.lexicon), "text": text}
 
@@ -192,10 +192,10 @@ class Batches:
 class _Scenes:
     """Scenes as arrays; -1 stands where there is nothing."""
 
-    category: Int[np.ndarray, "n"]  # in CATEGORIES
+    category: Int[np.ndarray, " n"]  # in CATEGORIES
     objects: Int[np.ndarray, "n k"]  # tile of each object, in the caption's order
     places: Int[np.ndarray, "n k"]  # its cell, row-major
-    relation: Int[np.ndarray, "n"]  # in RELATIONS, used by position alone
+    relation: Int[np.ndarray, " n"]  # in RELATIONS, used by position alone
     words: Int[np.ndarray, "n l"]  # in WORDS followed by the lexicon's names
 
 
@@ -205,13 +205,15 @@ def _captions(drawn: _Scenes, known: Lexicon) -> list[str]:
 
 
 def _scenes(
-    config: IconsConfig, known: Lexicon, key: int, index: Int[np.ndarray, "n"], held_out: bool
+    config: IconsConfig, known: Lexicon, key: int, index: Int[np.ndarray, " n"], held_out: bool
 ) -> _Scenes:
     """The scenes with these indices; scene i depends on the key and i alone."""
     colours = len(COLOURS)
     pairs = _pairs(known, held_out)
 
-    def choose(name: str, among: int, index=index) -> Int[np.ndarray, "n"]:
+    def choose(
+        name: str, among: int, index: Int[np.ndarray, " n"] = index
+    ) -> Int[np.ndarray, " n"]:
         return (_uniform(key, name, index) * among).astype(np.int64)
 
     first = pairs[choose("first", len(pairs))]
@@ -277,14 +279,14 @@ def _scenes(
     return _Scenes(category, objects, places, relation, words)
 
 
-def _pair_words(tile: Int[np.ndarray, "n"]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+def _pair_words(tile: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """The words of a tile's colour and glyph, as indices into WORDS and the names after it."""
     colours = len(COLOURS)
     return len(WORDS) - colours + tile % colours, len(WORDS) + tile // colours
 
 
 @functools.lru_cache
-def _pairs(known: Lexicon, held_out: bool) -> Int[np.ndarray, "p"]:
+def _pairs(known: Lexicon, held_out: bool) -> Int[np.ndarray, " p"]:
     """Tiles of the pairs of glyph and colour that never train, one in twenty, or the others."""
     names = [f"{colour} {glyph}" for glyph in known.names for colour in COLOURS]
     chosen = np.flatnonzero([(_key(name) % 20 == 0) == held_out for name in names])
@@ -324,7 +326,7 @@ def _key(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def _uniform(key: int, name: str, index: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+def _uniform(key: int, name: str, index: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Numbers in [0, 1), each a function of (key, name, index)."""
     # SplitMix64, as a Generator per scene would cost more than the scene
     golden = np.uint64(0x9E3779B97F4A7C15)

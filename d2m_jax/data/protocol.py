@@ -1,6 +1,6 @@
 """What training, sampling and reports want of data, whatever it is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import PyTree
@@ -23,6 +23,8 @@ class Tokenizer(Protocol):
 class Batches(Protocol):
     """Batches without end, {"image": uint8 [b, h, w, 3], "text": what the tokenizer makes of their
     captions}; get_state and set_state resume exactly."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
 
     def __next__(self) -> dict[str, Any]: ...
 

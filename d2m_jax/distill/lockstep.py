@@ -56,7 +56,14 @@ def lockstep(
 
 
 def _stacks(
-    teacher: Stack, student: Stack, t_streams, s_streams, t_context, s_context, features, remat
+    teacher: Stack,
+    student: Stack,
+    t_streams: Streams,
+    s_streams: Streams,
+    t_context: Context,
+    s_context: Context,
+    features: bool,
+    remat: bool,
 ):
     t_graphs, t_params = teacher.split()
     s_graphs, s_params = student.split()
@@ -65,7 +72,7 @@ def _stacks(
     if remat:
         run_student = jax.checkpoint(run_student, prevent_cse=False)
 
-    def body(streams, params):
+    def body(streams: tuple[Streams, Streams], params: tuple):
         with jax.named_scope("teacher"):
             t, _ = teacher.run_group(t_graphs, params[0], streams[0], t_context)
             t = jax.lax.stop_gradient(t)

@@ -73,5 +73,8 @@ def routing(
                 share = used.mean(1) / jnp.maximum(used.mean(1).sum(-1, keepdims=True), 1e-9)
                 metrics[f"{kind}.{i}.blocks/use"] = share.reshape(-1)
                 metrics[f"{kind}.{i}.blocks/entropy"] = health(used)["entropy"]
-    mean = lambda terms: sum(terms) / len(terms) if terms else jnp.float32(0)  # noqa: E731
-    return mean(experts), mean(blocks), metrics
+    return _mean(experts), _mean(blocks), metrics
+
+
+def _mean(terms: list[Array]) -> Array:
+    return sum(terms, jnp.float32(0)) / max(1, len(terms))

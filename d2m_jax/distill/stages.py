@@ -20,7 +20,7 @@ def flow_loss(config: ModelConfig, stage: StageConfig, timesteps: Timesteps = "u
     """Flow matching from scratch: E ‖v(x_t, t) − (noise − data)‖²."""
     dtype = jnp.dtype(stage.dtype)
 
-    def loss(params, constants, batch, key):
+    def loss(params: dict, constants: Any, batch: dict[str, Array], key: Array):
         model = model_of(config.transformer, params, dtype)
         inputs, target = noisy_inputs(config, timesteps, batch, key)
         streams, context = model.embed(*inputs, top_k=stage.top_k)
@@ -45,7 +45,7 @@ def distill_loss(
     check_aligned(teacher.transformer, student.transformer)
     dtype, weight = jnp.dtype(stage.dtype), stage.loss
 
-    def loss(params, constants, batch, key):
+    def loss(params: dict, constants: Any, batch: dict[str, Array], key: Array):
         teacher_model = model_of(teacher.transformer, constants, dtype)
         student_model = model_of(student.transformer, params, dtype)
         inputs, _ = noisy_inputs(student, timesteps, batch, key)

@@ -61,14 +61,14 @@ def by_head(
     rows = -(-tokens // parts)
 
     @jax.checkpoint
-    def part(q, k, v):
+    def part(q: Float[Array, "b n d"], k: Float[Array, "b m d"], v: Float[Array, "b m d"]):
         scores = jnp.einsum("bnd,bmd->bnm", q, k, preferred_element_type=jnp.float32)
         scores = scores * width**-0.5
         e = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         y = jnp.einsum("bnm,bmd->bnd", e.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (y / e.sum(-1, keepdims=True)).astype(v.dtype)
 
-    def head(qkv):
+    def head(qkv: tuple[Array, Array, Array]):
         q, k, v = qkv
         if parts == 1:
             return part(q, k, v)
@@ -99,7 +99,7 @@ def splash(
         added = (jnp.arange(filled) >= tokens).astype(jnp.int32)
         segments = kernels.SegmentIds(q=added, kv=added)
 
-    def one(q, k, v):
+    def one(q: Float[Array, "n h d"], k: Float[Array, "n h d"], v: Float[Array, "n h d"]):
         q, k, v = (
             jnp.pad(a, ((0, filled - tokens), (0, 0), (0, 0))).swapaxes(0, 1)
             for a in (q * q.shape[-1] ** -0.5, k, v)

@@ -54,7 +54,7 @@ def grouped_matmul(
     return _only_rows(_alone(WAYS[way].rows, transpose=False)(a, b, sizes), sizes).astype(x.dtype)
 
 
-def _operands(x, w, way: str, cut: str | None):
+def _operands(x: Float[Array, "r d"], w: Float[Array | QArray, "g d f"], way: str, cut: str | None):
     if not isinstance(w, QArray):
         return x, w
     if WAYS[way].quantized:
@@ -64,11 +64,19 @@ def _operands(x, w, way: str, cut: str | None):
     return x, plain(w, x.dtype)
 
 
-def _forward_rule(x, w, sizes, way, cut):
+def _forward_rule(
+    x: Float[Array, "r d"],
+    w: Float[Array | QArray, "g d f"],
+    sizes: Int[Array, " g"],
+    way: str,
+    cut: str | None,
+):
     return grouped_matmul(x, w, sizes, way, cut), (x, w, sizes)
 
 
-def _backward_rule(way, cut, residuals, dy):
+def _backward_rule(
+    way: str, cut: str | None, residuals: tuple[Array, Array, Array], dy: Float[Array, "r f"]
+):
     x, w, sizes = residuals
     dx = _only_rows(_alone(WAYS[way].rows, transpose=True)(dy, w, sizes), sizes)
     dw = _alone(WAYS[way].weights)(x, dy, sizes)
@@ -80,18 +88,20 @@ def _backward_rule(way, cut, residuals, dy):
 grouped_matmul.defvjp(_forward_rule, _backward_rule)
 
 
-def _alone(kernel: Callable, **options) -> Callable:
+def _alone(kernel: Callable, **options: bool) -> Callable:
     """Under vmap (the samples of a Mixture of Blocks) one after the other: kernels have no
     batch."""
     return jax.custom_batching.sequential_vmap(partial(kernel, **options))
 
 
-def _only_rows(y, sizes):
+def _only_rows(y: Float[Array, "r f"], sizes: Int[Array, " g"]):
     """y with zeros where a kernel left rows of no group as it found the memory."""
     return jnp.where(jnp.arange(y.shape[0])[:, None] < sizes.sum(), y, 0)
 
 
-def _megablox(x, w, sizes, transpose):
+def _megablox(
+    x: Float[Array, "r d"], w: Float[Array, "g a b"], sizes: Int[Array, " g"], transpose: bool
+):
     kernels = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
     padded = _padded(x)
     tiling = _tiling(padded, x.shape[1], w.shape[1 if transpose else 2])
@@ -99,23 +109,23 @@ def _megablox(x, w, sizes, transpose):
     return y[: x.shape[0]]
 
 
-def _megablox_weights(x, dy, sizes):
+def _megablox_weights(x: Float[Array, "r d"], dy: Float[Array, "r f"], sizes: Int[Array, " g"]):
     kernels = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
     x, dy = _padded(x), _padded(dy)
     tiling = _tiling(x, x.shape[1], dy.shape[1])
     return kernels.tgmm(x.T, dy, sizes, x.dtype, tiling, interpret=INTERPRET)
 
 
-def _padded(x):
+def _padded(x: Float[Array, "r d"]):
     """x with as many rows as whole tiles have."""
     return jnp.pad(x, ((0, -x.shape[0] % _row_tile(x)), (0, 0)))
 
 
-def _row_tile(x) -> int:
+def _row_tile(x: Float[Array, "r d"]) -> int:
     return 512 if x.shape[0] >= 512 else 128
 
 
-def _tiling(x, inner: int, outer: int) -> tuple[int, int, int]:
+def _tiling(x: Float[Array, "r d"], inner: int, outer: int) -> tuple[int, int, int]:
     """Rows, inner and outer columns of a tile: the largest that divide evenly and leave room for
     double buffers in 16 MB of VMEM."""
 
@@ -125,17 +135,31 @@ def _tiling(x, inner: int, outer: int) -> tuple[int, int, int]:
     return _row_tile(x), columns(inner), columns(outer)
 
 
-def _tokamax(kernel: str, x, w, sizes, transpose):
+def _tokamax(
+    kernel: str,
+    x: Float[Array | QArray, "r d"],
+    w: Float[Array | QArray, "g a b"],
+    sizes: Int[Array, " g"],
+    transpose: bool,
+):
     contracted = ([1], [2 if transpose else 1]), ([], [])
     return _tokamax_dot(kernel, x, w, sizes, lax.RaggedDotDimensionNumbers(contracted, [0], [0]))
 
 
-def _tokamax_weights(kernel: str, x, dy, sizes):
+def _tokamax_weights(
+    kernel: str, x: Float[Array, "r d"], dy: Float[Array, "r f"], sizes: Int[Array, " g"]
+):
     contracted = ([0], [0]), ([], [])
     return _tokamax_dot(kernel, x, dy, sizes, lax.RaggedDotDimensionNumbers(contracted, [0], []))
 
 
-def _tokamax_dot(kernel: str, a, b, sizes, dimensions):
+def _tokamax_dot(
+    kernel: str,
+    a: Float[Array | QArray, "r d"],
+    b: Float[Array | QArray, "..."],
+    sizes: Int[Array, " g"],
+    dimensions: lax.RaggedDotDimensionNumbers,
+):
     dot = importlib.import_module("tokamax").ragged_dot_general
     with tuned():
         return dot(a, b, sizes, ragged_dot_dimension_numbers=dimensions, implementation=kernel)
@@ -210,7 +234,7 @@ def lacks(name: str, device: str) -> str:
 
 @functools.cache
 def _tokamax_lacks(kernel: str) -> str:
-    def small_product(x, w, sizes):
+    def small_product(x: Float[Array, "r d"], w: Float[Array, "g d f"], sizes: Int[Array, " g"]):
         return importlib.import_module("tokamax").ragged_dot(x, w, sizes, implementation=kernel)
 
     kinds = ((128, 128), jnp.bfloat16), ((1, 128, 128), jnp.bfloat16), ((1,), jnp.int32)

@@ -7,6 +7,7 @@ int32 or float32, and scaled after. There are no gradients: train first, then qu
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import qwix
+from jax.tree_util import KeyPath
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 from qwix import QArray
 
@@ -54,7 +57,7 @@ def quantized(params: Any, kind: str, release: bool = False) -> Any:
         cost = "XLA multiplies in a wider type, which saves memory but no time"
         log_once(__name__, f"quantize = fp8: {lack}; {cost}", logging.WARNING)
 
-    def choose(path, leaf):
+    def choose(path: KeyPath, leaf: Array):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if ".block." not in name or not name.endswith("kernel") or name.endswith(STAYS):
             return leaf
@@ -69,12 +72,12 @@ def quantized(params: Any, kind: str, release: bool = False) -> Any:
 
 
 @partial(jax.jit, static_argnums=1)
-def _quantized(w, dtype) -> QArray:
+def _quantized(w: Float[Array, "*n i o"], dtype: DTypeLike) -> QArray:
     kept = [axis for axis in range(w.ndim) if axis != w.ndim - 2]
     return _symmetric(w.astype(jnp.float32), dtype, kept)
 
 
-def _symmetric(x, dtype, kept) -> QArray:
+def _symmetric(x: Float[Array, "..."], dtype: DTypeLike, kept: Sequence[int]) -> QArray:
     # qwix puts the largest number of int8 half way between two steps, 127.5, where the last bit of
     # a float32 decides between -127 and -128: so would every device and every order of sums.
     factor = 127.5 / 127 if dtype == jnp.int8 else 1
@@ -99,10 +102,10 @@ def per_token(x: Float[Array, "*n i"], w: QArray, cut: str | None = None) -> QAr
 def product(x: Array | QArray, w: Array | QArray) -> Array:
     """The last axis of x with the first of w: of two arrays in their type, of two QArrays in
     float32."""
-    if not isinstance(w, QArray):
-        return jnp.tensordot(x, w, 1)
-    axes = ((x.ndim - 1,), (0,)), ((), ())
-    return qwix.dot_general(x, w, axes, preferred_element_type=jnp.float32)
+    if isinstance(x, QArray) or isinstance(w, QArray):
+        axes = ((x.ndim - 1,), (0,)), ((), ())
+        return qwix.dot_general(x, w, axes, preferred_element_type=jnp.float32)
+    return jnp.tensordot(x, w, 1)
 
 
 def dot(
@@ -114,12 +117,12 @@ def dot(
     return product(x, w.astype(x.dtype))
 
 
-def cast(w: Array | QArray, dtype: Any) -> Array | QArray:
+def cast(w: Array | QArray, dtype: DTypeLike) -> Array | QArray:
     """An array in a dtype; what is quantised stays so, and its scales stay float32."""
     return w if isinstance(w, QArray) else w.astype(dtype)
 
 
-def plain(w: QArray, dtype: Any) -> Array:
+def plain(w: QArray, dtype: DTypeLike) -> Array:
     """What is quantised as an array."""
     return qwix.dequantize(w).astype(dtype)
 

@@ -7,6 +7,7 @@ none. Either way zeros are read.
 """
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
@@ -23,7 +24,7 @@ def collect(
     y: Float[Array, "r d"], choice: Int[Array, " r"], row: Int[Array, "t k"]
 ) -> Float[Array, "t d"]:
     """The sum of each token's rows. The gradient of an empty row is zero."""
-    return sum(take(y, row[:, i]) for i in range(row.shape[1]))
+    return sum((take(y, row[:, i]) for i in range(row.shape[1])), jnp.zeros((), y.dtype))
 
 
 spread.defvjp(

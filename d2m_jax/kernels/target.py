@@ -8,15 +8,16 @@ import jax
 
 
 def target() -> str:
-    """ "cpu", "gpu" or "tpu".
+    """What a program is for: "cpu", "gpu" or "tpu".
 
     The devices of the mesh in force (`jax.set_mesh`), else the default backend. A program for
     devices that are not here, compiled ahead of time, is traced under a mesh of theirs.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is None:
+    platform = getattr(device, "platform", None)
+    if platform is None:
         return jax.default_backend()
-    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 @functools.cache

@@ -61,7 +61,7 @@ def place(chosen: Int[Array, "t k"], experts: int, among: int) -> Places:
     start = end - jnp.maximum(sizes - batch, 0)
     left = jnp.where(rank < batch, flat.size, start[flat] + rank - batch)
 
-    def choice_at(where, size):
+    def choice_at(where: Int[Array, " r"], size: int):
         return jnp.full(size, flat.size).at[where].set(choices, mode="drop")
 
     in_batch = choice_at(row, experts * batch)
@@ -69,16 +69,28 @@ def place(chosen: Int[Array, "t k"], experts: int, among: int) -> Places:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(expert, x, weight, params, places):
+def _run(
+    expert: Callable[..., Array],
+    x: Float[Array, "t d"],
+    weight: Float[Array, "t k"],
+    params: Any,
+    places: Places,
+):
     return _add_left(expert)(_batch(expert, places, x, weight, params), x, weight, params, places)
 
 
-def _run_forward(expert, x, weight, params, places):
+def _run_forward(
+    expert: Callable[..., Array],
+    x: Float[Array, "t d"],
+    weight: Float[Array, "t k"],
+    params: Any,
+    places: Places,
+):
     y, back = jax.vjp(partial(_batch, expert, places), x, weight, params)
     return _add_left(expert)(y, x, weight, params, places), (back, x, weight, params, places)
 
 
-def _run_backward(expert, residuals, dy):
+def _run_backward(expert: Callable[..., Array], residuals: tuple, dy: Float[Array, "t f"]):
     back, *inputs = residuals
     return *_add_gradients_left(expert)(back(dy), dy, *inputs), None
 
@@ -86,7 +98,13 @@ def _run_backward(expert, residuals, dy):
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _batch(expert, places, x, weight, params):
+def _batch(
+    expert: Callable[..., Array],
+    places: Places,
+    x: Float[Array, "t d"],
+    weight: Float[Array, "t k"],
+    params: Any,
+):
     """What the choices in the batch add."""
     rows = spread(x, places.choice, places.row)
     weights = take(weight.reshape(-1), places.choice)
@@ -96,7 +114,7 @@ def _batch(expert, places, x, weight, params):
     return collect(y.reshape(-1, y.shape[-1]), places.choice, places.row)
 
 
-def _add_left(expert):
+def _add_left(expert: Callable[..., Array]):
     """(y, x, weight, params, places) → y with what the choices left over add.
 
     Under vmap (the samples of a Mixture of Blocks) one after the other: how many tiles there are
@@ -104,8 +122,14 @@ def _add_left(expert):
     """
 
     @jax.custom_batching.sequential_vmap
-    def add(y, x, weight, params, places):
-        def tile(y, own, choice):
+    def add(
+        y: Float[Array, "t f"],
+        x: Float[Array, "t d"],
+        weight: Float[Array, "t k"],
+        params: Any,
+        places: Places,
+    ):
+        def tile(y: Float[Array, "t f"], own: Int[Array, ""], choice: Int[Array, " s"]):
             token, rows, weights = _rows(x, weight, places, choice)
             return y.at[token].add(expert(rows, weights, *_of(params, own)), mode="drop")
 
@@ -114,13 +138,20 @@ def _add_left(expert):
     return add
 
 
-def _add_gradients_left(expert):
+def _add_gradients_left(expert: Callable[..., Array]):
     """(gradients, dy, x, weight, params, places) → gradients of x, weight and params, the latter
     summed in float32."""
 
     @jax.custom_batching.sequential_vmap
-    def add(gradients, dy, x, weight, params, places):
-        def tile(sums, own, choice):
+    def add(
+        gradients: tuple[Array, Array, Any],
+        dy: Float[Array, "t f"],
+        x: Float[Array, "t d"],
+        weight: Float[Array, "t k"],
+        params: Any,
+        places: Places,
+    ):
+        def tile(sums: tuple[Array, Array, Any], own: Int[Array, ""], choice: Int[Array, " s"]):
             dx, dweight, dparams = sums
             token, rows, weights = _rows(x, weight, places, choice)
             _, back = jax.vjp(expert, rows, weights, *_of(params, own))
@@ -139,12 +170,14 @@ def _add_gradients_left(expert):
     return add
 
 
-def _rows(x, weight, places, choice):
+def _rows(
+    x: Float[Array, "t d"], weight: Float[Array, "t k"], places: Places, choice: Int[Array, " s"]
+):
     token = choice // places.row.shape[1]
     return token, take(x, token), take(weight.reshape(-1), choice)
 
 
-def _of(params, own: Int[Array, ""]):
+def _of(params: Any, own: Int[Array, ""]):
     return jax.tree.map(lambda a: a[own], params)
 
 
@@ -157,7 +190,14 @@ def _over_left(body: Callable[..., Any], carry: Any, places: Places) -> Any:
         tiles = -(-rows // size) if size == TILES[-1] else rows // size
         last = jnp.cumsum(tiles)
 
-        def one(i, carry, size=size, start=start, tiles=tiles, last=last):
+        def one(
+            i: Int[Array, ""],
+            carry: Any,
+            size: int = size,
+            start: Int[Array, " e"] = start,
+            tiles: Int[Array, " e"] = tiles,
+            last: Int[Array, " e"] = last,
+        ):
             own = (last <= i).sum()
             at = start[own] + (i - last[own] + tiles[own]) * size + jnp.arange(size)
             choice = jnp.where(at < places.end[own], take(places.left, at), places.left.size)

@@ -87,7 +87,7 @@ def account(
         text_tokens = text_tokens or config.text.length
         config = config.transformer
     image_tokens, text_tokens = image_tokens or 4096, text_tokens or 77
-    parts = dict.fromkeys(PARTS, Cost())
+    parts: dict[str, Cost] = dict.fromkeys(PARTS, Cost())
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)):
         names = [key.key for key in path]
         activated = int(leaf.size * activated_share(config, names))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from d2m_jax.config import AutoencoderConfig, check
@@ -24,7 +25,7 @@ QUERIES = 1024  # of the mid attention at once: its weights on 1024² pixels are
 class Conv(nnx.Module):
     """A 3 × 3 convolution in the dtype of x."""
 
-    def __init__(self, inputs: int, outputs: int, *, rngs):
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (3, 3, inputs, outputs), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(outputs))
@@ -68,7 +69,7 @@ class GroupNorm(nnx.Module):
 class ResnetBlock2D(nnx.Module):
     """x + conv(swish(norm(·))) twice; a 1 × 1 convolution brings x to another width."""
 
-    def __init__(self, groups: int, inputs: int, outputs: int, *, rngs):
+    def __init__(self, groups: int, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(groups, inputs)
         self.conv1 = Conv(inputs, outputs, rngs=rngs)
         self.norm2 = GroupNorm(groups, outputs)
@@ -88,7 +89,7 @@ class Attention(nnx.Module):
     an image of 1024² pixels) are never there at once; cuDNN's kernel takes no head this wide.
     """
 
-    def __init__(self, groups: int, dim: int, *, rngs):
+    def __init__(self, groups: int, dim: int, *, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(groups, dim)
         self.to_q = Linear(dim, dim, rngs=rngs)
         self.to_k = Linear(dim, dim, rngs=rngs)
@@ -100,7 +101,7 @@ class Attention(nnx.Module):
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
 
         @jax.checkpoint
-        def attend(q):  # one place of each image, [b, c]
+        def attend(q: Float[Array, "b c"]):  # one place of each image, [b, c]
             logits = jnp.einsum("bc,bnc->bn", q, k, preferred_element_type=jnp.float32)
             weight = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
             return jnp.einsum("bn,bnc->bc", weight.astype(v.dtype), v)
@@ -112,7 +113,7 @@ class Attention(nnx.Module):
 class MidBlock(nnx.Module):
     """A resnet block, the attention, another resnet block (diffusers' UNetMidBlock2D)."""
 
-    def __init__(self, groups: int, dim: int, *, rngs):
+    def __init__(self, groups: int, dim: int, *, rngs: nnx.Rngs):
         self.resnets = nnx.List([ResnetBlock2D(groups, dim, dim, rngs=rngs) for _ in range(2)])
         self.attention = Attention(groups, dim, rngs=rngs)
 
@@ -124,7 +125,7 @@ class Level(nnx.Module):
     """Resnet blocks at one size and the step to the next size, which the last level lacks
     (diffusers' DownEncoderBlock2D and UpDecoderBlock2D)."""
 
-    def __init__(self, groups: int, widths: list[int], *, last: bool, rngs):
+    def __init__(self, groups: int, widths: list[int], *, last: bool, rngs: nnx.Rngs):
         self.resnets = nnx.List(
             [ResnetBlock2D(groups, *pair, rngs=rngs) for pair in pairwise(widths)]
         )
@@ -143,7 +144,7 @@ class Level(nnx.Module):
         return x if self.resample is None else self.resample(x.repeat(2, axis=1).repeat(2, axis=2))
 
 
-def levels(groups: int, widths: tuple[int, ...], blocks: int, *, rngs) -> list[Level]:
+def levels(groups: int, widths: tuple[int, ...], blocks: int, *, rngs: nnx.Rngs) -> list[Level]:
     """The levels of an encoder or decoder, `blocks` resnet blocks each."""
     pairs = list(pairwise((widths[0], *widths)))
     return [
@@ -155,7 +156,7 @@ def levels(groups: int, widths: tuple[int, ...], blocks: int, *, rngs) -> list[L
 class Encoder(nnx.Module):
     """Images to moments: mean and log variance side by side."""
 
-    def __init__(self, config: AutoencoderConfig, *, rngs):
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         groups, widths = config.norm_num_groups, config.block_out_channels
         self.conv_in = Conv(3, widths[0], rngs=rngs)
         self.down_blocks = nnx.List(levels(groups, widths, config.layers_per_block, rngs=rngs))
@@ -174,7 +175,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents, in the encoder's units, to images."""
 
-    def __init__(self, config: AutoencoderConfig, *, rngs):
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         groups, widths = config.norm_num_groups, config.block_out_channels[::-1]
         self.conv_in = Conv(config.latent_channels, widths[0], rngs=rngs)
         self.mid_block = MidBlock(groups, widths[0], rngs=rngs)
@@ -197,7 +198,9 @@ class Autoencoder(nnx.Module):
     images are 8 times theirs (2^(levels − 1) in general).
     """
 
-    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(
+        self, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+    ):
         self.config, self.dtype = config, dtype
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
@@ -242,7 +245,7 @@ class Autoencoder(nnx.Module):
         (rows, row_shares), (columns, column_shares) = (spread(n, tile, factor) for n in sides)
         tile_sides = [min(n, tile) for n in sides]
 
-        def add(image, place):
+        def add(image: Float[Array, "b H W 3"], place: tuple):
             row, column, row_share, column_share = place
             part = jax.lax.dynamic_slice(
                 latents, (0, row, column, 0), (batch, *tile_sides, channels)

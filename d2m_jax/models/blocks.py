@@ -26,7 +26,9 @@ from d2m_jax.models.moe import MoE
 from d2m_jax.models.protocol import Context, FFNReport, Streams
 
 
-def ffn(config: FluxConfig, stack: StackConfig, *, out_bias: bool = True, rngs) -> FFN | MoE:
+def ffn(
+    config: FluxConfig, stack: StackConfig, *, out_bias: bool = True, rngs: nnx.Rngs
+) -> FFN | MoE:
     """The FFN that a stack asks for."""
     if stack.ffn == "moe":
         return MoE(config, stack, out_bias=out_bias, rngs=rngs)
@@ -56,7 +58,7 @@ def call_ffn(
 class DoubleStreamBlock(nnx.Module):
     """Image and text with weights of their own, joined in attention."""
 
-    def __init__(self, config: FluxConfig, stack: StackConfig, *, rngs):
+    def __init__(self, config: FluxConfig, stack: StackConfig, *, rngs: nnx.Rngs):
         dim, num_heads = config.hidden_size, config.num_heads
         inputs = config.modulation_rank or dim
         self.img_mod = Modulation(inputs, dim, 2, rngs=rngs)
@@ -100,7 +102,7 @@ class SingleStreamBlock(nnx.Module):
     """Text and image joined; attention and FFN side by side. BFL's linear1 is qkv and mlp.in_layer,
     its linear2 attn_out (which owns the bias of both) and mlp.out_layer."""
 
-    def __init__(self, config: FluxConfig, stack: StackConfig, *, rngs):
+    def __init__(self, config: FluxConfig, stack: StackConfig, *, rngs: nnx.Rngs):
         dim = config.hidden_size
         self.modulation = Modulation(config.modulation_rank or dim, dim, 1, rngs=rngs)
         self.qkv = Linear(dim, 3 * dim, rngs=rngs)

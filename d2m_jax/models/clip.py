@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import CLIPConfig
@@ -18,7 +19,7 @@ LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, dtype=jnp.float32, use_fast_var
 class Attention(nnx.Module):
     """Attention of every token to itself and those before it."""
 
-    def __init__(self, config: CLIPConfig, *, rngs):
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         dim = config.hidden_size
         self.q_proj = Linear(dim, dim, rngs=rngs)
         self.k_proj = Linear(dim, dim, rngs=rngs)
@@ -38,7 +39,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Linear, quick GELU (x · sigmoid(1.702 x)), Linear."""
 
-    def __init__(self, config: CLIPConfig, *, rngs):
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
 
@@ -50,13 +51,13 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP beside a stream that stays float32."""
 
-    def __init__(self, config: CLIPConfig, *, rngs):
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         self.layer_norm1 = LayerNorm(config.hidden_size, rngs=rngs)
         self.self_attn = Attention(config, rngs=rngs)
         self.layer_norm2 = LayerNorm(config.hidden_size, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b l d"], dtype) -> Float[Array, "b l d"]:
+    def __call__(self, x: Float[Array, "b l d"], dtype: DTypeLike) -> Float[Array, "b l d"]:
         x = x + self.self_attn(self.layer_norm1(x).astype(dtype))
         return x + self.mlp(self.layer_norm2(x).astype(dtype))
 
@@ -65,7 +66,7 @@ class CLIPText(nnx.Module):
     """The encoder, its layers as one stack: their parameters have the leading axis
     (num_hidden_layers,). `dtype` is that of the products' inputs; the stream is float32."""
 
-    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config, self.dtype, dim = config, dtype, config.hidden_size
         self.token_embedding = nnx.Embed(config.vocab_size, dim, rngs=rngs)
         self.position_embedding = nnx.Embed(config.max_position_embeddings, dim, rngs=rngs)
@@ -85,7 +86,7 @@ class CLIPText(nnx.Module):
         x = x + self.position_embedding(jnp.arange(length)).astype(jnp.float32)
         graph, params = nnx.split(self.layers)
 
-        def body(x, params):
+        def body(x: Float[Array, "b l d"], params: nnx.State):
             return nnx.merge(graph, params)(x, self.dtype), None
 
         x, _ = jax.lax.scan(body, x, params)

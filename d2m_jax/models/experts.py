@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from d2m_jax.kernels.grouped_matmul import EXPERTS, choose, grouped_matmul
@@ -25,7 +26,7 @@ class Experts(nnx.Module):
     """The normal experts: n FFNs of equal width, without output bias (the shared expert owns
     it)."""
 
-    def __init__(self, experts: int, dim: int, width: int, *, rngs):
+    def __init__(self, experts: int, dim: int, width: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
         self.in_kernel = nnx.Param(init(rngs.params(), (experts, dim, width), jnp.float32))
         self.in_bias = nnx.Param(jnp.zeros((experts, width)))
@@ -49,11 +50,19 @@ class Experts(nnx.Module):
             ("batch",),
         )
 
-    def cast(self, dtype) -> tuple[Array | QArray, Array, Array | QArray]:
+    def cast(self, dtype: DTypeLike) -> tuple[Array | QArray, ...]:
+        """Kernels, biases and kernels in a dtype; what is quantised stays so."""
         return tuple(cast(p[...], dtype) for p in (self.in_kernel, self.in_bias, self.out_kernel))
 
 
-def run_own_experts(way: str, whole: tuple[int, int], x, chosen, weight, *own):
+def run_own_experts(
+    way: str,
+    whole: tuple[int, ...],
+    x: Float[Array, "b n d"],
+    chosen: Int[Array, "b n k"],
+    weight: Float[Array, "b n k"],
+    *own: Array | QArray,
+):
     """run_experts on a device that has all experts, some of them, or some neurons of each; `whole`
     is what there is of both.
 
@@ -132,7 +141,14 @@ def tiled_experts(
     return chosen_experts(partial(_expert, cut), x, chosen, weight, experts, among)
 
 
-def _expert(cut, x, weight, in_kernel, in_bias, out_kernel):
+def _expert(
+    cut: str | None,
+    x: Float[Array, "r d"],
+    weight: Float[Array, " r"],
+    in_kernel: Float[Array | QArray, "d f"],
+    in_bias: Float[Array, " f"],
+    out_kernel: Float[Array | QArray, "f d"],
+):
     hidden = jax.nn.gelu(dot(x, in_kernel) + in_bias, approximate=True)
     return dot(hidden * weight[:, None].astype(x.dtype), out_kernel, cut)
 
@@ -150,7 +166,8 @@ def sorted_experts(
     """The same with only the chosen experts' work: choices sorted by expert, grouped matmuls."""
     order, row, sizes = sort(chosen, in_kernel.shape[0])
     one_hot = jax.nn.one_hot(chosen.reshape(-1)[order], in_kernel.shape[0], dtype=x.dtype)
-    hidden = grouped_matmul(spread(x, order, row), in_kernel, sizes, way) + one_hot @ in_bias
+    hidden = grouped_matmul(spread(x, order, row), in_kernel, sizes, way)
+    hidden += one_hot @ in_bias  # pyright: ignore[reportOperatorIssue] (custom_vjp hides the type)
     weights = take(weight.reshape(-1), order)[:, None].astype(x.dtype)
     hidden = jax.nn.gelu(hidden, approximate=True) * weights
     return collect(grouped_matmul(hidden, out_kernel, sizes, way, cut), order, row)

@@ -1,5 +1,6 @@
 """FLUX.1 (BFL src/flux/model.py) as stacks of equal blocks; dense, MoE and MoB are configs."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, reduce
 from operator import or_
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from d2m_jax.config import FluxConfig, StackConfig
@@ -40,14 +42,14 @@ class Stack(nnx.Module):
     """Groups of equal blocks; every parameter has the leading axes (groups, blocks), one scan runs
     them all."""
 
-    def __init__(self, kind: type, config: FluxConfig, stack: StackConfig, *, rngs):
-        def create(rngs):
+    def __init__(self, kind: type, config: FluxConfig, stack: StackConfig, *, rngs: nnx.Rngs):
+        def create(rngs: nnx.Rngs):
             return kind(config, stack, rngs=rngs)
 
         self.block = over_axes(create, (stack.groups, stack.blocks), rngs)
         if stack.mixes:
 
-            def create_router(rngs):
+            def create_router(rngs: nnx.Rngs):
                 return BlockRouter(config.hidden_size, stack.blocks, config.mob_alpha, rngs=rngs)
 
             self.router = over_axes(create_router, (stack.groups,), rngs)
@@ -72,14 +74,14 @@ class Stack(nnx.Module):
         comes back as [blocks, b, …]."""
         block, router = params
 
-        def run_block(block, streams, context):
+        def run_block(block: Any, streams: Streams, context: Context):
             block = gathered(block, streams[0].dtype)
             streams = tuple(constrain(x, "batch", None, None) for x in streams)
             return nnx.merge(graphs[0], block)(streams, context)
 
         if not self.config.mixes:
 
-            def step(streams, mine):
+            def step(streams: Streams, mine: tuple[Any, Known]):
                 return run_block(mine[0], streams, replace(context, known=mine[1]))
 
             streams, reports = parameters.scan(step, streams, (block, known))
@@ -104,7 +106,7 @@ class Stack(nnx.Module):
         """All groups."""
         graphs, params = self.split()
 
-        def body(streams, group):
+        def body(streams: Streams, group: tuple[tuple, Known]):
             params, known = group
             return self.run_group(graphs, params, streams, context, known)
 
@@ -113,7 +115,9 @@ class Stack(nnx.Module):
         return parameters.scan(body, streams, (params, known))
 
 
-def over_axes(create, axes: tuple[int, ...], rngs) -> nnx.Module:
+def over_axes(
+    create: Callable[[nnx.Rngs], nnx.Module], axes: tuple[int, ...], rngs: nnx.Rngs
+) -> nnx.Module:
     """A module whose parameters have extra leading axes, each element initialised with its own
     key."""
     for _ in axes:
@@ -124,7 +128,7 @@ def over_axes(create, axes: tuple[int, ...], rngs) -> nnx.Module:
 class LastLayer(nnx.Module):
     """Modulated norm and projection to the tokens' channels."""
 
-    def __init__(self, dim: int, channels: int, *, rngs):
+    def __init__(self, dim: int, channels: int, *, rngs: nnx.Rngs):
         self.adaLN_modulation = Linear(dim, 2 * dim, zero=True, rngs=rngs)
         self.linear = Linear(dim, channels, zero=True, rngs=rngs)
 
@@ -136,7 +140,7 @@ class LastLayer(nnx.Module):
 class Flux(nnx.Module):
     """The transformer. `dtype` is that of activations; parameters keep theirs."""
 
-    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         dim = config.hidden_size
         self.config, self.dtype = config, dtype
         self.img_in = Linear(config.in_channels, dim, rngs=rngs)
@@ -199,7 +203,16 @@ class Flux(nnx.Module):
         return vec, cond.astype(self.dtype)
 
     def embed(
-        self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, top_k=None, **asked
+        self,
+        img: Float[Array, "b n c"],
+        img_ids: Float[Array, "i n 3"],
+        txt: Float[Array, "b l e"],
+        txt_ids: Float[Array, "i l 3"],
+        timesteps: Float[Array, " b"],
+        y: Float[Array, "b v"],
+        guidance: Float[Array, " b"] | None = None,
+        top_k: int | None = None,
+        **asked: Any,
     ) -> tuple[Streams, Context]:
         """The streams (img, txt) at the entry of the first block, and what all blocks read;
         `asked` are the fields of Context that say what blocks hand out."""

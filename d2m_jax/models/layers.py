@@ -17,7 +17,9 @@ class Linear(nnx.Module):
     """x W + b in the dtype of x; parameters are float32 at birth and stay in whatever dtype they
     were loaded, or quantised (kernels/quantized.py)."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, zero: bool = False, rngs):
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool = True, zero: bool = False, rngs: nnx.Rngs
+    ):
         init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
@@ -59,7 +61,7 @@ class MLPEmbedder(nnx.Module):
     """Linear, SiLU, Linear: timestep, guidance and pooled text enter the global vector through one
     each."""
 
-    def __init__(self, inputs: int, dim: int, *, rngs):
+    def __init__(self, inputs: int, dim: int, *, rngs: nnx.Rngs):
         self.in_layer = Linear(inputs, dim, rngs=rngs)
         self.out_layer = Linear(dim, dim, rngs=rngs)
 
@@ -71,7 +73,7 @@ class FFN(nnx.Module):
     """Linear, GELU (tanh form), Linear. Without `out_bias` the caller owns the bias of the
     output."""
 
-    def __init__(self, dim: int, width: int, *, out_bias: bool = True, rngs):
+    def __init__(self, dim: int, width: int, *, out_bias: bool = True, rngs: nnx.Rngs):
         self.in_layer = Linear(dim, width, rngs=rngs)
         self.out_layer = Linear(width, dim, bias=out_bias, rngs=rngs)
 
@@ -92,7 +94,7 @@ class Modulation(nnx.Module):
     """lin(cond), for one branch of a block or for two. `cond` is silu(vec), or its projection on
     the basis that all blocks share (Flux.modulation_basis)."""
 
-    def __init__(self, inputs: int, dim: int, branches: int, *, rngs):
+    def __init__(self, inputs: int, dim: int, branches: int, *, rngs: nnx.Rngs):
         self.lin = Linear(inputs, 3 * branches * dim, zero=True, rngs=rngs)
         self.branches = branches
 
@@ -148,15 +150,24 @@ def heads(
     linear: Linear, x: Float[Array, "b n d"], count: int
 ) -> tuple[Float[Array, "b n h c"], Float[Array, "b n h c"], Float[Array, "b n h c"]]:
     """Queries, keys and values of every head, from a linear that gives them side by side."""
-    bias = linear.bias[...].astype(x.dtype).reshape(3, -1)
-    kernel = cast(linear.kernel[...], x.dtype).reshape(x.shape[-1], *bias.shape)
+    kernel = cast(linear.kernel[...], x.dtype)
+    shape = 3, kernel.shape[-1] // 3
+    kernel = kernel.reshape(x.shape[-1], *shape)
     kernel = jax.tree.map(lambda part: constrain(part, None, None, "inner"), kernel)
-    qkv = constrain(dot(x, kernel) + bias, "batch", None, None, "inner")
+    qkv = dot(x, kernel)
+    if linear.bias is not None:
+        qkv = qkv + linear.bias[...].astype(x.dtype).reshape(shape)
+    qkv = constrain(qkv, "batch", None, None, "inner")
     q, k, v = (qkv[:, :, i].reshape(*x.shape[:2], count, -1) for i in range(3))
     return q, k, v
 
 
-def attend(q, k, v, pe: tuple[Array, Array]) -> Float[Array, "b n d"]:
+def attend(
+    q: Float[Array, "b n h c"],
+    k: Float[Array, "b n h c"],
+    v: Float[Array, "b n h c"],
+    pe: tuple[Array, Array],
+) -> Float[Array, "b n d"]:
     """Attention with rotary positions, heads joined again; every device has heads of its own."""
     q, k, axes = apply_rope(q, pe), apply_rope(k, pe), ("batch", None, "inner")
     x = on_own_part(attention, (q, k, v), (axes, axes, axes), axes)
@@ -166,7 +177,7 @@ def attend(q, k, v, pe: tuple[Array, Array]) -> Float[Array, "b n d"]:
 class SelfAttention(nnx.Module):
     """The projections of one stream of a double block."""
 
-    def __init__(self, dim: int, num_heads: int, *, rngs):
+    def __init__(self, dim: int, num_heads: int, *, rngs: nnx.Rngs):
         self.qkv = Linear(dim, 3 * dim, rngs=rngs)
         self.norm = QKNorm(dim // num_heads)
         self.proj = Linear(dim, dim, rngs=rngs)

@@ -23,7 +23,7 @@ class BlockRouter(nnx.Module):
     """α · W_x [x_p, c_p] + (1 − α) · W_y y in float32: pooled image and text features, and the
     global vector."""
 
-    def __init__(self, dim: int, blocks: int, alpha: float, *, rngs):
+    def __init__(self, dim: int, blocks: int, alpha: float, *, rngs: nnx.Rngs):
         self.features = Linear(2 * dim, blocks, rngs=rngs)
         self.vec = Linear(dim, blocks, bias=False, rngs=rngs)
         self.alpha = alpha
@@ -86,21 +86,27 @@ def run_chosen(
     return streams, jax.tree.map(lambda a: a.swapaxes(0, 1), reports)
 
 
-def _run_samples(run_block: RunBlock, context: Context, samples: tuple, params: Any, pe_of_all):
+def _run_samples(
+    run_block: RunBlock,
+    context: Context,
+    samples: tuple,
+    params: Any,
+    pe_of_all: tuple[Array, Array] | None,
+):
     apart, batch = isinstance(params, tuple), samples[1].shape[0]
     blocks = len(params) if apart else jax.tree.leaves(params)[0].shape[0]
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def one(sample):
+    def one(sample: tuple):
         streams, vec, cond, chosen, weight, pe, known = sample
         pe = jax.tree.map(lambda a: a[None], pe) if pe_of_all is None else pe_of_all
         mine = replace(context, vec=vec[None], cond=cond[None], pe=pe)
         streams = tuple(x[None] for x in streams)
 
-        def step(streams, choice):
+        def step(streams: Streams, choice: tuple[Array, Array]):
             block, w = choice
 
-            def picked(tree, keepdims):
+            def picked(tree: Any, keepdims: bool):
                 index = partial(jax.lax.dynamic_index_in_dim, index=block, keepdims=keepdims)
                 return jax.tree.map(index, tree)
 

@@ -14,7 +14,9 @@ from d2m_jax.models.protocol import Context, FFNReport, Routing
 class MoE(nnx.Module):
     """Shared expert, normal experts and gate in the place of one FFN."""
 
-    def __init__(self, config: FluxConfig, stack: StackConfig, *, out_bias: bool = True, rngs):
+    def __init__(
+        self, config: FluxConfig, stack: StackConfig, *, out_bias: bool = True, rngs: nnx.Rngs
+    ):
         dim, self.config = config.hidden_size, config.moe
         self.shared = FFN(dim, config.shared_width(stack), out_bias=out_bias, rngs=rngs)
         self.experts = Experts(config.moe.experts, dim, config.expert_width(stack), rngs=rngs)

@@ -2,15 +2,20 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.tree_util import KeyPath
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _initialise(kind: type, config: Any, key):
+def _initialise(kind: type, config: Any, key: Array):
     return nnx.split(kind(config, rngs=nnx.Rngs(key)))[1]
 
 
@@ -24,7 +29,9 @@ def abstract(kind: type, config: Any) -> dict:
     return jax.eval_shape(partial(initialise, kind, config, 0))
 
 
-def model_of(kind: type, config: Any, params: dict, dtype=jnp.float32) -> nnx.Module:
+def model_of(
+    kind: Callable[..., Model], config: Any, params: dict, dtype: DTypeLike = jnp.float32
+) -> Model:
     """The module with these parameters; `dtype` is that of activations."""
     graph, state = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=dtype)))
     nnx.replace_by_pure_dict(state, params)
@@ -40,7 +47,7 @@ def unstacked(params: dict, release: bool = False) -> dict:
     per step. It takes longer to compile.
     """
 
-    def replace(path, a):
+    def replace(path: KeyPath, a: Array):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if ".block." not in name:
             return a
@@ -53,7 +60,7 @@ def unstacked(params: dict, release: bool = False) -> dict:
 
 
 @jax.jit
-def _split(a):
+def _split(a: Array):
     return [list(group) for group in a]
 
 

@@ -5,6 +5,7 @@ from fractions import Fraction
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.kernels.quantized import QArray
@@ -37,7 +38,7 @@ def summary(config: FluxConfig, params: Any) -> str:
         total += array.size
         activated += array.size * activated_share(config, [getattr(k, "key", None) for k in path])
         stored[array.dtype.name] += array.size
-        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+        if isinstance(array, jax.Array) and not isinstance(array, Tracer):
             devices |= array.sharding.device_set
     less = f", {amount(int(activated))} activated per token" if activated < total else ""
     types = " and ".join(name for name, _ in stored.most_common())

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import T5Config
@@ -17,7 +18,7 @@ from d2m_jax.models.layers import Linear, RMSNorm
 class SelfAttention(nnx.Module):
     """Norm and attention over all tokens; the scale of the logits is in T5's weights."""
 
-    def __init__(self, config: T5Config, *, rngs):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         dim, inner = config.d_model, config.num_heads * config.d_kv
         self.layer_norm = RMSNorm(dim)
         self.q = Linear(dim, inner, bias=False, rngs=rngs)
@@ -26,7 +27,9 @@ class SelfAttention(nnx.Module):
         self.o = Linear(inner, dim, bias=False, rngs=rngs)
         self.num_heads = config.num_heads
 
-    def __call__(self, x: Float[Array, "b l d"], bias: Float[Array, "1 h l l"], dtype) -> Array:
+    def __call__(
+        self, x: Float[Array, "b l d"], bias: Float[Array, "1 h l l"], dtype: DTypeLike
+    ) -> Array:
         x = self.layer_norm(x).astype(dtype)
         q, k, v = (
             linear(x).reshape(*x.shape[:2], self.num_heads, -1)
@@ -39,13 +42,13 @@ class SelfAttention(nnx.Module):
 class DenseReluDense(nnx.Module):
     """Norm and the FFN with a gate, GELU (tanh form); the name is of the first T5."""
 
-    def __init__(self, config: T5Config, *, rngs):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.layer_norm = RMSNorm(config.d_model)
         self.wi_0 = Linear(config.d_model, config.d_ff, bias=False, rngs=rngs)
         self.wi_1 = Linear(config.d_model, config.d_ff, bias=False, rngs=rngs)
         self.wo = Linear(config.d_ff, config.d_model, bias=False, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b l d"], dtype) -> Float[Array, "b l d"]:
+    def __call__(self, x: Float[Array, "b l d"], dtype: DTypeLike) -> Float[Array, "b l d"]:
         x = self.layer_norm(x).astype(dtype)
         return self.wo(jax.nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x))
 
@@ -53,12 +56,12 @@ class DenseReluDense(nnx.Module):
 class Block(nnx.Module):
     """Attention and FFN beside a stream that stays float32."""
 
-    def __init__(self, config: T5Config, *, rngs):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.SelfAttention = SelfAttention(config, rngs=rngs)
         self.DenseReluDense = DenseReluDense(config, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b l d"], bias: Float[Array, "1 h l l"], dtype
+        self, x: Float[Array, "b l d"], bias: Float[Array, "1 h l l"], dtype: DTypeLike
     ) -> Float[Array, "b l d"]:
         x = x + self.SelfAttention(x, bias, dtype)
         return x + self.DenseReluDense(x, dtype)
@@ -71,7 +74,7 @@ class T5Encoder(nnx.Module):
     where bfloat16 would swallow what a block adds), so nothing overflows and nothing is clamped.
     """
 
-    def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config, self.dtype = config, dtype
         self.shared = nnx.Embed(config.vocab_size, config.d_model, rngs=rngs)
         self.relative_attention_bias = nnx.Embed(
@@ -85,7 +88,7 @@ class T5Encoder(nnx.Module):
         bias = self.position_bias(ids.shape[1])
         graph, params = nnx.split(self.block)
 
-        def body(x, params):
+        def body(x: Float[Array, "b l d"], params: nnx.State):
             return nnx.merge(graph, params)(x, bias, self.dtype), None
 
         x, _ = jax.lax.scan(body, self.shared(ids).astype(jnp.float32), params)
@@ -94,7 +97,7 @@ class T5Encoder(nnx.Module):
     def position_bias(self, length: int) -> Float[Array, "1 h l l"]:
         """What every block adds to its attention logits, float32."""
         buckets = position_buckets(np.arange(1 - length, length), self.config)
-        by_distance = self.relative_attention_bias(buckets).astype(jnp.float32)
+        by_distance = self.relative_attention_bias(jnp.asarray(buckets)).astype(jnp.float32)
         position = jnp.arange(length)
         distance = position[None, :] - position[:, None]  # key − query
         return by_distance[distance + length - 1].transpose(2, 0, 1)[None]

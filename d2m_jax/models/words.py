@@ -65,7 +65,7 @@ class Words:
         return vectors[..., order] * _signs(self.config, f"/{side} signs")
 
 
-def _signs(config: WordsConfig, name: str) -> Float[np.ndarray, "d"]:
+def _signs(config: WordsConfig, name: str) -> Float[np.ndarray, " d"]:
     return np.where(np.frombuffer(_bytes(config, name, 1), np.uint8) & 1, 1, -1).astype(np.float32)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from d2m_jax.planning.hlo import CALLED, Computation, Instruction, bytes_of, parse, trips
+from d2m_jax.planning.hlo import CALLED, Computation, Instruction, bytes_of, first, parse, trips
 
 KINDS = (
     "all-gather",
@@ -127,8 +127,7 @@ class _Program:
             if instruction is None or not instruction.shape.startswith("f32"):
                 return False
             if instruction.opcode == "fusion":
-                called = CALLED.search(instruction.text)
-                computation = self.computations[called[1]]
+                computation = self.computations[first(CALLED, instruction.text)]
                 name = next(i.name for i in computation.values() if i.root)
             elif instruction.opcode == "convert":
                 return computation[instruction.operands[0]].shape.startswith("bf16")
@@ -154,7 +153,7 @@ def _all_moved(found: tuple[Collective, ...]) -> float:
 
 def _between_slices(send: Instruction) -> Collective:
     """A transfer of the TPU runtime over the network; its payload is what one chip sends."""
-    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.text)[1]
+    kind = first(r'_xla_megascale_transfer_type="(\w+)"', send.text)
     kind = kind.lower().replace("_", "-")
     slices = re.search(r'_xla_megascale_target="\{([\d,]*)\}', send.text)
     group = len(slices[1].split(",")) if slices else 2

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from d2m_jax.command_line import load_config
 from d2m_jax.config import (
@@ -113,6 +114,7 @@ def lower(config: RunConfig, teacher: ModelConfig | None, mesh: Mesh) -> Iterato
     if teacher is not None:
         transformer = student_config(teacher.transformer, config.sparsify)
         start = replace(teacher, transformer=transformer)
+    assert start is not None  # a run has a teacher or a model (RunConfig)
     for name, stage, model in models_of(config.stages, start):
         check_batch(f"stages.{name}", stage, mesh)
         check_mesh(mesh, model.transformer)
@@ -178,7 +180,7 @@ def _batch(model: ModelConfig, stage: StageConfig, mesh: Mesh) -> dict[str, jax.
     """An encoded batch (Encoders.encode)."""
     transformer, size, place = model.transformer, stage.batch_size, batch_sharding(mesh)
 
-    def of(*shape: int, dtype=stage.dtype) -> jax.ShapeDtypeStruct:
+    def of(*shape: int, dtype: DTypeLike = stage.dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=place)
 
     return {

@@ -25,6 +25,14 @@ class Instruction(NamedTuple):
 Computation = dict[str, Instruction]
 
 
+def first(pattern: str | re.Pattern[str], text: str) -> str:
+    """What the group of a pattern found, which must be in the text."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"XLA's text: expected {pattern} in {text!r}")
+    return match[1]
+
+
 def parse(hlo: str) -> tuple[dict[str, Computation], str]:
     """The computations of `compiled.as_text()` by name, and the name of its entry."""
     computations: dict[str, Computation] = {}
@@ -48,7 +56,7 @@ def trips(
     """How often a loop runs: as the compiler says, or from a condition `i < limit`."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
         return int(known[1])
-    part = {w: re.search(rf"{w}=%?([\w.-]+)", loop.text)[1] for w in ("condition", "body")}
+    part = {w: first(rf"{w}=%?([\w.-]+)", loop.text) for w in ("condition", "body")}
     condition, body = (computations[part[w]] for w in ("condition", "body"))
     test = next(i for i in condition.values() if i.root)
     if test.opcode != "compare" or "direction=LT" not in test.text:
@@ -59,9 +67,10 @@ def trips(
     after = next(i for i in body.values() if i.root)
     if counter is None or initial is None or {initial.opcode, after.opcode} != {"tuple"}:
         return None
-    if limit is None and (place := _element(test.operands[1], condition)) is not None:
-        if _element(after.operands[place], body) == place:  # the loop leaves it as it is
-            limit = _constant(initial.operands[place], computation)
+    place = _element(test.operands[1], condition)
+    # A limit that the loop is given and leaves as it is.
+    if limit is None and place is not None and _element(after.operands[place], body) == place:
+        limit = _constant(initial.operands[place], computation)
     start = _constant(initial.operands[counter], computation)
     added = _source(after.operands[counter], body)
     step = None
@@ -91,7 +100,7 @@ def _element(name: str, computation: Computation) -> int | None:
     instruction = _source(name, computation)
     if instruction is None or instruction.opcode != "get-tuple-element":
         return None
-    return int(re.search(r"index=(\d+)", instruction.text)[1])
+    return int(first(r"index=(\d+)", instruction.text))
 
 
 def bytes_of(shape: str) -> float:

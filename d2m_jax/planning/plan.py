@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from d2m_jax.planning.collectives import Collective, collectives
@@ -114,7 +115,9 @@ def plan(
             sizes["temporaries"] = max(0.0, needed - sum(sizes.values()))
         notes.append("the compiler gave up: out of memory; temporaries are what it asked for")
         return Plan(**common, needed=needed, parts=sizes, traffic=(), seconds={}, notes=(*notes,))
-    stats = compiled.memory_analysis()
+    stats, hlo = compiled.memory_analysis(), compiled.as_text()
+    if stats is None or hlo is None:
+        raise RuntimeError(f"{platform}: its compiler tells neither memory nor program")
     arguments, program = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
     needed = arguments + fresh + stats.temp_size_in_bytes
@@ -124,7 +127,7 @@ def plan(
     sizes["temporaries"] = max(0.0, needed - sum(sizes.values()))
     sizes["program"] = program
 
-    found = collectives(compiled.as_text())
+    found = collectives(hlo)
     if platform == "cpu":
         notes.append(
             "compiled for CPU devices, for XLA's compiler for GPUs is not installed (pip install"
@@ -155,7 +158,7 @@ def device_bytes(tree: Any) -> float:
 
 
 def _itemsize(dtype: Any) -> int:
-    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
 
 
 def needed_bytes(message: str) -> float:

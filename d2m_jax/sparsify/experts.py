@@ -111,11 +111,11 @@ def cluster(
 ) -> Int[np.ndarray, " w"]:
     """Balanced k-means of unit vectors: every expert gets equally many neurons."""
     centres = vectors[generator.choice(len(vectors), experts, replace=False)]
-    labels = None
+    labels = np.full(len(vectors), -1)  # dealt to nobody yet
     for _ in range(ROUNDS):
         # ‖v − c‖² = 1 + ‖c‖² − 2 v·c, and equal sizes make the sum of ‖c‖² the same for every deal.
         new = assign(-vectors @ centres.T)
-        if labels is not None and (new == labels).all():
+        if (new == labels).all():
             break
         labels = new
         centres = np.eye(experts, dtype=vectors.dtype)[labels].T @ vectors
@@ -161,7 +161,7 @@ def fit_gate(
     with jax.default_matmul_precision("float32"):
         x = x.astype(jnp.float32)
 
-        def norm(expert):
+        def norm(expert: tuple[Array, Array, Array]):
             into, bias, out = (part.astype(jnp.float32) for part in expert)
             return jnp.linalg.norm(jax.nn.gelu(x @ into + bias, approximate=True) @ out, axis=-1)
 

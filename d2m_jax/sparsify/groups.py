@@ -7,6 +7,7 @@ from itertools import accumulate, groupby
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from d2m_jax.config import FluxConfig, GroupsConfig, StackConfig, check
 from d2m_jax.keys import named_key
@@ -149,25 +150,25 @@ def _blocks(old: list[tuple[StackConfig, dict]], stack: StackConfig, start: int)
             parts.append(jax.tree.map(lambda a, i=low, j=high: _flat(a)[i:j], block))
         begin += source.depth
 
-    def join(*parts):
+    def join(*parts: Array | np.ndarray):
         whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
         return whole.reshape(stack.groups, stack.blocks, *whole.shape[1:])
 
     return jax.tree.map(join, *parts)
 
 
-def _flat(a):
+def _flat(a: Array | np.ndarray):
     return a.reshape(-1, *a.shape[2:])
 
 
 def _router(config: FluxConfig, stack: StackConfig, name: str, seed: int) -> dict:
     key = named_key(seed, f"{name}.router")
 
-    def create(rngs):
+    def create(rngs: nnx.Rngs):
         return BlockRouter(config.hidden_size, stack.blocks, config.mob_alpha, rngs=rngs)
 
     @jax.jit
-    def initialise(key):
+    def initialise(key: Array):
         return nnx.state(over_axes(create, (stack.groups,), nnx.Rngs(key)))
 
     return nnx.to_pure_dict(initialise(key))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from d2m_jax.config import FluxConfig
 from d2m_jax.models.flux import model_of
-from d2m_jax.models.protocol import Body, GroupReport
+from d2m_jax.models.protocol import Body, FFNReport, GroupReport
 from d2m_jax.sharding import whole
 
 # (batch, key) → the arguments of Flux.embed at random times, and the velocity that is true there
@@ -70,7 +70,7 @@ def _measure(
     inputs, target = noisy(batch, noise)
     dtype = params["img_in"]["kernel"].dtype
 
-    def loss(chosen):
+    def loss(chosen: dict):
         model = model_of(config, _with_ffns(params, chosen), dtype)
         velocity, report = model.run(*model.embed(*inputs, collect=SPREAD), remat=True)
         return jnp.square(velocity - target).mean(), _draw(report, drawn, count)
@@ -84,21 +84,23 @@ def _measure(
     *others, guidance = inputs
     if guidance is not None:
         guidance = guidance * jax.random.uniform(spread, guidance.shape, maxval=2.0)
-    _, context = model_of(config, params).embed(*others, guidance)
+    _, context = model_of(config, params).embed(*others, guidance=guidance)
     return each(_per_neuron, product), seen, jax.nn.silu(context.vec)
 
 
 def _draw(report: Body[GroupReport], key: Array, count: int) -> dict:
     """`count` of the inputs that every FFN reported, or all where there are fewer."""
 
-    def draw(x: Float[Array, "g m b n d"]) -> Float[Array, "g m t d"]:
+    def draw(ffn: FFNReport) -> Float[Array, "g m t d"]:
+        x = ffn.inputs  # [groups, blocks, batch, tokens, D]
+        assert x is not None  # Context.collect asked for them
         x = x.reshape(*x.shape[:2], -1, x.shape[-1])
         chosen = jax.random.permutation(key, x.shape[2])[:count]
         return x[:, :, chosen]
 
     return {
         kind: {
-            i: {name: draw(stack.ffns[name].inputs) for name in names}
+            i: {name: draw(stack.ffns[name]) for name in names}
             for i, stack in enumerate(report[kind])
         }
         for kind, names in FFNS.items()

@@ -84,14 +84,15 @@ def test_rope_knows_positions_above_256():
 
 
 def test_modulation_is_shift_scale_gate_and_nothing_at_birth():
-    modulation = layers.Modulation(4, 2, 3, rngs=nnx.Rngs(0))
+    modulation = layers.Modulation(4, 2, 1, rngs=nnx.Rngs(0))
     cond = jnp.asarray(normal(5, 4))
-    assert all(chunk.shape == (5, 1, 2) and not chunk.any() for chunk in modulation(cond))
+    (branch,) = modulation(cond)
+    assert all(part.shape == (5, 1, 2) and not part.any() for part in branch)
     modulation.lin.bias[...] = jnp.arange(6.0)
-    shift, scale, gate = (np.asarray(chunk)[0, 0] for chunk in modulation(cond))
-    assert [*shift, *scale, *gate] == [0, 1, 2, 3, 4, 5]
+    (branch,) = modulation(cond)
+    np.testing.assert_array_equal(jnp.concatenate(branch, axis=-1)[0, 0], [0, 1, 2, 3, 4, 5])
     x = normal(5, 3, 2)
-    result = layers.modulate(jnp.asarray(x), *modulation(cond)[:2])
+    result = layers.modulate(jnp.asarray(x), branch.shift, branch.scale)
     np.testing.assert_allclose(result, x * (1 + np.float32([2, 3])) + np.float32([0, 1]), rtol=1e-6)
 
 
