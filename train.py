@@ -71,8 +71,8 @@ def main(arguments: Sequence[str]) -> None:
         return
     from d2m_jax import hosts
     from d2m_jax.config import to_json
+    from d2m_jax.cores import use_cores
     from d2m_jax.report import write
-    from d2m_jax.sharding import use_cores
     from d2m_jax.training import lock, run
     from d2m_jax.weights.hub import check_folder_name
     from d2m_jax.weights.output import full_disk

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little: an eighth of the time (sharding.use_cores says why). With
+# Tests compile much and compute little: an eighth of the time (cores.use_cores says why). With
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 they run the programs that users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):

@@ -16,6 +16,7 @@ FLOORS = {
     "environment": 0,
     "flow": 0,
     "keys": 0,
+    "cores": 0,
     "kernels": 1,
     "hosts": 1,
     "progress": 1,

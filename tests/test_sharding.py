@@ -110,9 +110,7 @@ def test_a_mesh_leaves_no_process_without_devices():
 def test_the_number_of_devices_is_the_user_s(asked):
     """Without a wish of theirs it is that of the cores, a power of two up to 8."""
     clean = {name: value for name, value in os.environ.items() if name not in NAMES}
-    code = (
-        "import jax; from d2m_jax.sharding import use_cores; use_cores(); print(jax.device_count())"
-    )
+    code = "import jax; from d2m_jax.cores import use_cores; use_cores(); print(jax.device_count())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=clean | {"JAX_PLATFORMS": "cpu"} | asked,
