@@ -67,6 +67,7 @@ def load_config(path: str | Path) -> Any:
     check(path.is_file(), f"{path}: no such file, expected a Python file with get_config()")
     check(path.suffix == ".py", f"{path}: expected a Python file with get_config()")
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -92,8 +93,9 @@ def parse(
 
     `--help` prints them all and exits. Raises ConfigError where tyro would draw a box.
     """
+    given: dict[str, Any] = {} if default is None else {"default": default}
 
-    def cli(arguments):
+    def cli(arguments: Sequence[str]):
         return tyro.cli(
             kind,
             args=list(arguments),
@@ -102,7 +104,7 @@ def parse(
             return_unknown_args=True,
             use_underscores=True,
             config=(tyro.conf.AvoidSubcommands,),
-            **({} if default is None else {"default": default}),
+            **given,
         )
 
     said = io.StringIO()

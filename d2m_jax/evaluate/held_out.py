@@ -8,7 +8,7 @@ from itertools import islice
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from d2m_jax import flow
@@ -68,9 +68,8 @@ def compile_forward(config: ModelConfig, params: dict, inputs: Inputs) -> None:
 
 
 def _mesh_of(inputs: Inputs) -> contextlib.AbstractContextManager:
-    sharding = inputs["img"].sharding
-    on_mesh = isinstance(sharding, NamedSharding)
-    return jax.set_mesh(sharding.mesh) if on_mesh else contextlib.nullcontext()
+    mesh = getattr(inputs["img"].sharding, "mesh", None)
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
 
 
 @partial(jax.jit, static_argnums=0)

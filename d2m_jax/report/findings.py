@@ -4,6 +4,8 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from d2m_jax.config import ModelConfig
 from d2m_jax.evaluate import latency, routing, scores
 from d2m_jax.evaluate.held_out import BATCH
@@ -53,10 +55,9 @@ def gather(run: Run, bench: Bench) -> Findings:
     accounts = {row: account(row.config) for row in run.rows}
     gflops = {row: account.total.flops / 1e9 for row, account in accounts.items()}
     milliseconds = {batch: _milliseconds(run, bench, batch) for batch in (1, BATCH)}
+    rival = run.rival.rows if run.rival else []
     others = [s for s in run.students if s is not run.rival] if run.rival else []
-    compared = {
-        row: compare(row, measured, run.rival.rows) for student in others for row in student.rows
-    }
+    compared = {row: compare(row, measured, rival) for student in others for row in student.rows}
     judged = {
         row: verdicts(run, row, measured, compared.get(row, {}), gflops, milliseconds[BATCH])
         for student in reversed(run.students)
@@ -165,5 +166,5 @@ def _worth(measured: Measured) -> dict[str, Any]:
     return {"held_out_error": measured.errors, "scores": scores.to_json(measured.scores)}
 
 
-def _rounded(values) -> list:
+def _rounded(values: np.ndarray) -> list:
     return values.round(4).tolist()

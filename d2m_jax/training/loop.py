@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from d2m_jax.weights.named_arrays import fingerprint, shapes
 Batch = dict[str, Any]  # arrays, or trees of them, with the batch in front
 
 
-def train_stage(
+def train_stage(  # noqa: C901 (one loop, whose closures share its state)
     name: str,
     stage: StageConfig,
     *,
@@ -224,7 +225,7 @@ def _make_evaluate(step: Step, batches: list, key: Array) -> Callable[[dict, dic
     """Mean loss and metrics over the held-out batches, each with its own key, always the same."""
     one = step.evaluate()
 
-    def evaluate(trainable, frozen, constants):
+    def evaluate(trainable: dict, frozen: dict, constants: Any):
         window = Window()
         for i, batch in enumerate(batches):
             window.add(jax.device_get(one(trainable, frozen, constants, batch, key, np.uint32(i))))
@@ -299,7 +300,7 @@ def _caught_signals():
         return
     before = {}
 
-    def catch(number, _):
+    def catch(number: int, _: FrameType | None):
         caught.append(signal.Signals(number))
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -3,6 +3,7 @@ is needed."""
 
 import logging
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -158,23 +159,23 @@ def _chosen(name: str, files: Iterable[str], parts: Sequence[str]) -> tuple[list
 
 def _with_settings(file: str, files: Iterable[str]) -> list[str]:
     """A file, and PEFT's settings beside it where they are of it (lora_strength.stated)."""
-    folder, name = os.path.split(file)
-    beside = [f for f in files if os.path.dirname(f) == folder and f.lower().endswith(WEIGHTS)]
+    folder, name = posixpath.split(file)
+    beside = [f for f in files if posixpath.dirname(f) == folder and f.lower().endswith(WEIGHTS)]
     mine = Path(name).stem == ADAPTER or len(beside) == 1
-    return [file, *([os.path.join(folder, LORA_CONFIG)] if mine else [])]
+    return [file, *([posixpath.join(folder, LORA_CONFIG)] if mine else [])]
 
 
 def _without_copies(files: Sequence[str]) -> list[str]:
     """Without pickles, and without lighter copies (NAME.fp16.safetensors) of weights that are
     there in full."""
     kept = [f for f in files if f.endswith((*WEIGHTS, *SMALL))]
-    plain = {os.path.dirname(f) for f in kept if f.endswith(WEIGHTS) and not variant(f)}
-    return [f for f in kept if not (variant(f) and os.path.dirname(f) in plain)]
+    plain = {posixpath.dirname(f) for f in kept if f.endswith(WEIGHTS) and not variant(f)}
+    return [f for f in kept if not (variant(f) and posixpath.dirname(f) in plain)]
 
 
 def variant(file: str) -> str:
     """`fp16` of NAME.fp16.safetensors, of a shard of such, and of their index; else empty."""
-    name = os.path.basename(file)
+    name = posixpath.basename(file)
     shard = r"(?:-\d{5}-of-\d{5})?"
     found = re.fullmatch(rf"[^.]+\.([\w-]+?){shard}\.(?:safetensors|sft)", name)
     found = found or re.fullmatch(r"[^.]+\.safetensors\.index\.([\w-]+)\.json", name)

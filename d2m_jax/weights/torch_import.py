@@ -184,7 +184,7 @@ def load(
     `sharding` says where each goes, as in model_directory.load: every device's part is then read by
     itself.
     """
-    named, place = {}, sharding and model_directory.placement(sharding)
+    named, place = {}, None if sharding is None else model_directory.placement(sharding)
     for name in names(like):
         param = params[name]
         if place is None:

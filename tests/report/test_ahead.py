@@ -68,6 +68,8 @@ def test_an_error_cancels_what_has_not_begun(run_and_inputs, monkeypatch):
         raise ValueError("no such program")
 
     monkeypatch.setattr(ahead, "compile_forward", fails)
-    with pytest.raises(ValueError, match="no such program"):
-        with ahead.compiled_ahead(*run_and_inputs):
-            pass
+    with (
+        pytest.raises(ValueError, match="no such program"),
+        ahead.compiled_ahead(*run_and_inputs),
+    ):
+        pass

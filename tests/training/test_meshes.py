@@ -58,6 +58,9 @@ def train(directory: str, sizes: tuple[int, ...], stop: int = 0, process: int = 
             def __iter__(self):
                 return self
 
+            def __iter__(self):
+                return self
+
             def __next__(self):
                 self.position += 1
                 if self.position == stop:
