@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 CREATED := $(VENV)/created-$(VERSION)
 INSTALLED := $(VENV)/installed-$(VERSION)
 
-.PHONY: demo test test-elsewhere test-slow lint clean
+.PHONY: demo test test-elsewhere test-newest newest test-slow lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train.py configs/icons_moe_s.py --run-dir runs/demo
@@ -38,12 +38,25 @@ test-elsewhere: $(INSTALLED)-test
 	  TOY_SEED=$$seed taskset --cpu-list 0-$$((cores - 1)) $(PYTEST_NUMERICAL) || exit; \
 	done
 
+# The suite with the newest of all that pyproject.toml allows: jax needs a newer Python than 3.11.
+NEWEST ?= python3.12
+test-newest:
+	@command -v $(NEWEST) >/dev/null || { \
+	  echo "no $(NEWEST): expected Python 3.12 or newer (make test-newest NEWEST=...)" >&2; exit 2; }
+	$(MAKE) newest PYTHON=$(NEWEST)
+	$(MAKE) test PYTHON=$(NEWEST)
+
+newest: $(INSTALLED)-test
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	@$(BIN)/python -c 'import jax, flax; print("jax", jax.__version__, "flax", flax.__version__)'
+
 test-slow: $(INSTALLED)-test
 	$(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 $(CREATED):
 	@command -v $(PYTHON) >/dev/null || { \

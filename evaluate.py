@@ -19,7 +19,7 @@ from d2m_jax import command_line  # first, for it tells where there is no enviro
 # isort: split
 import tyro
 
-from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check, suggestion
+from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, RunConfig, check, suggestion
 from d2m_jax.sampling.options import check_options
 
 
@@ -46,11 +46,11 @@ def account(arguments: Sequence[str]) -> None:
     if parsed.source.suffix == ".py":
         config = command_line.load_config(parsed.source)
         config = config.model if isinstance(config, RunConfig) else config
-        check(
-            isinstance(config, FluxConfig | ModelConfig),
-            f"{parsed.source}: expected a config that holds a model; of one with a teacher, count"
-            " the model directory that its run leaves",
-        )
+        if not isinstance(config, FluxConfig | ModelConfig):
+            raise ConfigError(
+                f"{parsed.source}: expected a config that holds a model; of one with a teacher,"
+                " count the model directory that its run leaves"
+            )
     else:
         config = weights.load_config(parsed.source)
     counted = accounting.account(config, parsed.image_tokens, parsed.text_tokens)
@@ -113,7 +113,7 @@ COMMANDS = {"account": account, "icons": icons}
 
 def main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__.strip())
+        print((__doc__ or "").strip())
         return
     name = arguments[0]
     expected = f"expected {' or '.join(COMMANDS)}"

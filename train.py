@@ -37,7 +37,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> None:
     if list(arguments) in (["-h"], ["--help"]):
-        print(__doc__.strip())
+        print((__doc__ or "").strip())
         return
     found = arguments[0] if arguments else "none"
     check(
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         Arguments,
         arguments[1:],
         usage=f"train.py {arguments[0]}",
-        description=__doc__,
+        description=__doc__ or "",
         default=Arguments(config),
     )
     # Imported once the arguments are right: help and errors need not wait for jax.

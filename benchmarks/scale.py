@@ -103,10 +103,10 @@ def curve(
         point = known.get(str(topology))
         if point is None and topology.chips <= compile_up_to:
             point = compiled(topology, fsdp, program)
-        if point is None and last is not None:
-            # Only from one that has the same kinds of collectives.
-            if last["data"] > 1 and (last["slices"] > 1) == (topology.slices > 1):
-                point = carried(last, topology, fsdp)
+        # Only from one that has the same kinds of collectives.
+        alike = last and last["data"] > 1 and (last["slices"] > 1) == (topology.slices > 1)
+        if point is None and alike:
+            point = carried(last, topology, fsdp)
         if point is None or not point["seconds"]:
             continue
         last = point if point["compiled"] else last

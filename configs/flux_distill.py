@@ -1,4 +1,4 @@
-"""FLUX.1 [dev] to FLUX.1-MoE-S in the paper's three stages, at full size, to be planned:
+"""FLUX.1 [dev] to FLUX.1-MoE-S in the paper's three stages, at full size, to be planned.
 
     python train.py configs/flux_distill.py --plan --topology v5p:4x4x4
 

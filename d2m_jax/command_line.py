@@ -72,6 +72,7 @@ def load_config(path: str | Path) -> Any:
     check(path.is_file(), f"{path}: no such file, expected a Python file with get_config()")
     check(path.suffix == ".py", f"{path}: expected a Python file with get_config()")
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -90,8 +91,8 @@ def _told(error: Exception) -> str:
         return str(error)
     # What Python says of a config's fields that are unknown, or that were left out.
     said = re.match(r"(\w+)\.__init__\(\) (got an unexpected|missing).*?'(\w+)'", str(error))
-    kind = said and getattr(config, said[1], None)
-    if not (isinstance(error, TypeError) and kind):
+    kind = getattr(config, said[1], None) if said else None
+    if said is None or kind is None or not isinstance(error, TypeError):
         return f"{type(error).__name__}: {error}"
     known = [field.name for field in dataclasses.fields(kind)]
     near = f"unknown field{suggestion(said[3], known)}"
@@ -112,8 +113,9 @@ def parse(
     `--help` prints them all and exits. Raises ConfigError where tyro would draw a box, which says
     of options in `elsewhere`, that others have, what to do.
     """
+    given: dict[str, Any] = {} if default is None else {"default": default}
 
-    def cli(arguments):
+    def cli(arguments: Sequence[str]):
         return tyro.cli(
             kind,
             args=list(arguments),
@@ -122,7 +124,7 @@ def parse(
             return_unknown_args=True,
             use_underscores=True,
             config=(tyro.conf.AvoidSubcommands,),
-            **({} if default is None else {"default": default}),
+            **given,
         )
 
     def usage_of(name: str) -> str:
@@ -146,7 +148,8 @@ def parse(
         plain = "one that is True or False takes no value: --NAME, --no_NAME"
         check(name.startswith("-"), f"{name}: no option takes it; {plain}")
         known = re.findall(r"--[\w.]*\w(?![\w.])", usage_of(""))
-        hint = f"; {elsewhere[name]}" if name in (elsewhere or {}) else suggestion(name, known)
+        there = (elsewhere or {}).get(name)
+        hint = f"; {there}" if there else suggestion(name, known)
         raise ConfigError(f"{name}: unknown option{hint}")
     return parsed
 

@@ -46,7 +46,7 @@ class _Told(rich.progress.ProgressColumn):
         self.unit, self.waiting = unit, waiting
 
     def render(self, task: rich.progress.Task) -> Text:
-        text = told(task.completed, task.total, task.speed, self.unit)
+        text = told(task.completed, task.total or 0.0, task.speed, self.unit)
         return Text(text if task.completed else f"{text} {self.waiting}")
 
 

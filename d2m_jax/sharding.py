@@ -333,7 +333,7 @@ def put(value: Any, sharding: NamedSharding) -> Array:
 
 def put_whole(mesh: Mesh, value: Any) -> Array:
     """An array that every device is to hold whole, there; on the host the same in all processes."""
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         data = put(jax.random.key_data(value), replicated(mesh))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
     return put(value, replicated(mesh))

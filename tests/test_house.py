@@ -3,6 +3,8 @@
 import ast
 import graphlib
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +128,29 @@ def test_file_and_its_public_names_say_what_they_are(module):
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{module}.{node.name}: expected a docstring"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_parameter_says_its_type(module):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        a = node.args
+        named = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+        bare = [p.arg for p in named if p.annotation is None and p.arg not in ("self", "cls")]
+        assert not bare, f"{module}, line {node.lineno}: {node.name} says no type of {bare}"
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=\[;]", line)[0] for line in project["dependencies"]}
+    theirs = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint"}
+    for module, file in MODULES.items():
+        if module == SHIPPED:
+            continue
+        top = {name.split(".")[0] for name in imported(file)} - sys.stdlib_module_names
+        missing = {theirs.get(name, name) for name in top - {"d2m_jax"}} - declared
+        assert not missing, f"{module} imports {missing}, which pyproject.toml does not name"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,5 +1,8 @@
 """Configs to JSON and back."""
 
+# What a kind is shows only at run time:
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 import dataclasses
 import types
 import typing

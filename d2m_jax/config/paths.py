@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from d2m_jax.config.errors import check
+from d2m_jax.config.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
@@ -13,10 +13,10 @@ def teacher_path(teacher: str) -> Path:
     folders = dict.fromkeys((Path.cwd(), ROOT))
     places = [folder / Path(teacher).expanduser() for folder in folders]
     found = next((place for place in places if place.exists()), None)
-    check(
-        found is not None,
-        f"teacher = {teacher}: found nothing in {' nor in '.join(map(str, folders))}; expected a"
-        " model directory: python convert_torch_weights.py SOURCE OUTPUT makes one of torch's files"
-        " or of a repository of Hugging Face",
-    )
+    if found is None:
+        raise ConfigError(
+            f"teacher = {teacher}: found nothing in {' nor in '.join(map(str, folders))}; expected"
+            " a model directory: python convert_torch_weights.py SOURCE OUTPUT makes one of torch's"
+            " files or of a repository of Hugging Face"
+        )
     return found

@@ -3,7 +3,7 @@ judge."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -23,7 +23,8 @@ def judge(
     """Which of the images in [0, 1], one per prompt, are what the prompt asks for. TypeError for
     data without a benchmark."""
     if isinstance(data, Icons):
-        return icons.score(images, prompts, data.lexicon)
+        scenes = cast(Sequence[icons.Scene], prompts)  # which this data's prompts are
+        return icons.score(images, scenes, data.lexicon)
     raise TypeError(f"{type(data).__name__}: no benchmark judges images of this data")
 
 

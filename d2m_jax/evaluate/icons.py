@@ -1,6 +1,7 @@
 """The benchmark of the embedded task: an oracle reads the pixels and judges as GenEval does."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -40,7 +41,8 @@ def read_all(images: Float[Array | np.ndarray, "n h w 3"], lexicon: Lexicon) -> 
     """
     count, height, width, _ = images.shape
     lit = np.asarray(images) > 0.5  # the palette is the corners of the colour cube
-    label, found = ndimage.label(lit.any(axis=3), NEIGHBOURS)
+    labelled: Any = ndimage.label(lit.any(axis=3), NEIGHBOURS)  # scipy says no types
+    label, found = labelled
     sizes = np.bincount(label.ravel(), minlength=found + 1)
     kept = np.flatnonzero(sizes[1:] >= SPECK) + 1
     if not len(kept):
@@ -86,7 +88,7 @@ def read_all(images: Float[Array | np.ndarray, "n h w 3"], lexicon: Lexicon) -> 
 
 
 def _match(
-    crops: Float[np.ndarray, "m a a"], pixels: Int[np.ndarray, "m"], lexicon: Lexicon
+    crops: Float[np.ndarray, "m a a"], pixels: Int[np.ndarray, " m"], lexicon: Lexicon
 ) -> list[str]:
     """The glyph that overlaps each crop best at any shift by up to 2 pixels, or UNKNOWN."""
     templates = lexicon.masks.reshape(len(lexicon.names), -1).astype(np.float32)
@@ -148,17 +150,17 @@ def score(
 
 def _judge(
     images: Float[Array | np.ndarray, "n h w 3"], prompts: Sequence[Scene], lexicon: Lexicon
-) -> Bool[np.ndarray, "n"]:
+) -> Bool[np.ndarray, " n"]:
     found = read_all(images, lexicon)
     return np.array([correct(f, prompt) for f, prompt in zip(found, prompts, strict=True)])
 
 
 def task_of(config: ModelConfig) -> IconsConfig:
     """The task that a model was made for, which its vocabulary, canvas and caption length tell."""
-    check(
-        isinstance(config.text, WordsConfig),
-        "its prompts go through T5 and CLIP, expected a model of the embedded task's words",
-    )
+    if not isinstance(config.text, WordsConfig):
+        raise ConfigError(
+            "its prompts go through T5 and CLIP, expected a model of the embedded task's words"
+        )
     words, image = config.text.vocabulary, config.image
     glyphs = len(words) - len(WORDS)
     for task in ("scenes", "single"):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -80,10 +80,16 @@ class Program:
 @contextlib.contextmanager
 def on_mesh_of(inputs: Inputs) -> Iterator[None]:
     """The mesh that the inputs are cut over, if any, for what is inside."""
-    sharding = inputs["img"].sharding
-    cut = isinstance(sharding, NamedSharding)
-    with jax.set_mesh(sharding.mesh) if cut else contextlib.nullcontext():
+    mesh = _mesh_of(inputs)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
+
+
+def _mesh_of(inputs: Inputs) -> Mesh | None:
+    sharding = inputs["img"].sharding
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return sharding.mesh
+    return None
 
 
 @partial(jax.jit, static_argnums=0)
@@ -111,13 +117,12 @@ def first(tree: T, inputs: Inputs, count: int) -> tuple[T, Inputs]:
     """The first `count` examples, and parameters (or their shapes) where these can meet: on the
     mesh that they are cut over, or on its first device where so few cannot be cut."""
     few = {name: array[:count] for name, array in inputs.items()}
-    sharding = inputs["img"].sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    mesh = _mesh_of(inputs)
     if mesh is not None and count % batch_shards(mesh) == 0:
         return tree, jax.device_put(few, batch_sharding(mesh))
-    one = SingleDeviceSharding(mesh.devices.flat[0] if mesh is not None else jax.devices()[0])
+    one = SingleDeviceSharding(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
 
-    def alone(leaf):
+    def alone(leaf: Any) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
         return jax.device_put(leaf, one)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def measure(
                     load = np.concatenate([a[group, b] for a in loads[key]])
                     place = None
                     if key in places:
-                        total = sum(a[group, b] for a in places[key])
+                        total = reduce(np.add, (a[group, b] for a in places[key]))
                         place = _shares(total).reshape(*grid, -1)
                     values = {n: float(v[0]) for n, v in health(jnp.asarray(load[None])).items()}
                     side = {"img_mlp": " image", "txt_mlp": " text"}.get(key[2], "")

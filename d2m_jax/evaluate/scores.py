@@ -35,8 +35,8 @@ class Score:
     """Which prompts came out right; floor judges true images by other captions of the category."""
 
     prompts: tuple[Prompt, ...]
-    correct: Bool[np.ndarray, "n"]
-    floor: Bool[np.ndarray, "n"]
+    correct: Bool[np.ndarray, " n"]
+    floor: Bool[np.ndarray, " n"]
 
     @functools.cached_property
     def overall(self) -> Estimate:

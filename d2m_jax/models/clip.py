@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from d2m_jax.config import CLIPConfig
 from d2m_jax.models import parameters
@@ -86,7 +86,7 @@ class CLIPText(nnx.Module):
         x = x + self.position_embedding(jnp.arange(length)).astype(jnp.float32)
         graph, params = nnx.split(self.layers)
 
-        def body(x: Float[Array, "b l d"], params: nnx.State):
+        def body(x: Float[Array, "b l d"], params: PyTree):
             return nnx.merge(graph, params)(x, self.dtype), None
 
         x, _ = jax.lax.scan(body, x, params)

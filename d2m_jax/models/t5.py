@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from d2m_jax.config import T5Config
 from d2m_jax.models import parameters
@@ -88,7 +88,7 @@ class T5Encoder(nnx.Module):
         bias = self.position_bias(ids.shape[1])
         graph, params = nnx.split(self.block)
 
-        def body(x: Float[Array, "b l d"], params: nnx.State):
+        def body(x: Float[Array, "b l d"], params: PyTree):
             return nnx.merge(graph, params)(x, bias, self.dtype), None
 
         x, _ = jax.lax.scan(body, self.shared(ids).astype(jnp.float32), params)

@@ -21,7 +21,7 @@ def compiled_ahead(run: Run, bench: Bench) -> Iterator[None]:
     """
     inputs = bench.inputs["seen"][0]
     shapes = {bench.program(row): bench.shapes(row) for row in run.rows}
-    jobs = [(program.compile, params, inputs) for program, params in shapes.items()]
+    jobs: list[tuple] = [(program.compile, params, inputs) for program, params in shapes.items()]
     for program in map(bench.program, run.routed):
         jobs.append((routing.compile_routing, program, shapes[program], inputs))
     jobs += [(program.compile, *first(params, inputs, 1)) for program, params in shapes.items()]

@@ -39,8 +39,8 @@ def rival_at(row: Row, rival: Sequence[Row], by: By) -> tuple[Row, bool]:
     amounts = {other: getattr(other, by) for other in rival}
     enough = [other for other in rival if amounts[other] >= getattr(row, by)]
     if enough:
-        return min(enough, key=amounts.get), True
-    return max(rival, key=amounts.get), False
+        return min(enough, key=amounts.__getitem__), True
+    return max(rival, key=amounts.__getitem__), False
 
 
 def compare(

@@ -58,10 +58,10 @@ def gather(run: Run, bench: Bench) -> Findings:
     accounts = {row: account(row.config) for row in run.rows}
     gflops = {row: account.total.flops / 1e9 for row, account in accounts.items()}
     milliseconds = _milliseconds(run, bench)
-    others = [s for s in run.students if s is not run.rival] if run.rival else []
-    compared = {
-        row: compare(row, measured, run.rival.rows) for student in others for row in student.rows
-    }
+    rival = run.rival
+    others = [] if rival is None else [s for s in run.students if s is not rival]
+    against = () if rival is None else rival.rows
+    compared = {row: compare(row, measured, against) for s in others for row in s.rows}
     judged = {
         row: verdicts(run, row, measured, compared.get(row, {}), gflops, milliseconds[BATCH])
         for student in reversed(run.students)
@@ -206,5 +206,5 @@ def _worth(measured: Measured) -> dict[str, Any]:
     return {"error": measured.errors, "scores": scores.to_json(measured.scores)}
 
 
-def _rounded(values) -> list:
+def _rounded(values: np.ndarray) -> list:
     return values.round(4).tolist()

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -181,7 +180,7 @@ def write_whole(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f".{file.name}.new")
     new.write_bytes(content)
-    os.replace(new, file)
+    new.replace(file)
 
 
 def png(image: Image.Image) -> str:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from d2m_jax import flow
 from d2m_jax.models.flux import Flux, known_of
+from d2m_jax.models.protocol import Body, Known
 
 Text = tuple[Float[Array, "b l e"], Float[Array, "b v"]]  # token features and pooled vector
 
@@ -46,12 +47,19 @@ def denoise(
     img_ids, txt_ids = flow.image_ids(*grid), flow.text_ids(txt.shape[1])
     strength = jnp.full(len(txt), guidance) if model.config.guidance_embed else None
 
-    def velocity(k, fresh, x, t, modulations, routed):
+    def velocity(
+        k: int | None,
+        fresh: bool,
+        x: Float[Array, "b n c"],
+        t: Float[Array, ""],
+        modulations: Body[Known],
+        routed: Body[Known] | None,
+    ):
         if negative is not None:
             x = jnp.concatenate([x, x])
         inputs = x, img_ids, txt, txt_ids, jnp.full(len(x), t), y, strength, k
         start = model.embed(*inputs, keep_routed=reuse > 1)
-        v, report = model.run(*start, modulations, *([] if fresh else [routed]))
+        v, report = model.run(*start, modulations, *([] if fresh or routed is None else [routed]))
         if negative is not None:
             v = v[batch:] + true_cfg * (v[:batch] - v[batch:])
         return v, known_of(report) if reuse > 1 else None
@@ -68,7 +76,7 @@ def denoise(
         branches.append(partial(velocity, kinds[0], False))
     branch_of = jnp.array([kinds.index(k) for k in top_k])
 
-    def step(i, carry):
+    def step(i: Int[Array, ""], carry: tuple[Array, Body[Known] | None]):
         x, routed = carry
         branch = branch_of[i * len(top_k) // steps]
         if reuse > 1:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from d2m_jax import flow
@@ -29,13 +30,16 @@ class Encoders:
     folder is missing or does not fit the config.
     """
 
-    def __init__(self, config: ModelConfig, dtype=None, mesh: Mesh | None = None):
+    def __init__(
+        self, config: ModelConfig, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+    ):
         usual = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         self.config, self.dtype = config, dtype_of(usual if dtype is None else dtype)
         self.params = load_encoders(config, partial(spread, mesh or local_mesh()))
         if isinstance(config.text, WordsConfig):
             self.tokenizer = Words(config.text)
         else:
+            assert config.encoders is not None  # load_encoders needs it
             self.tokenizer = Tokenizers(config.encoders, config.text)
 
     def text(self, ids: PyTree) -> tuple[Float[Array, "b l e"], Float[Array, "b v"]]:
@@ -60,7 +64,7 @@ class Encoders:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _text(config: ModelConfig, dtype, params, ids):
+def _text(config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], ids: PyTree):
     if isinstance(config.text, WordsConfig):
         return Words(config.text)(ids)
     txt = t5.model_of(config.text.t5, params["t5"], dtype)(ids["t5"])
@@ -69,7 +73,9 @@ def _text(config: ModelConfig, dtype, params, ids):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _latents(config: ModelConfig, dtype, params, image):
+def _latents(
+    config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], image: UInt8[Array, "b H W 3"]
+):
     pixels = image.astype(jnp.float32) / 127.5 - 1
     if isinstance(config.image, PixelsConfig):
         return flow.pack(pixels, config.image.patch)
@@ -78,7 +84,14 @@ def _latents(config: ModelConfig, dtype, params, image):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _images(config: ModelConfig, dtype, size, tile, params, latents):
+def _images(
+    config: ModelConfig,
+    dtype: DTypeLike,
+    size: tuple[int, int],
+    tile: int | None,
+    params: dict[str, dict],
+    latents: Float[Array, "b n c"],
+):
     if isinstance(config.image, PixelsConfig):
         pixels = flow.unpack(latents, *size, config.image.patch)
     else:

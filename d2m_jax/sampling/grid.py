@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,9 @@ class Images(np.ndarray):
         picture.save(file, format="PNG")
         return file.getvalue()
 
-    def __array_wrap__(self, array, context=None, return_scalar=False):
+    def __array_wrap__(
+        self, array: np.ndarray, context: tuple | None = None, return_scalar: bool = False
+    ):
         return array[()] if return_scalar else array
 
 
@@ -79,4 +80,4 @@ def write(images: Float[np.ndarray, "n h w 3"], directory: Path) -> None:
     for name, picture in pictures.items():
         temporary = directory / f".{name}.png"
         picture.save(temporary, format="PNG")
-        os.replace(temporary, directory / f"{name}.png")
+        temporary.replace(directory / f"{name}.png")

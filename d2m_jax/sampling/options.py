@@ -115,7 +115,7 @@ def captions_of(prompts: Any, name: str = "prompts") -> list[str]:
         found = type(caption).__name__
         check(isinstance(caption, str), f"{name}[{i}]: found {found}, expected a string")
         # What a terminal could not decode.
-        damaged = re.search("[\ud800-\udfff]", caption)
+        damaged = re.search("[\ud800-\udfff]", str(caption))
         check(not damaged, f"{name}[{i}] = {caption!r}: expected text, found a byte that is none")
     return [str(caption) for caption in captions]
 

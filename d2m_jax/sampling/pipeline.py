@@ -1,7 +1,7 @@
 """From prompts to images."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from d2m_jax import flow, hosts
@@ -25,8 +26,9 @@ from d2m_jax.kernels.quantized import check_kind, quantized
 from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.models.parameters import unstacked
 from d2m_jax.models.size import summary
+from d2m_jax.models.words import Words
 from d2m_jax.progress import bar
-from d2m_jax.sampling.denoise import denoise
+from d2m_jax.sampling.denoise import Text, denoise
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.grid import Images, check_finite
 from d2m_jax.sampling.options import captions_of, check_options, refuse_unknown, several
@@ -71,7 +73,7 @@ class Pipeline:
         self,
         config: ModelConfig,
         params: dict,
-        dtype=None,
+        dtype: DTypeLike | None = None,
         encoders: Encoders | None = None,
         mesh: Mesh | None = None,
         quantize: str | None = None,
@@ -188,12 +190,15 @@ class Pipeline:
 
     def _ids(self, name: str, captions: list[str], length: int | None):
         tokenizer = self.encoders.tokenizer
-        if isinstance(self.config.text, WordsConfig):
+        text = self.config.text
+        if isinstance(tokenizer, Words) and isinstance(text, WordsConfig):
             try:
                 return tokenizer.ids(captions)
             except ConfigError as error:
-                raise ConfigError(f"{error}{_example(self.config.text)}") from None
-        _tell_lost(name, tokenizer.lost(captions, length), self.config.text, length)
+                raise ConfigError(f"{error}{_example(text)}") from None
+        if isinstance(tokenizer, Words) or not isinstance(text, PromptsConfig):
+            raise TypeError(f"{type(tokenizer).__name__} does not read {type(text).__name__}")
+        _tell_lost(name, tokenizer.lost(captions, length), text, length)
         return tokenizer.ids(captions, length)
 
     def _check(
@@ -271,18 +276,18 @@ def _tell_lost(
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _denoise(
     config: ModelConfig,
-    dtype,
-    grid,
-    top_k,
-    reuse,
-    params,
-    latents,
-    span,
-    texts,
-    times,
-    steps,
-    guidance,
-    true_cfg,
+    dtype: DTypeLike,
+    grid: tuple[int, int],
+    top_k: tuple[int | None, ...],
+    reuse: int,
+    params: dict,
+    latents: Float[Array, "b n c"],
+    span: Any,
+    texts: Sequence[Text],
+    times: Float[Array, " s"],
+    steps: Int[Array, ""],
+    guidance: Float[Array, ""],
+    true_cfg: Float[Array, ""],
 ):
     model = model_of(config.transformer, params, dtype)
     negative = texts[1] if len(texts) > 1 else None
@@ -303,14 +308,14 @@ def noise_of(
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _noise(key, numbers, tokens: int, channels: int):
+def _noise(key: Array, numbers: Int[Array, " b"], tokens: int, channels: int):
     keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
     return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
 
 
 def load_pipeline(
     path: str | Path,
-    dtype=None,
+    dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     quantize: str | None = None,
     unrolled: bool | None = None,

@@ -226,7 +226,7 @@ def _open_run(directory: Path, config: RunConfig) -> Path:
 
 def _others(directory: Path) -> list[str]:
     """Names in a directory that no run makes."""
-    found = os.listdir(directory) if directory.is_dir() else []
+    found = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     mine = OWN.union(BEGUN)
     return sorted(n for n in found if n not in mine and not n.startswith(lock.FILE))
 

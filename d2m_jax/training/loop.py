@@ -27,7 +27,7 @@ from d2m_jax.weights.named_arrays import fingerprint, shapes
 Batch = dict[str, Any]  # arrays, or trees of them, with the batch in front
 
 
-def train_stage(
+def train_stage(  # noqa: C901  a loop that reads top-down, with all that can happen after a step
     name: str,
     stage: StageConfig,
     *,
@@ -321,7 +321,7 @@ def _caught_signals():
         return
     before = {}
 
-    def catch(number, _):
+    def catch(number: int, _: Any):
         caught.append(signal.Signals(number))
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -14,7 +14,7 @@ import rich.progress
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 from tensorboardX.summary import scalar
 
 from d2m_jax import hosts
@@ -183,7 +183,7 @@ def _drop_after(file: Path, stage: str, step: int) -> None:
             value = json.loads(line)
         except ValueError:
             continue
-        if value["stage"] != stage or (0 < step and value["step"] <= step):
+        if value["stage"] != stage or (step > 0 and value["step"] <= step):
             kept.append(line + "\n")
     new = file.with_name(".metrics.jsonl.new")
     new.write_text("".join(kept))

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from d2m_jax.config import ConfigError, OptimizerConfig, suggestion
 from d2m_jax.weights.named_arrays import names, restructure
@@ -15,7 +16,7 @@ from d2m_jax.weights.named_arrays import names, restructure
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate of step 0, 1, …: linear warm-up over `warmup` steps, then the schedule."""
 
-    def schedule(step):
+    def schedule(step: ArrayLike):
         warm = jnp.minimum(1.0, (step + 1) / max(config.warmup, 1))
         progress = jnp.clip((step - config.warmup) / max(steps - config.warmup, 1), 0.0, 1.0)
         if config.schedule == "cosine":
@@ -95,7 +96,7 @@ def split(params: dict, train: Sequence[str], freeze: Sequence[str] = ()) -> tup
 def select(params: dict, chosen: Container[str]) -> tuple[dict, dict]:
     """The leaves of these names, and the others: two nested dicts that `merge` joins again."""
 
-    def those(tree, prefix, wanted):
+    def those(tree: dict, prefix: str, wanted: bool):
         kept = {}
         for key, value in tree.items():
             name = f"{prefix}{key}"

@@ -1,7 +1,7 @@
 """A whole run: a teacher from scratch, or a student and its rivals from one, stage after stage."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -83,6 +83,7 @@ def run(config: RunConfig, run_directory: Path | str) -> None:
     mesh = make_mesh(config.mesh)
     if config.teacher is None:
         model = config.model
+        assert model is not None  # RunConfig has one of the two
         if isinstance(model.text, WordsConfig):
             vocabulary = open_data(config.data, model.image).vocabulary()
             model = replace(model, text=replace(model.text, vocabulary=vocabulary))
@@ -162,6 +163,7 @@ def models_of(
 def _cut(work: _Work, teacher: tuple[ModelConfig, dict], sparsify: SparsifyConfig):
     """The student before any training."""
     (model, params), size = teacher, sparsify.batch_size
+    assert work.noisy is not None  # of a run with a teacher
     with jax.set_mesh(work.mesh):
         batches = (
             work.encoders.encode(put_batch(work.mesh, batch)) for batch in work.batches(model, size)
@@ -174,7 +176,7 @@ def _cut(work: _Work, teacher: tuple[ModelConfig, dict], sparsify: SparsifyConfi
 def _train(
     work: _Work,
     directory: Path,
-    start,
+    start: tuple[ModelConfig, dict] | Callable[[], tuple[ModelConfig, dict]],
     stages: Mapping[str, StageConfig],
     teacher: tuple[ModelConfig, dict] | None = None,
 ) -> None:

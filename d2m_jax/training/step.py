@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import StageConfig
 from d2m_jax.sharding import parameter_shardings, replicated
@@ -89,11 +89,18 @@ class Step:
         parts = self.stage.optimizer.accumulate
         gradient = jax.value_and_grad(self.loss, has_aux=True)
 
-        def step(state, frozen, constants, batch, key, signals):
+        def step(
+            state: dict,
+            frozen: dict,
+            constants: Any,
+            batch: dict,
+            key: Array,
+            signals: Int[Array, " devices"],
+        ):
             trainable = state["trainable"]
             key = jax.random.fold_in(key, state["step"])
 
-            def micro(total, part):
+            def micro(total: dict, part: tuple):
                 result, gradients = gradient(trainable, frozen, constants, *part)
                 return jax.tree.map(jnp.add, total, gradients), result
 
@@ -145,7 +152,7 @@ class Step:
     def evaluate(self) -> Callable:
         """The jitted evaluation (trainable, frozen, constants, batch, key) → scalars."""
 
-        def one(trainable, frozen, constants, batch, key):
+        def one(trainable: dict, frozen: dict, constants: Any, batch: dict, key: Array):
             value, metrics = self.loss(trainable, frozen, constants, batch, key)
             scalars = {f"validation_{n}": v for n, v in metrics.items() if jnp.ndim(v) == 0}
             return {"validation": value} | scalars

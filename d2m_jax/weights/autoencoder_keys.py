@@ -40,7 +40,7 @@ def bfl_keys(config: AutoencoderConfig) -> list[Entry]:
     convolutions."""
     last = len(config.block_out_channels) - 1
 
-    def from_image(match):
+    def from_image(match: re.Match[str]):
         return f"decoder.up_blocks.{last - int(match[1])}"
 
     return _table(config, {r"decoder\.up_blocks\.(\d+)": from_image} | BFL, linear="pointwise")

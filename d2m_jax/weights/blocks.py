@@ -61,7 +61,7 @@ def parameter(value: Any) -> Parameter:
     if isinstance(value, Parameter):
         return value
 
-    def take(region):
+    def take(region: tuple[slice, ...]):
         whole = all(part == slice(0, n) for part, n in zip(region, value.shape, strict=True))
         return np.asarray(value if whole else value[region])
 
@@ -87,14 +87,18 @@ class _Handler(ocp.type_handlers.NumpyHandler):
     Orbax starts `_open_and_write` for all arrays together, in the order of their names.
     """
 
-    def __init__(self, names: list[str], note: dict[str, str], progress):
+    def __init__(
+        self, names: list[str], note: dict[str, str], progress: Callable[[int], None] | None
+    ):
         super().__init__(deepcopy_host_arrays=False)
         self._names, self._note, self._progress = iter(names), note, progress
         self._fingerprint, self._before = Fingerprint(), None
         self._opened: list[tensorstore.Future] = []
-        self._pending: deque[tuple[tensorstore.Future, int]] = deque()
+        self._pending: deque[tuple[tensorstore.WriteFutures, int]] = deque()
 
-    async def _open_and_write(self, value: Parameter, tspec: dict, ts_context) -> None:
+    async def _open_and_write(
+        self, value: Parameter, tspec: dict, ts_context: tensorstore.Context | None
+    ) -> None:
         name, before, done = next(self._names), self._before, asyncio.Event()
         self._before = done
         # All are opened at once, for every change of an OCDBT store that is waited for costs a
@@ -116,7 +120,9 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         for future in written:
             await future
 
-    async def _write(self, name: str, value: Parameter, store) -> list[tensorstore.Future]:
+    async def _write(
+        self, name: str, value: Parameter, store: tensorstore.TensorStore
+    ) -> list[tensorstore.WriteFutures]:
         self._fingerprint.begin(name, value.dtype, value.shape)
         written = []
         for region in blocks(value):
@@ -160,7 +166,8 @@ def read(directory: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[st
     try:
         try:
             arguments = ocp.args.StandardRestore(dict(wanted))
-            return ocp.StandardCheckpointHandler().restore(directory, args=arguments)
+            handler = ocp.StandardCheckpointHandler()
+            return handler.restore(directory, args=arguments)  # pyright: ignore[reportArgumentType]
         except Exception as error:  # Orbax and tensorstore each have their own
             why = str(error).strip().split(" See full TensorStore")[0] or type(error).__name__
         time.sleep(0.1)

@@ -27,6 +27,7 @@ from d2m_jax.weights import (
     text_encoder_keys,
     torch_import,
 )
+from d2m_jax.weights.key_table import Entry
 from d2m_jax.weights.named_arrays import sizes
 
 T5, CLIP, AUTOENCODER = "text_encoder_2", "text_encoder", "vae"
@@ -175,7 +176,8 @@ def load_encoders(config: ModelConfig, sharding: Any = None) -> dict[str, dict]:
     text, image, params = config.text, config.image, {}
     if isinstance(text, WordsConfig) and isinstance(image, PixelsConfig):
         return params
-    check(config.encoders is not None, "ModelConfig.encoders: expected a folder, found none")
+    if config.encoders is None:
+        raise ConfigError("ModelConfig.encoders: expected a folder, found none")
     folder = Path(config.encoders)
     check(folder.is_dir(), f"ModelConfig.encoders = {config.encoders}: no such folder")
     if isinstance(text, PromptsConfig):
@@ -199,7 +201,9 @@ def _tensors(folder: Path) -> dict[str, Any]:
     return recognise.without_wrappers(folder, torch_import.read_tensors(folder))
 
 
-def _load(where: Path, table, tensors, like: dict, sharding) -> dict:
+def _load(
+    where: Path, table: list[Entry], tensors: dict[str, Any], like: dict, sharding: Any
+) -> dict:
     shapes = sizes(like)
     key_table.check_fit(where, table, tensors, shapes)
     stored = torch_import.stored_dtype(tensors)

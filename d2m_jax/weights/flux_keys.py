@@ -55,7 +55,9 @@ def linear(
     ]
 
 
-def _single_out(theirs: str, config: FluxConfig, stack: StackConfig, ours: str, index) -> list:
+def _single_out(
+    theirs: str, config: FluxConfig, stack: StackConfig, ours: str, index: tuple[int, ...]
+) -> list:
     """[attn, mlp] → output with one bias, which is attn_out's in our tree."""
     dim = config.hidden_size
     attention, ffn = Part(1, 0, dim), Part(1, dim, dim + config.ffn_width(stack))
@@ -79,7 +81,9 @@ def bfl_top(config: FluxConfig) -> Iterator[Entry]:
     yield from linear("final_layer.adaLN_modulation.1", "final_layer.adaLN_modulation")
 
 
-def _bfl_double(config, stack, i: int, start: str, index) -> Iterator[Entry]:
+def _bfl_double(
+    config: FluxConfig, stack: StackConfig, i: int, start: str, index: tuple[int, ...]
+) -> Iterator[Entry]:
     yield from bfl_double_attention(i, start, index)
     for stream in ("img", "txt"):
         yield from bfl_mlp(f"double_blocks.{i}.{stream}_mlp", f"{start}.{stream}_mlp", index)
@@ -102,7 +106,9 @@ def bfl_mlp(theirs: str, ours: str, index: tuple[int, ...]) -> Iterator[Entry]:
     yield from linear(f"{theirs}.2", f"{ours}.out_layer", index)
 
 
-def _bfl_single(config, stack, i: int, start: str, index) -> Iterator[Entry]:
+def _bfl_single(
+    config: FluxConfig, stack: StackConfig, i: int, start: str, index: tuple[int, ...]
+) -> Iterator[Entry]:
     theirs, width = f"single_blocks.{i}", 3 * config.hidden_size
     fused = width, width + config.ffn_width(stack)
     yield from linear(f"{theirs}.modulation.lin", f"{start}.modulation.lin", index)
@@ -129,12 +135,14 @@ def _diffusers_top(config: FluxConfig) -> Iterator[Entry]:
     yield from linear("norm_out.linear", ours, at=second, our=first)
 
 
-def _qkv(theirs: tuple[str, str, str], ours: str, index, dim: int) -> Iterator[Entry]:
+def _qkv(theirs: tuple[str, ...], ours: str, index: tuple[int, ...], dim: int) -> Iterator[Entry]:
     for part, name in enumerate(theirs):
         yield from linear(name, f"{ours}.qkv", index, our=(part * dim, (part + 1) * dim))
 
 
-def _diffusers_double(config, stack, i: int, start: str, index) -> Iterator[Entry]:
+def _diffusers_double(
+    config: FluxConfig, stack: StackConfig, i: int, start: str, index: tuple[int, ...]
+) -> Iterator[Entry]:
     theirs, dim = f"transformer_blocks.{i}", config.hidden_size
     for stream, mod, qkv, norms, proj, mlp in (
         ("img", "norm1", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "ff"),
@@ -157,7 +165,9 @@ def _diffusers_double(config, stack, i: int, start: str, index) -> Iterator[Entr
         yield from linear(f"{theirs}.{mlp}.net.2", f"{ours}_mlp.out_layer", index)
 
 
-def _diffusers_single(config, stack, i: int, start: str, index) -> Iterator[Entry]:
+def _diffusers_single(
+    config: FluxConfig, stack: StackConfig, i: int, start: str, index: tuple[int, ...]
+) -> Iterator[Entry]:
     theirs, dim = f"single_transformer_blocks.{i}", config.hidden_size
     yield from linear(f"{theirs}.norm.linear", f"{start}.modulation.lin", index)
     qkv = tuple(f"{theirs}.attn.{name}" for name in ("to_q", "to_k", "to_v"))

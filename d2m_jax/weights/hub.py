@@ -2,6 +2,7 @@
 is needed."""
 
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
     if found is None:
         far = "://" in source or re.fullmatch(r"[\w-][^/]*(/[^/]+){2,}", source)
         address = "; of Hugging Face, name OWNER/NAME or OWNER/NAME/FILE" if far else ""
-        here = "" if path.is_absolute() or "://" in source else f" in {os.getcwd()}"
+        here = "" if path.is_absolute() or "://" in source else f" in {Path.cwd()}"
         raise ConfigError(f"{source}: no such file or folder{here}{address}")
     name, revision, file = found.group("name", "revision", "file")
     try:
@@ -64,7 +65,7 @@ def place(source: Any) -> str:
     found = "an empty string" if source == "" else type(source).__name__
     right = isinstance(source, str | os.PathLike) and source != ""
     check(right, f"the model's path: found {found}, expected a path or OWNER/NAME")
-    return os.path.expanduser(os.fspath(source))
+    return os.path.expanduser(os.fspath(source))  # noqa: PTH111  Path would drop a URL's slash
 
 
 def refuse_run(path: Path) -> None:
@@ -174,23 +175,23 @@ def _chosen(name: str, files: Iterable[str], parts: Sequence[str]) -> tuple[list
 
 def _with_settings(file: str, files: Iterable[str]) -> list[str]:
     """A file, and PEFT's settings beside it where they are of it (lora_strength.stated)."""
-    folder, name = os.path.split(file)
-    beside = [f for f in files if os.path.dirname(f) == folder and f.lower().endswith(WEIGHTS)]
+    folder, name = posixpath.split(file)
+    beside = [f for f in files if posixpath.dirname(f) == folder and f.lower().endswith(WEIGHTS)]
     mine = Path(name).stem == ADAPTER or len(beside) == 1
-    return [file, *([os.path.join(folder, LORA_CONFIG)] if mine else [])]
+    return [file, *([posixpath.join(folder, LORA_CONFIG)] if mine else [])]
 
 
 def _without_copies(files: Sequence[str]) -> list[str]:
     """Without pickles, and without lighter copies (NAME.fp16.safetensors) of weights that are
     there in full."""
     kept = [f for f in files if f.endswith((*WEIGHTS, *SMALL))]
-    plain = {os.path.dirname(f) for f in kept if f.endswith(WEIGHTS) and not variant(f)}
-    return [f for f in kept if not (variant(f) and os.path.dirname(f) in plain)]
+    plain = {posixpath.dirname(f) for f in kept if f.endswith(WEIGHTS) and not variant(f)}
+    return [f for f in kept if not (variant(f) and posixpath.dirname(f) in plain)]
 
 
 def variant(file: str) -> str:
     """`fp16` of NAME.fp16.safetensors, of a shard of such, and of their index; else empty."""
-    name = os.path.basename(file)
+    name = posixpath.basename(file)
     shard = r"(?:-\d{5}-of-\d{5})?"
     found = re.fullmatch(rf"[^.]+\.([\w-]+?){shard}\.(?:safetensors|sft)", name)
     found = found or re.fullmatch(r"[^.]+\.safetensors\.index\.([\w-]+)\.json", name)
@@ -201,7 +202,7 @@ def _told(name: str, error: Exception) -> str:
     """What happened and what helps, for one line."""
     page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
     status = _status(error)
-    nowhere = f"no such file or folder in {os.getcwd()}; taken for a repository of Hugging Face,"
+    nowhere = f"no such file or folder in {Path.cwd()}; taken for a repository of Hugging Face,"
     login = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
         if status == 403:

@@ -191,7 +191,7 @@ def parameters(
     """
     entries, dtype = by_name(table, "ours"), np.dtype(dtype)
 
-    def take(name):
+    def take(name: str):
         return lambda region: read(entries[name], tensors, shapes[name], dtype, region, where)
 
     return {name: Parameter(tuple(shapes[name]), dtype, take(name), finite=True) for name in shapes}

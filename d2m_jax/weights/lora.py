@@ -158,7 +158,7 @@ def _sorted_out(
     for name, tensor in tensors.items():
         named = lora_names.taken_apart(lora_names.unwrapped(name))
         linear = named and lora_names.look_up(named.part, linears)
-        if linear is None:
+        if named is None or linear is None:
             if 0 in tensor.shape:
                 ignored.append(name)
             else:
@@ -256,7 +256,8 @@ def _changes(linear: Linear, roles: dict[str, Any], said: Stated, scale: float) 
         ("whole_bias", Replacement, scale),
     ):
         if role in roles:
-            check(linear.bias is not None, "has a bias, expected none")
+            if linear.bias is None:
+                raise ConfigError("has a bias, expected none")
             found, expected = tuple(roles[role].shape), linear.bias.shape
             check(found == expected, f"has a bias {list(found)}, expected {list(expected)}")
             changes.append(Change(linear.bias, make(roles[role], strength)))
@@ -278,7 +279,7 @@ def _difference(
     elif kind == "LoHa":
         pairs = [_pair(roles, f"hada_{w}_a", f"hada_{w}_b") for w in ("w1", "w2")]
         factor = scale * _strength(linear, roles, said, pairs[0][1].shape[0])
-        difference = Hadamard(*pairs, factor)
+        difference = Hadamard(pairs[0], pairs[1], factor)
         first, second = (LowRank(*pair, 1.0).shape for pair in pairs)
         check(
             first == second, f"has products {list(first)} and {list(second)}, expected equal ones"
@@ -287,7 +288,7 @@ def _difference(
         factors = [_factor_of_lokr(roles, w) for w in ("lokr_w1", "lokr_w2")]
         ranks = [parts[1].shape[0] for parts in factors if len(parts) == 2]
         factor = scale * _strength(linear, roles, said, ranks[-1] if ranks else None)
-        difference = Kronecker(*factors, factor)
+        difference = Kronecker(factors[0], factors[1], factor)
     elif kind is not None:
         make = {"diff": Whole, "weight": Replacement}[kind]
         difference = make(roles[kind], scale)
@@ -300,7 +301,8 @@ def _difference(
         check(fills, f"fills the weight up, expected {list(expected)} as it is")
     if "magnitude" in roles or (said.dora and kind == "LoRA"):
         check("magnitude" in roles, "lacks the magnitude of a DoRA, which its settings promise")
-        check(kind in ("LoRA", "LoHa", "LoKr"), "has the magnitude of a DoRA alone")
+        if difference is None or kind not in ("LoRA", "LoHa", "LoKr"):
+            raise ConfigError("has the magnitude of a DoRA alone")
         difference = Decomposed(difference, roles["magnitude"])
         found = list(roles["magnitude"].shape)
         check(
@@ -351,7 +353,7 @@ def _strength(linear: Linear, roles: Mapping[str, Any], said: Stated, rank: int 
     both = alpha is not None and stated is not None
     check(not both or alpha == stated, f"has alpha {alpha}, {said.where} says {stated}")
     alpha = stated if alpha is None else alpha
-    if alpha is None:
+    if alpha is None or rank is None:
         return 1.0
     check(math.isfinite(alpha) and alpha != 0, f"has alpha {alpha}, expected a number other than 0")
     return alpha / said.divisor(rank)
@@ -383,7 +385,7 @@ def _merged(
     for entry, change in changes:
         by_index.setdefault(entry.index, []).append((entry, change))
 
-    def take(region):
+    def take(region: tuple[slice, ...]):
         out = np.array(param[region])  # a model directory's arrays cannot be written to
         for index, some in by_index.items():
             block = tuple(slice(i, i + 1) for i in index) + region[len(index) :]

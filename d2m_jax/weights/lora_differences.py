@@ -19,9 +19,11 @@ class Difference(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the tensor that it changes."""
+        ...
 
     def array(self, weight: Callable[[], np.ndarray]) -> Float[np.ndarray, "..."]:
         """What is added, float32; `weight` gives the tensor as the model has it."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from d2m_jax.config import FluxConfig
+from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.flux import abstract
 from d2m_jax.weights import flux_keys, key_table, lora_names, sparse_keys
 from d2m_jax.weights.key_table import Entry
@@ -33,7 +33,7 @@ def linears(config: FluxConfig) -> dict[str, Linear]:
     """All linears and norms by their flat names: those of the dense model that this is, or was
     before it was cut, as BFL and diffusers call them, and those of --export torch, experts too."""
 
-    def dense(stacks):
+    def dense(stacks: tuple[StackConfig, ...]):
         return tuple(replace(stack, ffn="dense", active=stack.blocks) for stack in stacks)
 
     doubles, singles = dense(config.double), dense(config.single)

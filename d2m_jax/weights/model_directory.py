@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.typing import DTypeLike
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, ModelConfig, from_json, to_json
@@ -26,7 +27,7 @@ def save(
     path: Path | str,
     config: ModelConfig,
     params: Mapping,
-    dtype=None,
+    dtype: DTypeLike | None = None,
     progress: Callable[[int], None] | None = None,
     beside: Callable[[Path], None] | None = None,
     overwrite: bool = False,
@@ -120,7 +121,8 @@ def placement(
 
 def is_model_directory(path: Path | str) -> bool:
     """Whether there is a folder of ours: config.json beside params/. ConfigError for no path."""
-    file, params = (os.path.join(hub.place(path), name) for name in ("config.json", "params"))
+    folder = hub.place(path)
+    file, params = f"{folder}/config.json", f"{folder}/params"
     return os.path.isfile(file) and os.path.exists(params)
 
 
@@ -149,7 +151,7 @@ def stored(path: Path | str, sharding: Sharding | None = None) -> tuple[ModelCon
 
 
 def load(
-    path: Path | str, dtype=jnp.float32, sharding: Sharding | None = None
+    path: Path | str, dtype: DTypeLike | None = jnp.float32, sharding: Sharding | None = None
 ) -> tuple[ModelConfig, dict]:
     """Config and parameters, floats restored as `dtype` (None: as stored).
 
@@ -185,7 +187,7 @@ def _told_by_all(directory: Path) -> Iterator[None]:
         raise ConfigError(f"{directory}: damaged, cannot be read ({said})")
 
 
-def _check_fit(path, stored: dict[str, tuple], expected: dict) -> None:
+def _check_fit(path: Path | str, stored: dict[str, tuple], expected: dict) -> None:
     """Raise ConfigError that names the first parameter that is missing, unknown or misshapen."""
     wrong = [
         f"{name} is {stored.get(name, 'missing')}, expected {tuple(a.shape)}"

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,10 @@ def _finite(words: np.ndarray, dtype: Any) -> bool:
 # what is odd has an inverse; several, or elements in each other's places, but for one in 2^32.
 
 
-def _mix(x):
+Words = TypeVar("Words", Array, np.ndarray)
+
+
+def _mix(x: UInt32[Words, "..."]) -> UInt32[Words, "..."]:
     """A bijection of 32-bit numbers: every bit of x turns half of the result's (`lowbias32`)."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)

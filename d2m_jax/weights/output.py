@@ -144,7 +144,7 @@ def machine() -> str:
     boot, container = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     if not boot.exists():
         return f"{zlib.crc32(socket.gethostname().encode()):08x}"
-    inside = os.readlink(container) if container.is_symlink() else ""
+    inside = str(container.readlink()) if container.is_symlink() else ""
     return f"{zlib.crc32((boot.read_text() + inside).encode()):08x}"
 
 
@@ -174,7 +174,7 @@ def full_disk(path: Path, kept: str = "nothing was written") -> Iterator[None]:
         if number in FULL or any(text in str(error) for text in FULL_TEXTS):
             raise _full(path, kept) from None
         if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG):
-            raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+            raise ConfigError(f"{path}: cannot be written ({os.strerror(number)})") from None
         raise
 
 

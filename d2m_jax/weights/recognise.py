@@ -12,7 +12,7 @@ from d2m_jax.weights.key_table import listed
 
 # What a file is by its ending, where its first bytes do not say.
 PICKLE = "a pickle file, which can run any code when it is read, so it is never read"
-ENDINGS = dict.fromkeys((".bin", ".ckpt", ".pt", ".pth", ".pkl"), PICKLE)
+ENDINGS: dict[str, str] = dict.fromkeys((".bin", ".ckpt", ".pt", ".pth", ".pkl"), PICKLE)
 ENDINGS[".gguf"] = "GGUF, which holds quantised blocks"
 # Names at the top of a transformer, in both layouts. Those of AT_LEAST_ONE are in no other model.
 AT_LEAST_ONE = (
@@ -205,7 +205,12 @@ def _is_norm(name: str) -> bool:
     return name.endswith((".query_norm.weight", ".key_norm.weight"))
 
 
-def refuse(where: Any, tensors: Iterable[str], kinds, expected="a FLUX.1 transformer") -> None:
+def refuse(
+    where: Any,
+    tensors: Iterable[str],
+    kinds: Iterable[tuple[str, Sequence[str]]],
+    expected: str = "a FLUX.1 transformer",
+) -> None:
     """Raise ConfigError that says which of the kinds, such as FOREIGN, the tensors are of."""
     names = list(tensors)
     for kind, marks in kinds:

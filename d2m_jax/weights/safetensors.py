@@ -3,6 +3,7 @@
 https://huggingface.co/docs/safetensors: 8 bytes of header length, a JSON header, the tensors.
 """
 
+import io
 import json
 import math
 import mmap
@@ -11,10 +12,11 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from d2m_jax.config import ConfigError, suggestion
 from d2m_jax.weights import first_bytes
@@ -60,7 +62,7 @@ class Tensor:
     dtype: np.dtype
     take: Callable[[], np.ndarray]
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         array = self.take()
         return array if dtype is None else array.astype(dtype)
 
@@ -106,12 +108,11 @@ def _view(pages: mmap.mmap, offset: int, dtype: np.dtype, shape: tuple[int, ...]
     return Tensor(shape, dtype, take)
 
 
-def _header(path: Path, file, size: int) -> tuple[dict[str, Any], int]:
+def _header(path: Path, file: io.BufferedReader, size: int) -> tuple[dict[str, Any], int]:
     """The parsed header, and where the tensors start."""
-
     start = file.read(first_bytes.LENGTH)
 
-    def refuse(what):
+    def refuse(what: str) -> NoReturn:
         kind = first_bytes.kind(start)
         what = f"no whole safetensors file: {what}" if kind is None else f"no safetensors: {kind}"
         raise ConfigError(f"{path}: {what}")

@@ -43,7 +43,9 @@ def keys(config: FluxConfig) -> list[Entry]:
     )
 
 
-def _ffn(config: FluxConfig, stack: StackConfig, theirs: str, ours: str, index) -> Iterator[Entry]:
+def _ffn(
+    config: FluxConfig, stack: StackConfig, theirs: str, ours: str, index: tuple[int, ...]
+) -> Iterator[Entry]:
     if stack.ffn == "dense":
         yield from bfl_mlp(theirs, ours, index)
         return

@@ -34,7 +34,13 @@ def torch_tensors(
 
         known = all(getattr(params[entry.ours], "finite", False) for entry in entries)
 
-        def take(name=name, entries=entries, shape=shape, dtype=dtype, known=known):
+        def take(
+            name: str = name,
+            entries: list[Entry] = entries,
+            shape: tuple[int, ...] = shape,
+            dtype: np.dtype = dtype,
+            known: bool = known,
+        ):
             array = key_table.write(entries, params, shape, dtype)
             if not known and not finite(array):
                 raise FloatingPointError(f"{name} is not finite")

@@ -181,8 +181,8 @@ def dtype_of(dtype: Any) -> np.dtype:
         found = jnp.dtype(short.get(dtype, dtype) if isinstance(dtype, str) else dtype)
     except TypeError:
         found = None
-    right = found is not None and jnp.issubdtype(found, jnp.floating)
-    check(right, f"dtype = {dtype!r}: expected bfloat16 or float32 (short: bf16, fp32)")
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ConfigError(f"dtype = {dtype!r}: expected bfloat16 or float32 (short: bf16, fp32)")
     return found
 
 
@@ -196,7 +196,7 @@ def load(
     `sharding` says where each goes, as in model_directory.load: every device's part is then read by
     itself.
     """
-    named, place = {}, sharding and model_directory.placement(sharding)
+    named, place = {}, None if sharding is None else model_directory.placement(sharding)
     for name in names(like):
         param = params[name]
         if place is None:

@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -31,9 +32,7 @@ def caption(row):
 def pair(words):
     """Colour and glyph pairs of a caption, as written."""
     names = [w for w in words.split() if w not in ("and", "of")]
-    return {
-        (c, g) for c, g in zip(names, names[1:], strict=False) if c in COLOURS and g not in COLOURS
-    }
+    return {(c, g) for c, g in itertools.pairwise(names) if c in COLOURS and g not in COLOURS}
 
 
 # ------------------------------------------------------------------------------------ lexicon

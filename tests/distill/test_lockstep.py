@@ -113,7 +113,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(params):
     teacher = params[0]
 
     def loss(student):
-        *velocities, layers, report = in_lockstep(teacher, student, student_config=TEACHER)
+        *velocities, layers, _ = in_lockstep(teacher, student, student_config=TEACHER)
         return mean_square(*velocities) + layers["feature"].sum(), layers
 
     (value, layers), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(teacher)

@@ -63,7 +63,7 @@ def test_times(timesteps):
 
 def test_noisy_inputs_lie_on_the_path_to_their_target():
     inputs, target = stages.noisy_inputs(TEACHER, "uniform", batch(), jax.random.key(0))
-    x, img_ids, txt, txt_ids, t, y, guidance = inputs
+    x, img_ids, txt, txt_ids, t, _, guidance = inputs
     assert img_ids.shape == (1, 12, 3) and txt_ids.shape == (1, 3, 3) and txt.shape == (4, 3, 16)
     # x_t − t·v is the image itself
     data = batch()["latents"]

@@ -26,7 +26,7 @@ from d2m_jax.planning.plan import plan
 
 def skip_without_compiler(name):
     tpu = name.startswith("v") and not importlib.util.find_spec("libtpu")
-    if tpu or name.startswith("h") and not hardware.has_gpu_compiler():
+    if tpu or (name.startswith("h") and not hardware.has_gpu_compiler()):
         pytest.skip(f"the compiler for {name} is not installed")
 
 

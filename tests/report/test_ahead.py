@@ -68,6 +68,6 @@ def test_an_error_cancels_what_has_not_begun(run_and_bench, monkeypatch):
         raise ValueError("no such program")
 
     monkeypatch.setattr(noisy.Program, "compile", fails)
-    with pytest.raises(ValueError, match="no such program"):
-        with ahead.compiled_ahead(*run_and_bench):
-            pass
+    failing = ahead.compiled_ahead(*run_and_bench)
+    with pytest.raises(ValueError, match="no such program"), failing:
+        pass

@@ -1,5 +1,6 @@
 """The denoising loop."""
 
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -62,7 +63,7 @@ def test_steps_are_euler_s():
     times = np.float32([1.0, 0.7, 0.4, 0.0])
     result = sample(Recorder(lambda x, t, txt, k: x * t), times)
     expected = np.asarray(NOISE)
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in itertools.pairwise(times):
         expected = expected + (t_next - t) * expected * t
     np.testing.assert_allclose(result, expected, rtol=1e-5)
 

@@ -85,7 +85,7 @@ def test_pruned_student_is_the_teacher_without_its_worst_neurons(small):
 
 
 def test_routed_scale_starts_where_asked(small):
-    config, params = make(small, replace(SMALL, routed_scale=0.25))
+    _, params = make(small, replace(SMALL, routed_scale=0.25))
     assert (params["single"][0]["block"]["mlp"]["scale"] == 0.25).all()
 
 

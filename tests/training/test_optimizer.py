@@ -56,7 +56,7 @@ def test_clipping():
     params = {"kernel": jnp.zeros(4)}
     optimizer = make_optimizer(OptimizerConfig(clip=0.5, b1=0.0), 10, params)
     _, state = optimizer.update({"kernel": jnp.full(4, 3.0)}, optimizer.init(params), params)
-    moments = [s for s in state if isinstance(s, optax.ScaleByAdamState)][0]
+    moments = next(s for s in state if isinstance(s, optax.ScaleByAdamState))
     np.testing.assert_allclose(moments.mu["kernel"], 0.25, rtol=1e-6)
 
 

@@ -18,6 +18,9 @@ class Stream:
     def __init__(self, batch_size=8):
         self.batch_size, self.position = batch_size, 0
 
+    def __iter__(self):
+        return self
+
     def __next__(self):
         rng = np.random.default_rng((1, self.position))
         self.position += 1

@@ -158,9 +158,12 @@ def test_prefixes_and_all_in_one(prefix, capfd):
         "transformer.",
         "state_dict.",
         "unet.",
-    ]
-    + ["module.model._orig_mod.", "state_dict.model.diffusion_model.", "what.ever."]
-    + ["0.", "module.0."],
+        "module.model._orig_mod.",
+        "state_dict.model.diffusion_model.",
+        "what.ever.",
+        "0.",
+        "module.0.",
+    ],
 )
 def test_starts_of_wrappers(layout, start, capfd):
     tensors = tensors_of(layout, toy.config())

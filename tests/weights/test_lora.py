@@ -322,7 +322,7 @@ def test_dora(tmp_path, name, shape, axis):
 @pytest.mark.filterwarnings("error")
 def test_dora_of_a_row_of_zeros(tmp_path):
     """It has no direction to keep, and stays 0."""
-    tensors, product = pair(OUTER)
+    tensors, _ = pair(OUTER)
     tensors[f"{OUTER}.dora_scale"] = 1 + random(32, 1) ** 2
     row = STATE["bfl"][f"{OUTER}.weight"][3]
     tensors[f"{OUTER}.lora_B.weight"] = up = np.zeros((32, 33), np.float32)

@@ -19,12 +19,15 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
+Config = SimpleNamespace  # config.json, or a stack of it
+Tensors = tuple[Tensor, ...]  # streams: (img, txt) in a double block, (x,) in a single one
 
-def load(folder, device="cpu", dtype=torch.bfloat16) -> "Flux":
+
+def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> "Flux":
     """The model of a folder; norms, routers and what makes the global vector stay float32."""
     folder = Path(folder)
     text = (folder / "config.json").read_text()
-    config = json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
+    config = json.loads(text, object_hook=lambda fields: Config(**fields))
     with torch.device("meta"):
         model = Flux(config.transformer)
     exact = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, (Linear32, RMSNorm)))
@@ -87,7 +90,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def frequencies(count: int, theta: float, device) -> Tensor:
+def frequencies(count: int, theta: float, device: torch.device) -> Tensor:
     """theta^(-i / count), rounded once, to float32 (not every device has float64)."""
     exponent = torch.arange(count, dtype=torch.float64, device="cpu") / count
     return (float(theta) ** -exponent).float().to(device)
@@ -136,13 +139,13 @@ class MLPEmbedder(nn.Module):
 class Modulation(nn.Module):
     """(shift, scale, gate) once or twice, each [b, 1, D]."""
 
-    def __init__(self, config, chunks: int):
+    def __init__(self, config: Config, chunks: int):
         super().__init__()
         dim = config.hidden_size
         self.lin = nn.Linear(config.modulation_rank or dim, chunks * dim)
         self.chunks = chunks
 
-    def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, cond: Tensor) -> Tensors:
         return self.lin(cond)[:, None].chunk(self.chunks, dim=-1)
 
 
@@ -179,7 +182,7 @@ def mlp(dim: int, width: int, out_bias: bool) -> nn.Sequential:
 class MoE(nn.Module):
     """shared(x) + scale * sum of weight_i * expert_i(x) over the top k experts of each token."""
 
-    def __init__(self, config, width: int, out_bias: bool):
+    def __init__(self, config: Config, width: int, out_bias: bool):
         super().__init__()
         dim, moe = config.hidden_size, config.moe
         shared = round(moe.shared_ratio * dim)
@@ -223,7 +226,10 @@ class MoE(nn.Module):
         return chosen, weight
 
 
-def feed_forward(config, stack, out_bias: bool = True) -> nn.Sequential | MoE:
+FFN = nn.Sequential | MoE
+
+
+def feed_forward(config: Config, stack: Config, out_bias: bool = True) -> FFN:
     """The FFN that a stack asks for."""
     width = round(stack.mlp_ratio * config.hidden_size)
     if stack.ffn == "moe":
@@ -231,7 +237,7 @@ def feed_forward(config, stack, out_bias: bool = True) -> nn.Sequential | MoE:
     return mlp(config.hidden_size, width, out_bias)
 
 
-def call(ffn: nn.Sequential | MoE, x: Tensor, unmodulated: Tensor, context: Context) -> Tensor:
+def call(ffn: FFN, x: Tensor, unmodulated: Tensor, context: Context) -> Tensor:
     """The FFN's output; only a router reads more than x."""
     return ffn(x, unmodulated, context) if isinstance(ffn, MoE) else ffn(x)
 
@@ -239,7 +245,7 @@ def call(ffn: nn.Sequential | MoE, x: Tensor, unmodulated: Tensor, context: Cont
 class DoubleStreamBlock(nn.Module):
     """Image and text with weights of their own, joined in attention."""
 
-    def __init__(self, config, stack):
+    def __init__(self, config: Config, stack: Config):
         super().__init__()
         self.heads = config.num_heads
         self.img_mod = Modulation(config, 6)
@@ -249,7 +255,7 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(config.hidden_size, config.num_heads)
         self.txt_mlp = feed_forward(config, stack)
 
-    def forward(self, streams: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
+    def forward(self, streams: Tensors, context: Context) -> Tensors:
         img, txt = streams
         img_mod, txt_mod = self.img_mod(context.cond), self.txt_mod(context.cond)
         img_qkv = self.project(self.img_attn, img, img_mod)
@@ -261,11 +267,11 @@ class DoubleStreamBlock(nn.Module):
         txt = self.update(txt, self.txt_attn.proj(txt_attn), self.txt_mlp, txt_mod, context)
         return img, txt
 
-    def project(self, attn: SelfAttention, x: Tensor, mod: tuple[Tensor, ...]) -> list[Tensor]:
+    def project(self, attn: SelfAttention, x: Tensor, mod: Tensors) -> list[Tensor]:
         """Queries, keys and values of one stream."""
         return attn.norm(attn.qkv(modulate(layer_norm(x), mod[0], mod[1])), self.heads)
 
-    def update(self, x: Tensor, attn: Tensor, ffn, mod: tuple[Tensor, ...], context) -> Tensor:
+    def update(self, x: Tensor, attn: Tensor, ffn: FFN, mod: Tensors, context: Context) -> Tensor:
         """One stream after attention and FFN."""
         x = x + mod[2] * attn
         norm = layer_norm(x)
@@ -276,7 +282,7 @@ class SingleStreamBlock(nn.Module):
     """Text and image joined, attention and FFN side by side. BFL's linear1 is qkv and mlp.0 here,
     its linear2 attn_out (which owns the bias of both) and mlp.2."""
 
-    def __init__(self, config, stack):
+    def __init__(self, config: Config, stack: Config):
         super().__init__()
         dim, self.heads = config.hidden_size, config.num_heads
         self.modulation = Modulation(config, 3)
@@ -285,7 +291,7 @@ class SingleStreamBlock(nn.Module):
         self.attn_out = nn.Linear(dim, dim)
         self.mlp = feed_forward(config, stack, out_bias=False)
 
-    def forward(self, streams: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
+    def forward(self, streams: Tensors, context: Context) -> Tensors:
         (x,) = streams
         shift, scale, gate = self.modulation(context.cond)
         norm = layer_norm(x)
@@ -297,13 +303,13 @@ class SingleStreamBlock(nn.Module):
 class BlockRouter(nn.Module):
     """Which blocks of a group a sample runs, by pooled image and text and by the global vector."""
 
-    def __init__(self, config, blocks: int, active: int):
+    def __init__(self, config: Config, blocks: int, active: int):
         super().__init__()
         self.alpha, self.active = config.mob_alpha, active
         self.features = Linear32(2 * config.hidden_size, blocks)
         self.vec = Linear32(config.hidden_size, blocks, bias=False)
 
-    def forward(self, streams: tuple[Tensor, ...], context: Context) -> Tensor:
+    def forward(self, streams: Tensors, context: Context) -> Tensor:
         """[b, active] numbers of blocks within the group."""
         if len(streams) == 2:
             img, txt = streams
@@ -333,7 +339,7 @@ class Flux(nn.Module):
     """The transformer. `config` is "transformer" of config.json; a stack of it is `groups` groups
     of `blocks` blocks, of which a router picks `active` per sample where they are fewer."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         dim, self.config = config.hidden_size, config
         self.img_in = nn.Linear(config.in_channels, dim)
@@ -389,7 +395,9 @@ class Flux(nn.Module):
         return self.final_layer(streams[0][:, txt.shape[1] :], vec.to(dtype)).float()
 
 
-def stacks(kind, config, of) -> tuple[nn.ModuleList, nn.ModuleDict, list[range]]:
+def stacks(
+    kind: type[nn.Module], config: Config, of: list[Config]
+) -> tuple[nn.ModuleList, nn.ModuleDict, list[range]]:
     """All blocks of one kind, the routers by the number of their group's first block, and every
     group's numbers of blocks."""
     blocks, routers, groups = nn.ModuleList(), nn.ModuleDict(), []
@@ -403,7 +411,9 @@ def stacks(kind, config, of) -> tuple[nn.ModuleList, nn.ModuleDict, list[range]]
     return blocks, routers, groups
 
 
-def run_group(blocks, routers, group: range, streams, context: Context) -> tuple[Tensor, ...]:
+def run_group(
+    blocks: nn.ModuleList, routers: nn.ModuleDict, group: range, streams: Tensors, context: Context
+) -> Tensors:
     """Run the blocks of one group, each on the samples that chose it."""
     if str(group.start) not in routers:
         for i in group:
