@@ -6,6 +6,7 @@ from itertools import accumulate, groupby
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
