@@ -48,6 +48,6 @@ def get_config() -> RunConfig:
         rivals={"pruned": StudentConfig(shorten_cut(pruned.sparsify), retrain)},
         evaluate_prompts=12,
         sweep_top_k=(),
-        validation_batches=1,
+        held_out_batches=1,
         quick_compilation=True,
     )

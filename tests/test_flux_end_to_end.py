@@ -92,7 +92,7 @@ def distillation(model, **stages) -> RunConfig:
         data=IconsConfig(glyphs=40),
         sparsify=SparsifyConfig(batches=2, batch_size=4, tokens=64, routed_scale=0.0),
         stages=stages,
-        validation_batches=1,
+        held_out_batches=1,
         evaluate_prompts=12,
         sweep_top_k=(),
     )

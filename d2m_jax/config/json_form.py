@@ -19,9 +19,6 @@ RETIRED = {
     "StageConfig": ("kind",),
 }
 
-# Fields that have another name there.
-RENAMED = {"RunConfig": {"held_out_batches": "validation_batches"}}
-
 
 def to_json(config: Any) -> Any:
     """The JSON form of a config: dataclasses become objects, tuples lists."""
@@ -61,8 +58,8 @@ def from_json(kind: Any, value: Any, where: str = "") -> Any:
     if dataclasses.is_dataclass(kind):
         check(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
         known = hints(kind)
-        retired, renamed = RETIRED.get(kind.__name__, ()), RENAMED.get(kind.__name__, {})
-        value = {renamed.get(k, k): item for k, item in value.items() if k not in retired}
+        retired = RETIRED.get(kind.__name__, ())
+        value = {key: item for key, item in value.items() if key not in retired}
         for key in value:
             check(key in known, f"{where}.{key}: unknown field{suggestion(key, known)}")
         for field in dataclasses.fields(kind):

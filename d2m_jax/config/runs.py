@@ -172,7 +172,7 @@ class RunConfig(Config):
     evaluate_prompts: int = 600  # prompts of the icons benchmark in the report
     # Experts per token that the report tries beside the model's own number and all of them.
     sweep_top_k: tuple[int, ...] = (0, 1, 4, 8)
-    validation_batches: int = 8  # of what trains, in other draws
+    held_out_batches: int = 8  # of validation: what trains, in other draws
     quick_compilation: bool = False  # programs compile fast and run slowly: for first tries
 
     def __post_init__(self):
@@ -185,7 +185,7 @@ class RunConfig(Config):
         check(len(self.stages) > 0, "RunConfig.stages: expected at least one stage, found none")
         check_whole(self, 0, "seed")
         check_whole(self, 1, "keep_checkpoints", "evaluate_prompts")
-        check_whole(self, 0, "validation_batches")
+        check_whole(self, 0, "held_out_batches")
         for name in self.rivals:
             _check_name(f"rivals.{name}", name)
         students = {"": self.stages} | {f"rivals.{n}.": r.stages for n, r in self.rivals.items()}

@@ -39,7 +39,7 @@ def noisy_batches(config: RunConfig, encoders: Encoders, pairs: str, mesh: Mesh)
     """As many examples of SPLITS[pairs] as training evaluates on, noise and times fixed; cut over
     the mesh, whose parts divide BATCH."""
     stage = next(iter(config.stages.values()))
-    count = max(1, config.validation_batches * stage.batch_size // BATCH)
+    count = max(1, config.held_out_batches * stage.batch_size // BATCH)
     key = named_key(config.seed, f"report/{pairs}")
     model = encoders.config
     data = open_data(config.data, model.image)

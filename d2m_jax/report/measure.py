@@ -104,7 +104,7 @@ class Bench:
             "data": to_json(self.run.config.data),
             "seed": self.run.config.seed,
             "prompts": dict(prompts),
-            "validation_batches": self.run.config.validation_batches,
+            "held_out_batches": self.run.config.held_out_batches,
             "versions": self.versions,
         }
         file = self.folder / f"{name}.json"

@@ -231,7 +231,7 @@ def _train_stage(
         params=start,
         constants=constants,
         batches=work.batches(model, stage.batch_size),
-        validation=list(islice(validation, work.config.validation_batches)),
+        validation=list(islice(validation, work.config.held_out_batches)),
         encode=work.encoders.encode,
         run_directory=directory,
         seed=work.config.seed,

@@ -11,7 +11,7 @@ KINDS = (
         "a pickle file (torch.save), which can run any code when it is read, so it is never read",
     ),
     (rb"PK\x03\x04.*\.npy", "NumPy's .npz"),
-    (rb"PK[\x03\x05\x07]", "a zip archive"),
+    (rb"PK[\x03\x05\x07]", "a zip archive, such as a pickle of torch"),
     (rb"\x93NUMPY", "NumPy's .npy"),
     (rb"\x89HDF", "HDF5"),
     (rb"\x08[\x03-\x1f][\x12\x1a\x22\x3a]", "ONNX"),

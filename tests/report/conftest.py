@@ -97,7 +97,7 @@ def make_run(tmp_path):
             },
             evaluate_prompts=12,
             sweep_top_k=(0,),
-            validation_batches=1,
+            held_out_batches=1,
         )
         directory = tmp_path / "run"
         for name, models, student in (

@@ -39,7 +39,7 @@ def scratch(mesh: MeshConfig) -> RunConfig:
         model=model,
         data=tiny.DATA,
         stages={"flow": stage},
-        validation_batches=1,
+        held_out_batches=1,
         mesh=mesh,
     )
 

@@ -68,7 +68,7 @@ def teacher(tmp_path_factory):
                 optimizer=OptimizerConfig(learning_rate=2e-2, warmup=1),
             )
         },
-        validation_batches=1,
+        held_out_batches=1,
     )
     run(config, directory)
     return directory / "model"
@@ -89,7 +89,7 @@ def student(teacher, **fields) -> RunConfig:
         sparsify=CUT,
         stages=stages,
         rivals={"pruned": StudentConfig(replace(CUT, method="prune"), {"retrain": STAGE})},
-        validation_batches=1,
+        held_out_batches=1,
     )
     return replace(config, **fields)
 
