@@ -63,7 +63,7 @@ def told(done: float, total: float, rate: float | None, unit: str = "bytes") -> 
 def size(count: float) -> str:
     """Bytes in words: `23.8 GB`, `12.0 MB`."""
     factor, name = scale(count)
-    return f"{count / factor:.1f} {name}"
+    return f"{count / factor:.{0 if factor == 1 else 1}f} {name}"
 
 
 def scale(count: float) -> tuple[int, str]:

@@ -188,7 +188,7 @@ def test_one_model_at_a_time_is_held(make_run, tmp_path, monkeypatch):
     config, params = load(run.teacher.path, None)
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     del params
-    weights.save(run.teacher.path, config, half)
+    weights.save(run.teacher.path, config, half, overwrite=True)
     bench = Bench(run, tmp_path / "evaluation", {})
     findings.gather(run, bench)
     assert max(most) == 2 and len(most) > len(ROWS)

@@ -39,7 +39,7 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
 
 def test_sizes_are_told_in_the_unit_that_fits():
     assert [progress.size(n) for n in (12, 3_400_000, 23.8e9)] == [
-        "12.0 bytes",
+        "12 bytes",
         "3.4 MB",
         "23.8 GB",
     ]
