@@ -1,4 +1,4 @@
-"""One forward on noisy held-out examples that are the same for all models: its velocities."""
+"""One forward on noisy examples that are the same for all models: its velocities."""
 
 import contextlib
 from collections.abc import Iterator
@@ -26,10 +26,7 @@ from d2m_jax.sharding import batch_sharding, batch_shards, constrain, put_batch
 BATCH = 32  # examples of one forward
 # What a report calls examples → the split of the data: pairs of glyph and colour that train, and
 # such that never do.
-SPLITS: dict[str, Split] = {
-    "seen": "validation",
-    "held_out": "held_out",
-}
+SPLITS: dict[str, Split] = {"seen": "validation", "held_out": "held_out"}
 
 T = TypeVar("T")
 Inputs = dict[str, Array]  # img, txt, timesteps, y of a batch

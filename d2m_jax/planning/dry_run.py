@@ -23,6 +23,7 @@ from d2m_jax.config import (
     PromptsConfig,
     RunConfig,
     StageConfig,
+    Timesteps,
     teacher_path,
 )
 from d2m_jax.models.flux import abstract
@@ -30,16 +31,14 @@ from d2m_jax.planning import hardware
 from d2m_jax.planning.plan import plan, table
 from d2m_jax.sharding import (
     batch_sharding,
-    check_mesh,
     make_mesh,
     parameter_sharding,
     replicated,
 )
 from d2m_jax.sparsify.groups import aligned, shapes
 from d2m_jax.sparsify.student import student_config
-from d2m_jax.training.loop import check_batch
 from d2m_jax.training.optimizer import split
-from d2m_jax.training.run import models_of, objective
+from d2m_jax.training.run import check_stages, models_of, objective
 from d2m_jax.training.step import Step
 from d2m_jax.weights import model_directory
 from d2m_jax.weights.named_arrays import names, restructure
@@ -115,10 +114,9 @@ def lower(config: RunConfig, teacher: ModelConfig | None, mesh: Mesh) -> Iterato
         transformer = student_config(teacher.transformer, config.sparsify)
         start = replace(teacher, transformer=transformer)
     assert start is not None  # a run has a teacher or a model (RunConfig)
+    check_stages("", config.stages, start, mesh, config.timesteps, teacher)
     for name, stage, model in models_of(config.stages, start):
-        check_batch(f"stages.{name}", stage, mesh)
-        check_mesh(mesh, model.transformer)
-        yield _lower(name, stage, model, teacher, trained, mesh)
+        yield _lower(name, stage, model, teacher, trained, mesh, config.timesteps)
         training, _ = split(abstract(model.transformer), stage.train, stage.freeze)
         trained |= {_of_any_stack(path) for path in names(training)}
 
@@ -136,6 +134,7 @@ def _lower(
     teacher: ModelConfig | None,
     trained: set[str],
     mesh: Mesh,
+    timesteps: Timesteps,
 ) -> Lowered:
     def placed(tree: dict, trained: set[str]) -> dict:
         def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -155,7 +154,7 @@ def _lower(
             for path, leaf in names(params).items()
         }
         params = restructure(params, shared)
-    loss, count, again = objective(model, stage, teacher)
+    loss, count, again = objective(model, stage, teacher, timesteps)
     program = Step(stage, loss, params, constants, mesh)
     batch = _batch(model, stage, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))

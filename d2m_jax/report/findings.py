@@ -120,19 +120,16 @@ def _measure_latency(run: Run, bench: Bench, rows: list[Row]) -> list[dict[str, 
     teacher = bench.program(run.teacher), bench.params(run.teacher)
     found = []
     for row in rows:
-        models = [teacher, (bench.program(row), bench.params(row))]
-        models = models[: 1 if row is run.teacher else 2]
-        taken = {batch: latency.milliseconds(models, inputs, batch) for batch in (1, BATCH)}
-        found.append(taken)
+        models = [teacher]
+        if row is not run.teacher:
+            models.append((bench.program(row), bench.params(row)))
+        found.append({batch: latency.milliseconds(models, inputs, batch) for batch in (1, BATCH)})
         del models  # before the next one is loaded
-    result = []
-    for taken in found:
-        mine = {}
-        for batch, (teachers, *others) in taken.items():
-            usual = float(np.median([one[batch][0] for one in found]))
-            mine[str(batch)] = usual * others[0] / teachers if others else usual
-        result.append(mine)
-    return result
+    usual = {batch: float(np.median([taken[batch][0] for taken in found])) for batch in (1, BATCH)}
+    return [
+        {str(batch): usual[batch] * times[-1] / times[0] for batch, times in taken.items()}
+        for taken in found
+    ]
 
 
 def _say(line: str) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from d2m_jax.sampling.grid import to_image
 from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.sharding import check_mesh, make_mesh, parameter_sharding
 from d2m_jax.weights import model_directory
+from d2m_jax.weights.output import new_file
 
 SAMPLES = 12  # images that are kept: two of every category
 
@@ -51,12 +52,19 @@ class Bench:
         self.run, self.folder, self.versions = run, folder, dict(versions)
         self.mesh = _mesh(run)
         self._place = partial(parameter_sharding, self.mesh)
+        # Of every model directory that is asked for: config, shapes, fingerprint.
+        self._stored = cache(partial(model_directory.stored, sharding=self._place))
         self._loaded: tuple[Path, dict] | None = None
 
     @cached_property
     def encoders(self) -> Encoders:
         """What all models of a run share."""
         return Encoders(self.run.teacher.config, mesh=self.mesh)
+
+    @cached_property
+    def data(self) -> Data:
+        """What all models of a run are asked."""
+        return open_data(self.run.config.data, self.run.teacher.config.image)
 
     @cached_property
     def inputs(self) -> dict[str, list[Inputs]]:
@@ -77,7 +85,7 @@ class Bench:
 
     def shapes(self, row: Row) -> dict:
         """Of a row's parameters, with their places."""
-        return model_directory.stored(row.path, self._place)[1]
+        return self._stored(row.path)[1]
 
     def params(self, row: Row) -> dict:
         """A row's parameters, cut over the mesh, as stored. One model is kept at a time: the one
@@ -98,9 +106,9 @@ class Bench:
         just that."""
         config = config or row.config
         key = {
-            "model": model_directory.stored(row.path, self._place)[2],
+            "model": self._stored(row.path)[2],
             "config": to_json(config),
-            "teacher": model_directory.stored(self.run.teacher.path, self._place)[2],
+            "teacher": self._stored(self.run.teacher.path)[2],
             "data": to_json(self.run.config.data),
             "seed": self.run.config.seed,
             "prompts": dict(prompts),
@@ -109,17 +117,17 @@ class Bench:
         }
         file = self.folder / f"{name}.json"
         value = cached(file, key, lambda: self._measure(row, config, prompts))
-        return self._read(value, config, prompts)
+        return self._read(value, prompts)
 
     def _measure(self, row: Row, config: ModelConfig, prompts: Mapping[str, int]) -> dict[str, Any]:
         targets = self.targets  # of another model, hence first
         params, program = self.params(row), self.program(row, config)
         pipe = Pipeline(config, params, encoders=self.encoders, mesh=self.mesh)
-        data, value = self._data(config), {}
+        value = {}
         for pairs, count in prompts.items():
-            asked = data.prompts(count, pairs == "held_out")
+            asked = self.data.prompts(count, pairs == "held_out")
             images = pipe([prompt.caption for prompt in asked], seed=self.run.config.seed)
-            judged = judge(data, images, asked)
+            judged = judge(self.data, images, asked)
             answers = velocities(program, params, self.inputs[pairs])
             value[pairs] = {
                 "correct": _bits(judged.correct),
@@ -130,10 +138,10 @@ class Bench:
                 value["samples"] = [png(to_image(image)) for image in images[:SAMPLES]]
         return value
 
-    def _read(self, value: dict, config: ModelConfig, prompts: Mapping[str, int]) -> Measured:
+    def _read(self, value: dict, prompts: Mapping[str, int]) -> Measured:
         scores = {
             pairs: Score(
-                tuple(self._data(config).prompts(count, pairs == "held_out")),
+                tuple(self.data.prompts(count, pairs == "held_out")),
                 *(np.array(list(value[pairs][judged])) == "1" for judged in ("correct", "floor")),
             )
             for pairs, count in prompts.items()
@@ -141,9 +149,6 @@ class Bench:
         files = [io.BytesIO(base64.b64decode(text)) for text in value["samples"]]
         samples = np.stack([np.asarray(Image.open(file)) for file in files])
         return Measured(scores, {pairs: value[pairs]["error"] for pairs in prompts}, samples)
-
-    def _data(self, config: ModelConfig) -> Data:
-        return open_data(self.run.config.data, config.image)
 
 
 def _mesh(run: Run) -> Mesh:
@@ -177,10 +182,8 @@ def cached(file: Path, key: Any, compute: Callable[[], Any]) -> Any:
 
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.new")
-    new.write_bytes(content)
-    new.replace(file)
+    with new_file(file) as new:
+        new.write_bytes(content)
 
 
 def png(image: Image.Image) -> str:

@@ -190,15 +190,12 @@ class Pipeline:
 
     def _ids(self, name: str, captions: list[str], length: int | None):
         tokenizer = self.encoders.tokenizer
-        text = self.config.text
-        if isinstance(tokenizer, Words) and isinstance(text, WordsConfig):
+        if isinstance(tokenizer, Words):
             try:
                 return tokenizer.ids(captions)
             except ConfigError as error:
-                raise ConfigError(f"{error}{_example(text)}") from None
-        if isinstance(tokenizer, Words) or not isinstance(text, PromptsConfig):
-            raise TypeError(f"{type(tokenizer).__name__} does not read {type(text).__name__}")
-        _tell_lost(name, tokenizer.lost(captions, length), text, length)
+                raise ConfigError(f"{error}{_example(tokenizer.config)}") from None
+        _tell_lost(name, tokenizer.lost(captions, length), tokenizer.config, length)
         return tokenizer.ids(captions, length)
 
     def _check(

@@ -18,6 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 from tensorboardX.summary import scalar
 
 from d2m_jax import hosts
+from d2m_jax.weights.output import new_file
 
 # When to warn, by the last part of a metric's name; distill/losses.py, `health`, says what each is.
 COLLAPSE = {
@@ -185,9 +186,8 @@ def _drop_after(file: Path, stage: str, step: int) -> None:
             continue
         if value["stage"] != stage or (step > 0 and value["step"] <= step):
             kept.append(line + "\n")
-    new = file.with_name(".metrics.jsonl.new")
-    new.write_text("".join(kept))
-    new.rename(file)
+    with new_file(file) as new:
+        new.write_text("".join(kept))
 
 
 @cache

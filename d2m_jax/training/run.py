@@ -87,16 +87,17 @@ def run(config: RunConfig, run_directory: Path | str) -> None:
         if isinstance(model.text, WordsConfig):
             vocabulary = open_data(config.data, model.image).vocabulary()
             model = replace(model, text=replace(model.text, vocabulary=vocabulary))
-        _check_stages("", config.stages, model, mesh)
+        check_stages("", config.stages, model, mesh, config.timesteps)
         params = initialise(model.transformer, config.seed)
         encoders = Encoders(model, mesh=mesh)
         _train(_Work(config, mesh, encoders), run_directory, (model, params), config.stages)
         return
-    model = model_directory.load_config(teacher_path(config.teacher))
+    path = teacher_path(config.teacher)
+    model = model_directory.load_config(path)
     _check_students(config, model, mesh)
     noisy = partial(noisy_inputs, model, config.timesteps)
     work = _Work(config, mesh, Encoders(model, mesh=mesh), noisy)
-    teacher = work.load(teacher_path(config.teacher))
+    teacher = work.load(path)
     for name, rival in config.rivals.items():
         hosts.say(f"rival {name}")
         start = partial(_cut, work, teacher, rival.sparsify)
@@ -108,6 +109,7 @@ def run(config: RunConfig, run_directory: Path | str) -> None:
 def _check_students(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> None:
     """Raise ConfigError for a student that cannot be cut, grouped or spread over the mesh, before
     anything trains."""
+    check_mesh(mesh, teacher.transformer)
     students = {"": StudentConfig(config.sparsify, config.stages)}
     students |= {f"rivals.{name}.": rival for name, rival in config.rivals.items()}
     for where, student in students.items():
@@ -119,24 +121,25 @@ def _check_students(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> None
             f" expert = {shards}",
         )
         model = replace(teacher, transformer=transformer)
-        _check_stages(where, student.stages, model, mesh, teacher)
+        check_stages(where, student.stages, model, mesh, config.timesteps, teacher)
 
 
-def _check_stages(
+def check_stages(
     where: str,
     stages: Mapping[str, StageConfig],
     start: ModelConfig,
     mesh: Mesh,
+    timesteps: Timesteps,
     teacher: ModelConfig | None = None,
 ) -> None:
-    """Raise ConfigError for what any stage could not do, found by shapes alone."""
+    """Raise ConfigError for what any stage of a model that begins as `start` could not do, found by
+    shapes alone; `where` is what stands before `stages` in the run's config."""
     check_mesh(mesh, start.transformer)
     for name, stage, model in models_of(stages, start):
         path = f"{where}stages.{name}"
         check_batch(path, stage, mesh)
         try:
-            check_mesh(mesh, model.transformer)
-            loss, _, _ = objective(model, stage, teacher)
+            loss, _, _ = objective(model, stage, teacher, timesteps)
             Step(stage, loss, abstract(model.transformer), {}, mesh)
         except ConfigError as error:
             said = at_path(str(error), path) if "StageConfig" in str(error) else f"{path}: {error}"
@@ -247,7 +250,7 @@ def objective(
     model: ModelConfig,
     stage: StageConfig,
     teacher: ModelConfig | None,
-    timesteps: Timesteps = "uniform",
+    timesteps: Timesteps,
 ) -> tuple[Loss, int, int]:
     """A stage's loss, and the FLOPs of one example: the step's, and what rematerialisation adds."""
     tokens = math.prod(model.grid()), model.text.length

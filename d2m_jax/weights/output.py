@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import glob
 import os
 import shutil
@@ -139,6 +140,7 @@ def _clear_left_over(path: Path) -> None:
             left.unlink()
 
 
+@functools.cache
 def machine() -> str:
     """Where a process's number means something: this boot of this machine, and this container."""
     boot, container = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
