@@ -25,9 +25,9 @@ FLOORS = {
     "sharding": 1,
     "models": 2,
     "weights": 3,
-    "data": 3,
     "sparsify": 3,
     "sampling": 4,
+    "data": 5,  # it encodes images, and draws what a teacher makes of prompts
     "distill": 5,
     "training": 6,
     "evaluate": 6,

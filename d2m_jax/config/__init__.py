@@ -1,5 +1,6 @@
 """Everything a run needs, as frozen dataclasses: their checks and their JSON form."""
 
+from d2m_jax.config.data import CacheConfig, DataConfig, IconsConfig, ImagesConfig
 from d2m_jax.config.errors import ConfigError, at_path, check, suggestion
 from d2m_jax.config.json_form import differences, from_json, to_json
 from d2m_jax.config.models import (
@@ -17,7 +18,6 @@ from d2m_jax.config.models import (
 from d2m_jax.config.paths import ROOT, teacher_path
 from d2m_jax.config.runs import (
     GroupsConfig,
-    IconsConfig,
     LossConfig,
     MeshConfig,
     OptimizerConfig,
@@ -32,10 +32,13 @@ __all__ = [
     "ROOT",
     "AutoencoderConfig",
     "CLIPConfig",
+    "CacheConfig",
     "ConfigError",
+    "DataConfig",
     "FluxConfig",
     "GroupsConfig",
     "IconsConfig",
+    "ImagesConfig",
     "LossConfig",
     "MeshConfig",
     "MoEConfig",

@@ -6,27 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from d2m_jax.config.data import DataConfig, IconsConfig
 from d2m_jax.config.errors import check, check_number, check_whole
 from d2m_jax.config.fields import Config
 from d2m_jax.config.models import ModelConfig, MoEConfig
 
 Timesteps = Literal["uniform", "logit_normal"]
-
-
-@dataclass(frozen=True)
-class IconsConfig(Config):
-    """The embedded task of data/icons.py."""
-
-    task: Literal["single", "scenes"] = "scenes"
-    glyphs: int = 512
-    seed: int = 0
-    train_size: int = 10_000_000  # scenes per epoch: each is rendered from its index
-    workers: int = 0  # grain worker processes; 0 renders in threads of this process
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_whole(self, 1, "glyphs", "train_size")
-        check_whole(self, 0, "seed", "workers")
 
 
 @dataclass(frozen=True)
@@ -161,7 +146,7 @@ class RunConfig(Config):
     seed: int = 0
     teacher: str | None = None  # a model directory, found from the shell's folder or the repository
     model: ModelConfig | None = None
-    data: IconsConfig = IconsConfig()
+    data: DataConfig = field(default_factory=IconsConfig)
     # How times are drawn in training and calibration, before the model's shift.
     timesteps: Timesteps = "uniform"
     sparsify: SparsifyConfig = SparsifyConfig()  # how the student is cut from the teacher

@@ -100,6 +100,13 @@ class Icons:
         self.config, self.image = config, image
         self.lexicon = lexicon_for(config, image)
 
+    encoded = False
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """That of the canvas."""
+        return ((self.image.height, self.image.width),)
+
     def vocabulary(self) -> tuple[str, ...]:
         """Every word of its captions."""
         return vocabulary(self.config, self.image)

@@ -8,7 +8,8 @@ from jaxtyping import PyTree
 from d2m_jax.config import AutoencoderConfig, PixelsConfig
 
 Canvas = PixelsConfig | AutoencoderConfig  # what knows an image's height and width
-# Draws of what trains, draws that judge the training, and draws of what never trains.
+# Draws of what trains, draws that judge the training, and draws of what never trains. Where every
+# sample is its own, as in images, the two latter are one.
 Split = Literal["train", "validation", "held_out"]
 
 
@@ -21,8 +22,13 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class Batches(Protocol):
-    """Batches without end, {"image": uint8 [b, h, w, 3], "text": what the tokenizer makes of their
-    captions}; get_state and set_state resume exactly."""
+    """Batches without end; get_state and set_state resume exactly.
+
+    A batch is either raw, {"image": uint8 [b, H, W, 3], "text": what the tokenizer makes of the
+    captions}, or encoded (Encoders.encode): {"latents": [b, rows, columns, k] float32, "txt": [b,
+    l, e], "y": [b, v]}. All of its images have one size, which may be another in the next batch,
+    and is the same on all processes.
+    """
 
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
 
@@ -48,6 +54,17 @@ class Prompt(Protocol):
 class Data(Protocol):
     """Captioned images."""
 
+    @property
+    def encoded(self) -> bool:
+        """Whether its batches are encoded: what trains on them needs no encoders."""
+        ...
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width in pixels of the images of a batch, of all kinds of batches: each is a
+        program of its own."""
+        ...
+
     def vocabulary(self) -> tuple[str, ...]:
         """Every word of its captions, for a model that reads words."""
         ...
@@ -64,5 +81,6 @@ class Data(Protocol):
         ...
 
     def prompts(self, count: int, held_out: bool = False) -> Sequence[Prompt]:
-        """So many prompts to draw samples of, always the same; held_out: of what never trains."""
+        """At most so many prompts to draw samples of, always the same; held_out: of what never
+        trains."""
         ...

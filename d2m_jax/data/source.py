@@ -1,11 +1,13 @@
 """The door to data: what `RunConfig.data` names, opened. Nothing above this folder, but for the
 benchmark of a task, knows which data it has."""
 
-from d2m_jax.config import IconsConfig
+from d2m_jax.config import DataConfig, IconsConfig, ModelConfig
 from d2m_jax.data.icons import Icons
-from d2m_jax.data.protocol import Canvas, Data
+from d2m_jax.data.protocol import Data
 
 
-def open_data(config: IconsConfig, image: Canvas) -> Data:
-    """The data of a config, for images of this size. ConfigError where it cannot have that."""
-    return Icons(config, image)
+def open_data(config: DataConfig, model: ModelConfig) -> Data:
+    """The data of a config, for what this model reads. ConfigError where it cannot have that."""
+    if isinstance(config, IconsConfig):
+        return Icons(config, model.image)
+    raise TypeError(f"{type(config).__name__}: no such data")

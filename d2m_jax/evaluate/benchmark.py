@@ -38,7 +38,7 @@ def evaluate(
         task = icons.task_of(pipe.config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return scores_of(pipe, open_data(task, pipe.config.image), prompts, seed, **options)
+    return scores_of(pipe, open_data(task, pipe.config), prompts, seed, **options)
 
 
 def scores_of(pipe: Pipeline, data: Data, prompts: int, seed: int = 0, **options: Any) -> Scores:

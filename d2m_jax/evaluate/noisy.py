@@ -39,7 +39,7 @@ def noisy_batches(config: RunConfig, encoders: Encoders, pairs: str, mesh: Mesh)
     count = max(1, config.held_out_batches * stage.batch_size // BATCH)
     key = named_key(config.seed, f"report/{pairs}")
     model = encoders.config
-    data = open_data(config.data, model.image)
+    data = open_data(config.data, model)
     batches = data.batches(encoders.tokenizer, BATCH, config.seed, SPLITS[pairs])
     with jax.set_mesh(mesh):
         return [

@@ -64,7 +64,7 @@ class Bench:
     @cached_property
     def data(self) -> Data:
         """What all models of a run are asked."""
-        return open_data(self.run.config.data, self.run.teacher.config.image)
+        return open_data(self.run.config.data, self.run.teacher.config)
 
     @cached_property
     def inputs(self) -> dict[str, list[Inputs]]:

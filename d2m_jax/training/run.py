@@ -69,7 +69,7 @@ class _Work:
 
     def batches(self, model: ModelConfig, size: int, split: Split = "train") -> Batches:
         """Batches, of which this process draws the rows that it needs."""
-        data, rows = open_data(self.config.data, model.image), own_rows(self.mesh, size)
+        data, rows = open_data(self.config.data, model), own_rows(self.mesh, size)
         return data.batches(self.encoders.tokenizer, size, self.config.seed, split, rows)
 
 
@@ -85,7 +85,7 @@ def run(config: RunConfig, run_directory: Path | str) -> None:
         model = config.model
         assert model is not None  # RunConfig has one of the two
         if isinstance(model.text, WordsConfig):
-            vocabulary = open_data(config.data, model.image).vocabulary()
+            vocabulary = open_data(config.data, model).vocabulary()
             model = replace(model, text=replace(model.text, vocabulary=vocabulary))
         check_stages("", config.stages, model, mesh, config.timesteps)
         params = initialise(model.transformer, config.seed)
@@ -291,7 +291,7 @@ def _sample(
 ) -> None:
     """The grid of fixed prompts and fixed noise at this step."""
     config = work.config
-    prompts = open_data(config.data, model.image).prompts(SAMPLED_PROMPTS)
+    prompts = open_data(config.data, model).prompts(SAMPLED_PROMPTS)
     pipe = Pipeline(model, params, encoders=work.encoders, mesh=work.mesh)
     images = pipe([prompt.caption for prompt in prompts], seed=config.seed)
     if hosts.first():

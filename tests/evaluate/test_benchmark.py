@@ -16,7 +16,7 @@ from d2m_jax.sampling.pipeline import Pipeline
 
 TASK = IconsConfig(glyphs=48)
 IMAGE = PixelsConfig(24, 24, 4)
-DATA = open_data(TASK, IMAGE)
+DATA = open_data(TASK, ModelConfig(image=IMAGE))
 CONFIG = ModelConfig(text=WordsConfig(vocabulary=icons.vocabulary(TASK, IMAGE)), image=IMAGE)
 
 
