@@ -1,0 +1,2 @@
+"""Captioned images where people keep them: tars, folders, parquet, ArrayRecord, on disk or in an
+object store."""
