@@ -9,7 +9,12 @@ from jaxtyping import Array, Key
 
 def named_key(seed: int, name: str) -> Key[Array, ""]:
     """The key of this name."""
-    return jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(name.encode())))
+    return inner_key(jax.random.key(seed), name)
+
+
+def inner_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
+    """The key of this name among those of one draw."""
+    return jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
 
 
 def named_generator(seed: int, name: str) -> np.random.Generator:

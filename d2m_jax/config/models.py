@@ -1,6 +1,6 @@
 """A model: its transformer, its text encoders, its image side."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from d2m_jax.config.errors import check, check_number, check_whole
@@ -48,6 +48,7 @@ class MoEConfig(Config):
     shared_ratio: float = 1.0  # r_s
     experts: int = 12  # n; the rest of mlp_ratio is divided among them, so r_n is derived
     top_k: int = 2  # k
+    trained_top_k: int | None = None  # k that its gate's weights are those of; None: top_k
     gate: Literal["renormalised", "softmax", "sigmoid"] = "renormalised"
     router_input: Literal["modulated", "unmodulated"] = "modulated"
 
@@ -59,6 +60,20 @@ class MoEConfig(Config):
             0 <= self.top_k <= self.experts,
             f"MoEConfig.top_k = {self.top_k}: expected 0 to experts = {self.experts}",
         )
+        check(
+            self.trained_top_k is None or 1 <= self.trained_top_k <= self.experts,
+            f"MoEConfig.trained_top_k = {self.trained_top_k}: expected 1 to experts ="
+            f" {self.experts}, or None",
+        )
+
+    @property
+    def trained(self) -> int:
+        """The number of experts whose weights sum to it; at least 1."""
+        return max(1, self.top_k) if self.trained_top_k is None else self.trained_top_k
+
+    def running(self, top_k: int) -> "MoEConfig":
+        """The same experts, as many as `top_k` per token: what the knob does at run time."""
+        return replace(self, top_k=top_k, trained_top_k=self.trained)
 
 
 @dataclass(frozen=True)

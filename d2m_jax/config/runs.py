@@ -64,6 +64,8 @@ class StageConfig(Config):
     train: tuple[str, ...] = ("*",)  # name patterns (fnmatch on dotted parameter names)
     freeze: tuple[str, ...] = ()  # taken out of train
     top_k: int | None = None  # None: the model's own
+    # In the place of top_k: every sample of a step draws its own from these, so that all serve.
+    random_top_k: tuple[int, ...] = ()
     groups: "GroupsConfig | None" = None  # regroup the blocks into MoB groups before this stage
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -80,6 +82,15 @@ class StageConfig(Config):
         check_whole(self, 0, "log_every", "evaluate_every", "checkpoint_every", "sample_every")
         if self.top_k is not None:
             check_whole(self, 0, "top_k")
+        check(
+            all(k >= 0 for k in self.random_top_k),
+            f"StageConfig.random_top_k = {self.random_top_k}: expected numbers of at least 0",
+        )
+        check(
+            self.top_k is None or not self.random_top_k,
+            f"StageConfig.random_top_k = {self.random_top_k}: expected none beside top_k ="
+            f" {self.top_k}",
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from d2m_jax import flow
 from d2m_jax.config import ModelConfig, StageConfig, Timesteps
 from d2m_jax.distill.lockstep import check_aligned, lockstep
 from d2m_jax.distill.losses import feature_weights, mean_square, routing
+from d2m_jax.keys import inner_key
 from d2m_jax.models.flux import model_of
 
 Loss = Callable[[dict, Any, dict, Array], tuple[Float[Array, ""], dict[str, Array]]]
@@ -23,7 +24,7 @@ def flow_loss(config: ModelConfig, stage: StageConfig, timesteps: Timesteps = "u
     def loss(params: dict, constants: Any, batch: dict[str, Array], key: Array):
         model = model_of(config.transformer, params, dtype)
         inputs, target = noisy_inputs(config, timesteps, batch, key)
-        streams, context = model.embed(*inputs, top_k=stage.top_k)
+        streams, context = model.embed(*inputs, **drawn_experts(stage, inputs[0].shape[0], key))
         velocity, _ = model.run(streams, context, remat=stage.remat)
         return mean_square(velocity, target), {}
 
@@ -53,7 +54,7 @@ def distill_loss(
             teacher_model,
             student_model,
             teacher_model.embed(*inputs),
-            student_model.embed(*inputs, top_k=stage.top_k),
+            student_model.embed(*inputs, **drawn_experts(stage, inputs[0].shape[0], key)),
             features=weight.feature > 0,
             remat=stage.remat,
         )
@@ -84,6 +85,14 @@ def noisy_inputs(
     ids = flow.image_ids(*config.grid()), flow.text_ids(txt.shape[1])
     inputs = (flow.mix(data, noise, t), ids[0], txt, ids[1], t, y, guidance)
     return inputs, flow.velocity(data, noise)
+
+
+def drawn_experts(stage: StageConfig, count: int, key: Array) -> dict[str, Any]:
+    """How many experts run, for Flux.embed: as the stage says, or drawn for each sample."""
+    if not stage.random_top_k:
+        return {"top_k": stage.top_k}
+    drawn = jax.random.choice(inner_key(key, "top_k"), jnp.asarray(stage.random_top_k), (count,))
+    return {"top_k": max(stage.random_top_k), "top_k_each": drawn}
 
 
 def times(timesteps: Timesteps, key: Array, count: int) -> Float[Array, " b"]:

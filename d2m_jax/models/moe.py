@@ -36,15 +36,16 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "b n d"], FFNReport]:
         """Output and report. `routed`, what the normal experts added in an earlier step
         (FFNReport.routed), is added again without computing it."""
-        k = self.config.top_k if context.top_k is None else context.top_k
+        k, each = self.config.top_k if context.top_k is None else context.top_k, context.top_k_each
         y, routing = self.shared(x), None
         if routed is None and k > 0:
             with jax.named_scope("gate"):
                 logits = self.logits(x, unmodulated, context.vec)
-                probability, chosen, weight = self.route(logits, k)
+                probability, chosen, weight = self.route(logits, k, each)
             with jax.named_scope("experts"):
                 routed = self.scale[...].astype(x.dtype) * self.experts(x, chosen, weight)
-            load = jax.nn.one_hot(chosen, self.config.experts).mean((1, 2))
+            load = jax.nn.one_hot(chosen, self.config.experts).sum((1, 2))
+            load = load / jnp.maximum(load.sum(-1, keepdims=True), 1)
             routing = Routing(load, probability.mean(1))
         kept = None
         if context.keep_routed:
@@ -65,19 +66,33 @@ class MoE(nnx.Module):
         return self.gate(unmodulated.astype(jnp.float32)) + cond
 
     def route(
-        self, logits: Float[Array, "b n e"], k: int
+        self, logits: Float[Array, "b n e"], k: int, each: Int[Array, " b"] | None = None
     ) -> tuple[Float[Array, "b n e"], Int[Array, "b n k"], Float[Array, "b n k"]]:
         """Probabilities over experts (for balance), the chosen experts, and their weights.
 
-        "renormalised": k·s_i / Σ_TopK s with s = softmax, so that a uniform gate gives every weight
-        1; "softmax": n·s_i, "sigmoid": 2·sigmoid, scaled likewise to 1 at zero logits.
+        "renormalised": k'·s_i / Σ_{top k'} s with s = softmax and k' the number of experts that
+        train, so that a uniform gate gives every weight 1, and an expert weighs the same whatever
+        k is. "softmax": n·s_i, "sigmoid": 2·sigmoid, scaled likewise to 1 at zero logits. Where
+        `each` is given, a sample has that many of the k, and n stands for no expert.
         """
-        probability = jax.nn.softmax(logits, axis=-1)
-        top, chosen = jax.lax.top_k(logits, k)
+        probability, trained = jax.nn.softmax(logits, axis=-1), self.config.trained
+        top, chosen = jax.lax.top_k(logits, max(k, trained))
+        whole = jax.nn.logsumexp(top[..., :trained], axis=-1, keepdims=True)
+        top, chosen = top[..., :k], chosen[..., :k]
+        p = jnp.take_along_axis(probability, chosen, axis=-1)
         if self.config.gate == "renormalised":
-            weight = k * jax.nn.softmax(top, axis=-1)
+            weight = trained * jnp.exp(top - whole)
+            if trained == 1:
+                # Whatever the logits, the first weighs 1: they learn straight through, as the
+                # router of a Mixture of Blocks does (models/mob.py).
+                first = 1 + (p[..., :1] - jax.lax.stop_gradient(p[..., :1]))
+                weight = jnp.concatenate([first, weight[..., 1:]], axis=-1)
         elif self.config.gate == "softmax":
-            weight = logits.shape[-1] * jnp.take_along_axis(probability, chosen, axis=-1)
+            weight = logits.shape[-1] * p
         else:
             weight = 2 * jax.nn.sigmoid(top)
+        if each is not None:
+            runs = jnp.arange(k) < each[:, None, None]
+            chosen = jnp.where(runs, chosen, logits.shape[-1])
+            weight = jnp.where(runs, weight, 0)
         return probability, chosen, weight

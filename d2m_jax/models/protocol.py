@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar, no_type_check
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 T = TypeVar("T")
 Streams = tuple[Float[Array, "b _ d"], ...]  # (img, txt) in a double block, (x,) in a single one
@@ -51,6 +51,7 @@ class Context:
     pe: tuple[Float[Array, "i n 1 f"], Float[Array, "i n 1 f"]]  # rotary tables of [txt, img]
     text_tokens: int
     top_k: int | None = None  # normal experts per token; None: the config's
+    top_k_each: Int[Array, " b"] | None = None  # those of each sample, top_k at most; None: top_k
     collect: int = 0  # FFN inputs to report per sample, for calibration
     keep_routed: bool = False  # whether to report what the normal experts added
     known: Known = NOTHING  # of the block that reads it

@@ -89,7 +89,7 @@ def _sweep(run: Run, bench: Bench, count: int) -> tuple[Row, dict[int, Measured]
 
 def _with_top_k(config: ModelConfig, k: int) -> ModelConfig:
     transformer = config.transformer
-    return replace(config, transformer=replace(transformer, moe=replace(transformer.moe, top_k=k)))
+    return replace(config, transformer=replace(transformer, moe=transformer.moe.running(k)))
 
 
 def _milliseconds(run: Run, bench: Bench) -> dict[int, dict[Row, float]]:

@@ -133,7 +133,7 @@ def _student(name: str, method: str, directory: Path, stages: Mapping[str, Stage
         model = model_directory.load_config(path)
         top_k = stages[stage].top_k
         if top_k is not None:
-            moe = replace(model.transformer.moe, top_k=top_k)
+            moe = model.transformer.moe.running(top_k)
             model = replace(model, transformer=replace(model.transformer, moe=moe))
         last = history(directory, done[: done.index(stage) + 1])[-1]
         rows.append(Row(name, stage, model, path, last["step"], last["seconds"]))

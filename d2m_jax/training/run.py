@@ -256,9 +256,9 @@ def objective(
     tokens = math.prod(model.grid()), model.text.length
     count = partial(flops_per_example, image_tokens=tokens[0], text_tokens=tokens[1])
     student = model.transformer
-    if stage.top_k is not None:
-        student = replace(student, moe=replace(student.moe, top_k=stage.top_k))
-    forward = count(student)
+    drawn = stage.random_top_k or (student.moe.top_k if stage.top_k is None else stage.top_k,)
+    running = [replace(student, moe=student.moe.running(k)) for k in drawn]
+    forward = round(sum(map(count, running)) / len(running))
     again = forward if stage.remat else 0
     if teacher is None:
         return flow_loss(model, stage, timesteps), 3 * forward, again

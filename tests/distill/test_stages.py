@@ -117,6 +117,22 @@ def test_distill_loss_is_the_sum_of_its_parts():
     assert "feature" not in metrics
 
 
+def test_experts_are_drawn_for_each_sample():
+    stage = StageConfig(random_top_k=(0, 1, 6))
+    asked = stages.drawn_experts(stage, 300, jax.random.key(0))
+    assert asked["top_k"] == 6
+    assert np.bincount(asked["top_k_each"], minlength=7)[[0, 1, 6]].min() > 70
+    assert set(np.asarray(asked["top_k_each"]).tolist()) == {0, 1, 6}
+    assert stages.drawn_experts(StageConfig(top_k=3), 300, jax.random.key(0)) == {"top_k": 3}
+    # k drawn from one number is that number
+    teacher, student = toy.params(BODY, 1), toy.params(STUDENT.transformer, 2)
+    values = []
+    for fields in ({"random_top_k": (3,)}, {"top_k": 3}, {"random_top_k": (0, 6)}):
+        loss = stages.distill_loss(TEACHER, STUDENT, StageConfig(**fields))
+        values.append(float(jax.jit(loss)(student, teacher, batch(), jax.random.key(0))[0]))
+    assert values[0] == pytest.approx(values[1], rel=1e-5) != pytest.approx(values[2], rel=1e-2)
+
+
 def _features(teacher, key):
     """Mean squares of the teacher's streams after each group."""
     inputs, _ = stages.noisy_inputs(TEACHER, "uniform", batch(), key)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
+from d2m_jax.config import ConfigError, FluxConfig, MoEConfig, StackConfig
 from d2m_jax.kernels import grouped_matmul
 from d2m_jax.models import experts, moe
 from d2m_jax.models.protocol import FFNReport
@@ -25,9 +25,10 @@ def build(way="auto", **changes):
     config = replace(CONFIG, moe=replace(CONFIG.moe, **changes))
     graph, state = nnx.split(nnx.eval_shape(lambda: moe.MoE(config, STACK, rngs=nnx.Rngs(0))))
 
-    def call(params, x, unmodulated, vec, k=None):
+    def call(params, x, unmodulated, vec, k=None, each=None):
+        context = toy.context(vec, top_k=k, top_k_each=each)
         with toy.computed_by(way):
-            return nnx.merge(graph, params)(x, unmodulated, toy.context(vec, top_k=k))
+            return nnx.merge(graph, params)(x, unmodulated, context)
 
     return toy.random_like(state, seed=1), jax.jit(call, static_argnums=4)
 
@@ -72,14 +73,8 @@ def test_tiled_is_the_reference_forward_and_gradient(k):
     ):
         # float32 sums of all tokens, in another order: 1e-6, and room for other ones
         np.testing.assert_allclose(a, b, atol=6e-6, err_msg=jax.tree_util.keystr(path))
-    moving = jax.tree.map(lambda a: float(jnp.abs(a).max()) > 1e-6, gradients[0])
-    still = [
-        jax.tree_util.keystr(path)
-        for path, moves in jax.tree_util.tree_leaves_with_path(moving)
-        if not moves
-    ]
-    assert not still or k == 1  # a single renormalised choice always weighs 1: its gate is still
-    assert all("gate" in name for name in still)
+    for path, a in jax.tree_util.tree_leaves_with_path(gradients[0]):
+        assert float(jnp.abs(a).max()) > 1e-6, jax.tree_util.keystr(path)
 
 
 def by_hand(params, x, weights):
@@ -108,23 +103,88 @@ def softmax(a):
     return e / e.sum(-1, keepdims=True)
 
 
+@pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("gate", ["renormalised", "softmax", "sigmoid"])
-def test_gate_kinds_by_hand(gate):
+def test_gate_kinds_by_hand(gate, k):
+    """An expert weighs the same at every k: trained with 2, run with k."""
     params, call = build(gate=gate, way="reference")
     x, unmodulated, vec = inputs()
-    y, report = call(params, x, unmodulated, vec)
+    y, report = call(params, x, unmodulated, vec, k)
     logits = scores(params, x)
     probability = softmax(logits)
-    chosen = logits >= np.sort(logits, axis=-1)[..., -2:-1]  # the two best
+
+    def best(k):
+        return logits >= np.sort(logits, axis=-1)[..., -k][..., None]
+
     weights = {
-        "renormalised": 2 * probability / (probability * chosen).sum(-1, keepdims=True),
+        "renormalised": 2 * probability / (probability * best(2)).sum(-1, keepdims=True),
         "softmax": N * probability,
         "sigmoid": 2 / (1 + np.exp(-logits)),
     }[gate]
-    np.testing.assert_allclose(y, by_hand(params, x, weights * chosen), atol=2e-5)
-    np.testing.assert_allclose(report.routing.load, chosen.mean(1) / 2, atol=1e-6)
+    np.testing.assert_allclose(y, by_hand(params, x, weights * best(k)), atol=2e-5)
+    np.testing.assert_allclose(report.routing.load, best(k).mean(1) / k, atol=1e-6)
     np.testing.assert_allclose(report.routing.probability, probability.mean(1), atol=1e-6)
     np.testing.assert_allclose(report.routing.load.sum(-1), 1, atol=1e-6)
+
+
+def test_trained_top_k_tells_the_weights_whatever_runs():
+    params, call = build(top_k=3, trained_top_k=2)
+    _, other = build(top_k=2)
+    assert MoEConfig(top_k=2).running(3) == MoEConfig(top_k=3, trained_top_k=2)
+    assert MoEConfig(top_k=2).running(3).running(1) == MoEConfig(top_k=1, trained_top_k=2)
+    np.testing.assert_array_equal(
+        call(params, *inputs())[0], other(params, *inputs(), 3)[0], strict=True
+    )
+    with pytest.raises(ConfigError, match=r"trained_top_k = 13: expected 1 to experts = 12"):
+        MoEConfig(trained_top_k=13)
+
+
+def test_a_gate_that_trains_with_one_expert_learns_straight_through():
+    """Its choice weighs exactly 1, and its logit's gradient is that of its probability."""
+    params, call = build(top_k=1, way="reference")
+    x, unmodulated, vec = inputs()
+    first = np.argmax(scores(params, x), -1)
+    weights = np.eye(N)[first]
+    np.testing.assert_allclose(
+        call(params, x, unmodulated, vec)[0], by_hand(params, x, weights), atol=2e-5
+    )
+
+    def value(params):
+        y, _ = call(params, x, unmodulated, vec)
+        return (y * jnp.sin(x)).sum()
+
+    found = jax.grad(value)(params)["gate"]["bias"][...]
+    # d y / d weight is the expert's own output: what doubling the weight of the first adds
+    once = by_hand(params, x, 0 * weights)
+    added = ((by_hand(params, x, weights) - once) * np.sin(x)).sum(-1)
+    p = softmax(scores(params, x))
+    of_first = np.take_along_axis(p, first[..., None], -1)
+    expected = (added[..., None] * of_first * (weights - p)).sum((0, 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["reference", "tiled"])
+def test_each_sample_has_its_own_top_k(way):
+    """Beside each other with 0, 2 and 4 experts they are what each is alone; gradients too."""
+    params, call = build(way=way)
+    x, unmodulated, vec = inputs()
+    each = [0, 2, 4]
+
+    def together(params, x):
+        y, report = call(params, x, unmodulated, vec, 4, jnp.asarray(each))
+        return (y * jnp.sin(x)).sum(), (y, report)
+
+    def apart(params, x):
+        ys = [call(params, x[i : i + 1], x[:1], vec[:1], k)[0] for i, k in enumerate(each)]
+        y = jnp.concatenate(ys)
+        return (y * jnp.sin(x)).sum(), (y, None)
+
+    (_, (y, report)), gradients = jax.value_and_grad(together, (0, 1), has_aux=True)(params, x)
+    (_, (y2, _)), gradients2 = jax.value_and_grad(apart, (0, 1), has_aux=True)(params, x)
+    np.testing.assert_allclose(y, y2, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(gradients2), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    np.testing.assert_allclose(report.routing.load.sum(-1), [0, 1, 1], atol=1e-6)
 
 
 @pytest.mark.parametrize("gate", ["renormalised", "softmax", "sigmoid"])

@@ -85,9 +85,11 @@ def relative(a, b):
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("gate", ["renormalised", "softmax", "sigmoid"])
-def test_moe(gate, tmp_path):
-    config = replace(UNGUIDED, moe=replace(SPARSE.moe, gate=gate))
+@pytest.mark.parametrize(
+    "moe", [{"gate": "softmax"}, {"gate": "sigmoid"}, {}, {"trained_top_k": 1}], ids=str
+)
+def test_moe(moe, tmp_path):
+    config = replace(UNGUIDED, moe=replace(SPARSE.moe, **moe))
     params, model = exported(tmp_path / "out", config)
     inputs, top_ks = toy.inputs(config), (None, 0, 1, 6)
     expected = ours(config, params, inputs, top_ks)

@@ -198,8 +198,6 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, unmodulated: Tensor, context: Context) -> Tensor:
         k = self.config.top_k if context.top_k is None else context.top_k
         y = self.shared(x)
-        if k == 0:
-            return y
         chosen, weight = self.route(x, unmodulated, context.vec, k)
         tokens, chosen, weight = x.flatten(0, 1), chosen.flatten(0, 1), weight.flatten(0, 1)
         routed = torch.zeros_like(tokens)
@@ -216,14 +214,16 @@ class MoE(nn.Module):
             logits = self.gate(x)
         else:
             logits = self.gate(unmodulated) + self.gate_cond(F.silu(vec))[:, None]
-        top, chosen = logits.topk(k, dim=-1)
+        # As many experts as trained weigh that many, whatever k is.
+        trained = self.config.trained_top_k or max(1, self.config.top_k)
+        top, chosen = logits.topk(max(k, trained), dim=-1)
         if self.config.gate == "renormalised":
-            weight = k * top.softmax(-1)
+            weight = trained * (top - top[..., :trained].logsumexp(-1, keepdim=True)).exp()
         elif self.config.gate == "softmax":
             weight = logits.shape[-1] * logits.softmax(-1).gather(-1, chosen)
         else:
             weight = 2 * top.sigmoid()
-        return chosen, weight
+        return chosen[..., :k], weight[..., :k]
 
 
 FFN = nn.Sequential | MoE

@@ -1,0 +1,64 @@
+"""A student with other numbers of experts per token than it trained with: its error by k.
+
+    python benchmarks/top_k.py runs/demo/models/moe …
+
+Error: E‖v_teacher − v_student‖² on noisy validation examples of the icons task. Beside the weights
+of models/moe.py, those that add up to k at every k, as they were until 2026-11-26.
+"""
+
+import sys
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+
+from d2m_jax.config import ModelConfig, MoEConfig
+from d2m_jax.data import icons
+from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.evaluate.icons import task_of
+from d2m_jax.models.flux import model_of
+from d2m_jax.sampling.encoders import Encoders
+from d2m_jax.weights import model_directory
+
+TEACHER, TOP_KS, BATCHES = "teachers/icons", (0, 1, 2, 4, 8, 12), 4
+
+
+@partial(jax.jit, static_argnums=0)
+def velocity(config: ModelConfig, params: dict, inputs: tuple) -> jax.Array:
+    return model_of(config.transformer, params)(*inputs)
+
+
+def with_moe(config: ModelConfig, moe: MoEConfig) -> ModelConfig:
+    return replace(config, transformer=replace(config.transformer, moe=moe))
+
+
+def main() -> None:
+    teacher, params = model_directory.load(TEACHER)
+    encoders, task = Encoders(teacher), task_of(teacher)
+    drawn = icons.batches(task, encoders.tokenizer, teacher.image, 64, 0, "validation")
+    inputs, targets = [], []
+    for i, batch in enumerate(islice(drawn, BATCHES)):
+        noisy, _ = noisy_inputs(teacher, "uniform", encoders.encode(batch), jax.random.key(i))
+        inputs.append(noisy)
+        targets.append(velocity(teacher, params, noisy))
+    print("model, weights".ljust(50), *(f"k = {k:<5}" for k in TOP_KS))
+    for path in sys.argv[1:]:
+        student, params = model_directory.load(path)
+        moe = student.transformer.moe
+        for name, rule in (
+            ("as trained", moe.running),
+            ("add up to k", lambda k, moe=moe: replace(moe, top_k=k, trained_top_k=max(1, k))),
+        ):
+            errors = []
+            for k in TOP_KS:
+                config = with_moe(student, rule(k))
+                found = [velocity(config, params, noisy) for noisy in inputs]
+                pairs = zip(found, targets, strict=True)
+                errors.append(jnp.mean(jnp.stack([jnp.square(a - b).mean() for a, b in pairs])))
+            print(f"{path}, {name}".ljust(50), *(f"{error:<9.4f}" for error in errors), flush=True)
+
+
+if __name__ == "__main__":
+    main()
