@@ -74,17 +74,31 @@ def distill_loss(
 def noisy_inputs(
     config: ModelConfig, timesteps: Timesteps, batch: dict[str, Array], key: Array
 ) -> tuple[tuple, Float[Array, "b n c"]]:
-    """An encoded batch (Encoders.encode; images of the config's size) at random times: the
-    arguments of Flux.embed, and the velocity that is true there."""
-    data, txt, y = batch["latents"], batch["txt"], batch["y"]
+    """An encoded batch (data/protocol.py, Batches) at random times: the arguments of Flux.embed,
+    and the velocity that is true there.
+
+    Where the batch has points of a teacher's path, `noisy` at its `time` with its `guidance`, these
+    are taken instead: the velocity is the one that leads from there straight to the data.
+    """
+    grid, txt, y = batch["latents"].shape[1:3], batch["txt"], batch["y"]
+    data = _tokens(batch["latents"])
     noise_key, time_key = jax.random.split(key)
-    noise = jax.random.normal(noise_key, data.shape)
-    t = times(timesteps, time_key, data.shape[0])
-    t = flow.shift(t, config.shift, data.shape[1])
+    if "noisy" in batch:
+        x, t = _tokens(batch["noisy"]), batch["time"]
+        target = (x - data) / jnp.maximum(t, 1e-6)[:, None, None]
+    else:
+        noise = jax.random.normal(noise_key, data.shape)
+        t = times(timesteps, time_key, data.shape[0])
+        t = flow.shift(t, config.shift, data.shape[1])
+        x, target = flow.mix(data, noise, t), flow.velocity(data, noise)
     guidance = jnp.full(t.shape, config.guidance) if config.transformer.guidance_embed else None
-    ids = flow.image_ids(*config.grid()), flow.text_ids(txt.shape[1])
-    inputs = (flow.mix(data, noise, t), ids[0], txt, ids[1], t, y, guidance)
-    return inputs, flow.velocity(data, noise)
+    if guidance is not None:
+        guidance = batch.get("guidance", guidance)
+    return (x, flow.image_ids(*grid), txt, flow.text_ids(txt.shape[1]), t, y, guidance), target
+
+
+def _tokens(grid: Float[Array, "b rows columns k"]) -> Float[Array, "b n k"]:
+    return grid.reshape(grid.shape[0], -1, grid.shape[-1])
 
 
 def drawn_experts(stage: StageConfig, count: int, key: Array) -> dict[str, Any]:

@@ -29,7 +29,7 @@ BATCH = 32  # examples of one forward
 SPLITS: dict[str, Split] = {"seen": "validation", "held_out": "held_out"}
 
 T = TypeVar("T")
-Inputs = dict[str, Array]  # img, txt, timesteps, y of a batch
+Inputs = dict[str, Array]  # img [b, rows, columns, c], txt, timesteps, y of a batch
 
 
 def noisy_batches(config: RunConfig, encoders: Encoders, pairs: str, mesh: Mesh) -> list[Inputs]:
@@ -52,6 +52,7 @@ def noisy_batches(config: RunConfig, encoders: Encoders, pairs: str, mesh: Mesh)
 def _noisy(config: ModelConfig, batch: dict[str, Array], key: Array) -> Inputs:
     inputs, _ = noisy_inputs(config, "uniform", batch, key)
     img, _, txt, _, timesteps, y, _ = inputs
+    img = img.reshape(batch["latents"].shape)
     found = {"img": img, "txt": txt, "timesteps": timesteps, "y": y}
     return {name: constrain(a, "batch", *[None] * (a.ndim - 1)) for name, a in found.items()}
 
@@ -98,10 +99,11 @@ def _forward(program: Program, params: dict, inputs: Inputs) -> Float[Array, "b 
 def arguments(config: ModelConfig, inputs: Inputs) -> tuple:
     """What Flux.embed is given."""
     timesteps, text = inputs["timesteps"], inputs["txt"].shape[1]
+    size, rows, columns, channels = inputs["img"].shape
     guided = config.transformer.guidance_embed
     return (
-        inputs["img"],
-        flow.image_ids(*config.grid()),
+        inputs["img"].reshape(size, rows * columns, channels),
+        flow.image_ids(rows, columns),
         inputs["txt"],
         flow.text_ids(text),
         timesteps,
@@ -127,6 +129,18 @@ def first(tree: T, inputs: Inputs, count: int) -> tuple[T, Inputs]:
     return jax.tree.map(alone, tree), jax.device_put(few, one)
 
 
-def velocities(program: Program, params: dict, batches: list[Inputs]) -> Float[np.ndarray, "b n c"]:
-    """What a model answers to all of the batches."""
-    return np.concatenate([np.asarray(program(params, inputs)) for inputs in batches])
+def velocities(
+    program: Program, params: dict, batches: list[Inputs]
+) -> list[Float[np.ndarray, "b n c"]]:
+    """What a model answers to each of the batches."""
+    return [np.asarray(program(params, inputs)) for inputs in batches]
+
+
+def mean_square(
+    some: list[Float[np.ndarray, "b n c"]], others: list[Float[np.ndarray, "b n c"]]
+) -> float:
+    """Mean squared difference over all samples, tokens and channels."""
+    total = sum(
+        float(np.square(a - b, dtype=np.float64).sum()) for a, b in zip(some, others, strict=True)
+    )
+    return total / sum(a.size for a in some)

@@ -1,5 +1,6 @@
 """Where tokens and samples go: loads of experts and use of blocks, by timestep and by place."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -38,9 +39,13 @@ class Group:
 def measure(
     program: Program, params: dict, batches: Iterable[Inputs]
 ) -> tuple[list[Layer], list[Group]]:
-    """The routing of a model on noisy examples; layers are named by the number of their block."""
-    config, results, times = program.config, [], []
+    """The routing of a model on noisy examples; layers are named by the number of their block.
+
+    Of images of several sizes, places are those of the first batch's.
+    """
+    config, results, times, grids = program.config, [], [], []
     for inputs in batches:
+        grids.append(inputs["img"].shape[1:3])
         with on_mesh_of(inputs):
             results.append(jax.device_get(_route(program, params, inputs)))
         times.append(np.asarray(inputs["timesteps"]))
@@ -48,7 +53,6 @@ def measure(
     loads, places, used = (
         {name: [result[i][name] for result in results] for name in results[0][i]} for i in range(3)
     )
-    grid = config.grid()
     layers, groups = [], []
     for kind, i, block, stack in _stacks(config):
         for group in range(stack.groups):
@@ -62,8 +66,12 @@ def measure(
                     load = np.concatenate([a[group, b] for a in loads[key]])
                     place = None
                     if key in places:
-                        total = reduce(np.add, (a[group, b] for a in places[key]))
-                        place = _shares(total).reshape(*grid, -1)
+                        alike = [
+                            a[group, b]
+                            for a, grid in zip(places[key], grids, strict=True)
+                            if grid == grids[0]
+                        ]
+                        place = _shares(reduce(np.add, alike)).reshape(*grids[0], -1)
                     values = {n: float(v[0]) for n, v in health(jnp.asarray(load[None])).items()}
                     side = {"img_mlp": " image", "txt_mlp": " text"}.get(key[2], "")
                     name = f"{kind} {first + b}{side}"
@@ -86,7 +94,7 @@ def _route(program: Program, params: dict, inputs: Inputs) -> tuple[dict, dict, 
     """
     config, transformer = program.config, program.config.transformer
     model = model_of(transformer, params, jnp.dtype(program.dtype))
-    tokens, text = inputs["img"].shape[1], inputs["txt"].shape[1]
+    tokens, text = math.prod(inputs["img"].shape[1:3]), inputs["txt"].shape[1]
     asked = model.embed(*arguments(config, inputs), collect=tokens + text)
     _, report = model.run(*asked)
     loads, places, used = {}, {}, {}

@@ -1,7 +1,6 @@
 """A run without the run: every stage's step, compiled for chips that need not be there."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,7 +182,7 @@ def _batch(model: ModelConfig, stage: StageConfig, mesh: Mesh) -> dict[str, jax.
         return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=place)
 
     return {
-        "latents": of(math.prod(model.grid()), transformer.in_channels, dtype=jnp.float32),
+        "latents": of(*model.grid(), transformer.in_channels, dtype=jnp.float32),
         "txt": of(model.text.length, transformer.context_in_dim),
         "y": of(transformer.vec_in_dim),
     }

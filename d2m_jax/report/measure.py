@@ -20,7 +20,15 @@ from d2m_jax.config import ConfigError, MeshConfig, ModelConfig, to_json
 from d2m_jax.data.protocol import Data
 from d2m_jax.data.source import open_data
 from d2m_jax.evaluate.benchmark import judge
-from d2m_jax.evaluate.noisy import BATCH, SPLITS, Inputs, Program, noisy_batches, velocities
+from d2m_jax.evaluate.noisy import (
+    BATCH,
+    SPLITS,
+    Inputs,
+    Program,
+    mean_square,
+    noisy_batches,
+    velocities,
+)
 from d2m_jax.evaluate.scores import Score, Scores
 from d2m_jax.report.rows import Row, Run
 from d2m_jax.sampling.encoders import Encoders
@@ -73,7 +81,7 @@ class Bench:
         return {pairs: made(pairs) for pairs in SPLITS}
 
     @cached_property
-    def targets(self) -> dict[str, Float[np.ndarray, "b n c"]]:
+    def targets(self) -> dict[str, list[Float[np.ndarray, "b n c"]]]:
         """The teacher's velocities there."""
         program, params = self.program(self.run.teacher), self.params(self.run.teacher)
         return {pairs: velocities(program, params, found) for pairs, found in self.inputs.items()}
@@ -132,7 +140,7 @@ class Bench:
             value[pairs] = {
                 "correct": _bits(judged.correct),
                 "floor": _bits(judged.floor),
-                "error": float(np.square(answers - targets[pairs], dtype=np.float64).mean()),
+                "error": mean_square(answers, targets[pairs]),
             }
             if pairs == "seen":
                 value["samples"] = [png(to_image(image)) for image in images[:SAMPLES]]

@@ -46,12 +46,17 @@ class Encoders:
         """Token features and pooled vector."""
         return _text(self.config, self.dtype, self.params, ids)
 
-    def latents(self, image: UInt8[Array | np.ndarray, "b H W 3"]) -> Float[Array, "b n c"]:
-        """Packed tokens of images: their pixels in [−1, 1], or the autoencoder's mean latents."""
+    def latents(
+        self, image: UInt8[Array | np.ndarray, "b H W 3"]
+    ) -> Float[Array, "b rows columns k"]:
+        """Packed tokens of images, where they lie: their pixels in [−1, 1], or the autoencoder's
+        mean latents."""
         return _latents(self.config, self.dtype, self.params, image)
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Array]:
-        """A batch of `image` (uint8 [b, H, W, 3]) and `text` (ids) as `latents`, `txt` and `y`."""
+        """A raw batch as an encoded one (data/protocol.py, Batches), which is returned as it is."""
+        if "latents" in batch:
+            return batch
         txt, y = self.text(batch["text"])
         return {"latents": self.latents(batch["image"]), "txt": txt, "y": y}
 
@@ -78,9 +83,11 @@ def _latents(
 ):
     pixels = image.astype(jnp.float32) / 127.5 - 1
     if isinstance(config.image, PixelsConfig):
-        return flow.pack(pixels, config.image.patch)
-    model = autoencoder.model_of(config.image, params["autoencoder"], dtype)
-    return flow.pack(model.encode(pixels))
+        tokens = flow.pack(pixels, config.image.patch)
+    else:
+        model = autoencoder.model_of(config.image, params["autoencoder"], dtype)
+        tokens = flow.pack(model.encode(pixels))
+    return tokens.reshape(len(image), *config.grid(*image.shape[1:3]), -1)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -66,7 +66,7 @@ def test_noisy_inputs_lie_on_the_path_to_their_target():
     x, img_ids, txt, txt_ids, t, _, guidance = inputs
     assert img_ids.shape == (1, 12, 3) and txt_ids.shape == (1, 3, 3) and txt.shape == (4, 3, 16)
     # x_t − t·v is the image itself
-    data = batch()["latents"]
+    data = batch()["latents"].reshape(4, 12, 12)
     np.testing.assert_allclose(x - t[:, None, None] * target, data, atol=1e-5)
     assert data.min() >= -1 - 1e-6 and data.max() <= 1 + 1e-6
     np.testing.assert_array_equal(guidance, [TEACHER.guidance] * 4)
@@ -77,6 +77,34 @@ def test_noisy_inputs_lie_on_the_path_to_their_target():
     np.testing.assert_allclose(later, flow.shift(t, 3.0, 12), rtol=1e-6)
     without = replace(TEACHER, transformer=replace(BODY, guidance_embed=False))
     assert stages.noisy_inputs(without, "uniform", batch(), jax.random.key(0))[0][6] is None
+
+
+def test_the_grid_is_the_batch_s():
+    """Images of another size than the model's, and place by place the same as encoded."""
+    image = generator().integers(0, 256, (2, 4, 10, 3)).astype(np.uint8)
+    encoded = Encoders(TEACHER).encode({"image": image, "text": np.zeros((2, 3), np.int32)})
+    assert encoded["latents"].shape == (2, 2, 5, 12)
+    np.testing.assert_allclose(
+        encoded["latents"][1, 1, 3].reshape(3, 2, 2).transpose(1, 2, 0),
+        image[1, 2:4, 6:8] / 127.5 - 1,
+        atol=1e-6,
+    )
+    inputs, target = stages.noisy_inputs(TEACHER, "uniform", encoded, jax.random.key(0))
+    assert inputs[0].shape == target.shape == (2, 10, 12)
+    np.testing.assert_array_equal(inputs[1], flow.image_ids(2, 5))
+    assert Encoders(TEACHER).encode(encoded) is encoded
+
+
+def test_points_of_a_path_are_taken_as_they_are():
+    made = batch()
+    made |= {"noisy": made["latents"] + 1, "time": jnp.array([0.25, 0.5, 0.75, 1.0])}
+    made |= {"guidance": jnp.array([1.0, 2.0, 3.0, 4.0])}
+    inputs, target = stages.noisy_inputs(TEACHER, "uniform", made, jax.random.key(0))
+    np.testing.assert_array_equal(inputs[0], made["noisy"].reshape(4, 12, 12))
+    np.testing.assert_array_equal(inputs[4], made["time"])
+    np.testing.assert_array_equal(inputs[6], made["guidance"])
+    for i, t in enumerate(made["time"]):  # straight to the data, which lie 1 lower
+        np.testing.assert_allclose(target[i], np.full((12, 12), 1 / t), rtol=1e-5)
 
 
 def test_flow_loss_is_the_error_of_the_velocity():
@@ -91,7 +119,7 @@ def test_flow_loss_is_the_error_of_the_velocity():
 
 
 def _ends(key):
-    data = batch()["latents"]
+    data = batch()["latents"].reshape(4, 12, 12)
     return data, jax.random.normal(jax.random.split(key)[0], data.shape)
 
 

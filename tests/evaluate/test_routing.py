@@ -50,7 +50,7 @@ def batches():
 
     def batch(start):
         return {
-            "img": jnp.float32(rng.normal(size=(8, 6, 48))),
+            "img": jnp.float32(rng.normal(size=(8, 2, 3, 48))),
             "txt": jnp.float32(rng.normal(size=(8, 3, 8))),
             "timesteps": jnp.float32((np.arange(8) + start) / 8),
             "y": jnp.float32(rng.normal(size=(8, 8))),

@@ -121,7 +121,7 @@ aligned, teacher = align(dense, random(dense, 0), shapes(sparse))
 student = random(sparse, 1)
 draw = generator()
 batch = {
-    "latents": draw.normal(size=(8, 9, 8)).astype("f"),
+    "latents": draw.normal(size=(8, 3, 3, 8)).astype("f"),
     "txt": draw.normal(size=(8, 4, 8)).astype("f"),
     "y": draw.normal(size=(8, 8)).astype("f"),
 }
@@ -134,7 +134,8 @@ def step(student, teacher, batch):
 def sample(student, batch):
     text = batch["txt"], batch["y"]
     times = np.linspace(1, 0, 3, dtype="f")
-    return denoise(model_of(sparse, student), batch["latents"], text, (3, 3), times, 3.5)
+    noise = batch["latents"].reshape(8, 9, 8)
+    return denoise(model_of(sparse, student), noise, text, (3, 3), times, 3.5)
 
 alone, images = jax.jit(step)(student, teacher, batch), jax.jit(sample)(student, batch)
 for sizes in ((1, 8, 1, 1), (2, 1, 2, 2)):

@@ -157,7 +157,7 @@ def test_the_error_is_the_mean_squared_difference_of_velocities(make_run, tmp_pa
     (inputs,) = bench.inputs["seen"]
     answers = [
         model_of(model.config.transformer, weights.load(model.path)[1])(
-            inputs["img"],
+            inputs["img"].reshape(len(inputs["img"]), 4, -1),
             flow.image_ids(2, 2),
             inputs["txt"],
             flow.text_ids(6),
