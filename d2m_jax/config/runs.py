@@ -158,6 +158,8 @@ class RunConfig(Config):
     teacher: str | None = None  # a model directory, found from the shell's folder or the repository
     model: ModelConfig | None = None
     data: DataConfig = field(default_factory=IconsConfig)
+    # Other data to validate on; None: what of `data` never trains (of the icons, other draws).
+    validation: DataConfig | None = None
     # How times are drawn in training and calibration, before the model's shift.
     timesteps: Timesteps = "uniform"
     sparsify: SparsifyConfig = SparsifyConfig()  # how the student is cut from the teacher
@@ -165,6 +167,7 @@ class RunConfig(Config):
     rivals: Mapping[str, StudentConfig] = field(default_factory=dict)  # trained for the report
     mesh: MeshConfig = MeshConfig()
     keep_checkpoints: int = 2
+    sampled_prompts: int = 36  # of the grids that a stage draws (StageConfig.sample_every)
     evaluate_prompts: int = 600  # prompts of the icons benchmark in the report
     # Experts per token that the report tries beside the model's own number and all of them.
     sweep_top_k: tuple[int, ...] = (0, 1, 4, 8)
@@ -180,7 +183,7 @@ class RunConfig(Config):
         )
         check(len(self.stages) > 0, "RunConfig.stages: expected at least one stage, found none")
         check_whole(self, 0, "seed")
-        check_whole(self, 1, "keep_checkpoints", "evaluate_prompts")
+        check_whole(self, 1, "keep_checkpoints", "evaluate_prompts", "sampled_prompts")
         check_whole(self, 0, "held_out_batches")
         for name in self.rivals:
             _check_name(f"rivals.{name}", name)

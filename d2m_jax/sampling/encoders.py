@@ -16,7 +16,7 @@ from d2m_jax.models import autoencoder, clip, t5
 from d2m_jax.models.words import Words
 from d2m_jax.sampling.tokenizers import Tokenizers
 from d2m_jax.sharding import local_mesh, spread
-from d2m_jax.weights.encoders import load_encoders
+from d2m_jax.weights.encoders import load_encoder, parts
 from d2m_jax.weights.torch_import import dtype_of
 
 
@@ -27,31 +27,54 @@ class Encoders:
     `config.encoders` names, are shared out over `mesh` (None: this process's devices) and compute
     in `dtype` (None: bfloat16, on a CPU float32). `tokenizer.ids(captions)` gives what `text`
     reads; it holds no parameters, so that a data pipeline can carry it. ConfigError where the
-    folder is missing or does not fit the config.
+    folder is missing or does not fit the config: at once, or without `load` when they are needed.
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+        self,
+        config: ModelConfig,
+        dtype: DTypeLike | None = None,
+        mesh: Mesh | None = None,
+        load: bool = True,
     ):
         usual = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         self.config, self.dtype = config, dtype_of(usual if dtype is None else dtype)
-        self.params = load_encoders(config, partial(spread, mesh or local_mesh()))
+        self._place = partial(spread, mesh or local_mesh())
+        self._loaded: dict[str, dict] = {}
+        if load:
+            self._of(*parts(config))
         if isinstance(config.text, WordsConfig):
             self.tokenizer = Words(config.text)
         else:
-            assert config.encoders is not None  # load_encoders needs it
-            self.tokenizer = Tokenizers(config.encoders, config.text)
+            self.tokenizer = Tokenizers(config.encoders or "", config.text)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the parameters that are loaded, on all devices together."""
+        return sum(array.nbytes for array in jax.tree.leaves(self._loaded))
+
+    def release(self) -> None:
+        """Free their memory; they are loaded again when they are needed."""
+        self._loaded.clear()
+
+    def _of(self, *needed: str) -> dict[str, dict]:
+        """Parameters by part, of those needed that the model has."""
+        mine = [part for part in parts(self.config) if part in needed]
+        for part in mine:
+            if part not in self._loaded:
+                self._loaded[part] = load_encoder(self.config, part, self._place)
+        return {part: self._loaded[part] for part in mine}
 
     def text(self, ids: PyTree) -> tuple[Float[Array, "b l e"], Float[Array, "b v"]]:
         """Token features and pooled vector."""
-        return _text(self.config, self.dtype, self.params, ids)
+        return _text(self.config, self.dtype, self._of("t5", "clip"), ids)
 
     def latents(
         self, image: UInt8[Array | np.ndarray, "b H W 3"]
     ) -> Float[Array, "b rows columns k"]:
         """Packed tokens of images, where they lie: their pixels in [−1, 1], or the autoencoder's
         mean latents."""
-        return _latents(self.config, self.dtype, self.params, image)
+        return _latents(self.config, self.dtype, self._of("autoencoder"), image)
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Array]:
         """A raw batch as an encoded one (data/protocol.py, Batches), which is returned as it is."""
@@ -65,7 +88,8 @@ class Encoders:
     ) -> Float[Array, "b H W 3"]:
         """Images in [0, 1] of packed tokens; in tiles of `tile` latents a side, where there is an
         autoencoder, for less memory."""
-        return _images(self.config, self.dtype, (height, width), tile, self.params, latents)
+        params = self._of("autoencoder")
+        return _images(self.config, self.dtype, (height, width), tile, params, latents)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

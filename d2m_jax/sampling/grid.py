@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,16 @@ def grid(images: Float[np.ndarray, "n h w 3"], columns: int | None = None) -> Im
         row, column = divmod(i, columns)
         picture.paste(to_image(image), (column * (width + GAP), row * (height + GAP)))
     return picture
+
+
+def side_by_side(
+    models: Sequence[Float[np.ndarray, "n h w 3"]],
+) -> tuple[Float[np.ndarray, "m h w 3"], int]:
+    """What several models made of the same prompts, prompt by prompt, and in how many columns
+    `grid` shows them: all of a prompt in one row."""
+    count, height, width, _ = models[0].shape
+    prompts = max(1, round(math.sqrt(count / len(models))))  # in a row
+    return np.stack(models, axis=1).reshape(-1, height, width, 3), prompts * len(models)
 
 
 def to_image(image: Float[np.ndarray, "h w 3"]) -> Image.Image:

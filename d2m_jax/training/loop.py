@@ -40,7 +40,7 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     encode: Callable[[Batch], Batch] = lambda batch: batch,
     seed: int = 0,
     flops_per_example: float = 0.0,
-    sample: Callable[[dict, int], None] | None = None,
+    sample: Callable[[dict, int], Path] | None = None,
     keep: int = 2,
     mesh: Mesh | None = None,
 ) -> dict:
@@ -52,9 +52,9 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     train. What is one array in `params` and `constants` stays one. The loss sees `encode(batch)`,
     of arrays on the devices; `constants` reach the loss as arguments of the compiled step;
     `flops_per_example` counts a whole step's work for one example; `sample(params, step)` draws
-    pictures. Raises ConfigError for a loss that is not finite, and keeps the last good checkpoint.
-    On SIGTERM or SIGINT it saves and exits with 128 + the signal's number (143, 130): what
-    schedulers read as "stopped, start me again".
+    a picture and gives its file. Raises ConfigError for a loss that is not finite, and keeps the
+    last good checkpoint. On SIGTERM or SIGINT it saves and exits with 128 + the signal's number
+    (143, 130): what schedulers read as "stopped, start me again".
     """
     run_directory = Path(run_directory)
     mesh = mesh or make_mesh(MeshConfig())
@@ -103,7 +103,7 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
                     at_start = validate(trained(state), frozen, constants)
                 metrics.write(0, {"loss": at_start["validation"]} | at_start)
             for step in range(start + 1, stage.steps + 1):
-                batch = batch or put(next(batches))
+                batch = batch or put(clock.waiting(batches))
                 signals = hosts.flags(mesh, caught[0]) if caught else no_signal
                 with jax.profiler.StepTraceAnnotation(name, step_num=step):
                     state, values = train_step(state, frozen, constants, batch, keys[0], signals)
@@ -124,7 +124,8 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
                     journal.log(step, result)
                 if due.sample and sample:
                     with jax.transfer_guard("allow"):
-                        sample(program.whole(trained(state), frozen, constants), step)
+                        whole = program.whole(trained(state), frozen, constants)
+                        metrics.picture(step, sample(whole, step))
                 if due.save or journal.stop:
                     with jax.transfer_guard("allow"):
                         journal.save(step, state, batches.get_state(), result.get("validation"))
@@ -274,7 +275,15 @@ class _Clock:
         self.flops_per_example = flops_per_example
         self.peak = matmul_peak(mesh, stage.dtype) if flops_per_example else 0.0
         self._mark: float | None = None
-        self._steps, self._since = 0, 0.0
+        self._steps, self._since, self._waited = 0, 0.0, 0.0
+
+    def waiting(self, batches: Batches) -> Batch:
+        """The next batch, whose time is the input's."""
+        start = time.perf_counter()
+        batch = next(batches)
+        if self._mark is not None:
+            self._waited += time.perf_counter() - start
+        return batch
 
     def tick(self) -> None:
         """A step is done; the first after a pause only starts the clock."""
@@ -297,11 +306,12 @@ class _Clock:
             rates |= {
                 "seconds_per_step": per_step,
                 "examples_per_second": self.batch_size / per_step,
+                "input_wait": self._waited / self._since,  # share of the time
             }
             if self.peak:
                 flops = self.flops_per_example * self.batch_size / per_step
                 rates["model_flop_utilisation"] = flops / self.peak
-        self._steps, self._since = 0, 0.0
+        self._steps, self._since, self._waited = 0, 0.0, 0.0
         return rates
 
 

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import rich.progress
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
 from rich.console import Console
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
-from tensorboardX.summary import scalar
+from tensorboardX.summary import histogram, image, scalar
 
 from d2m_jax import hosts
 from d2m_jax.weights.output import new_file
@@ -94,6 +95,11 @@ class Metrics:
         self._warn_of_collapse(step, values)
         self._show(step, values)
 
+    def picture(self, step: int, file: Path) -> None:
+        """A picture that was drawn at this step."""
+        if self._writes:
+            self._board.picture(step, file)
+
     def _show(self, step: int, values: dict[str, Any]) -> None:
         shown = f"loss {values['loss']:.4g}"
         if "validation" in values:
@@ -153,11 +159,21 @@ class _Board:
             self._write(step=start + 1, session_log=again)  # what came after is not drawn
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """A curve per value, or per layer."""
+        """A curve per value, or per layer and how they are spread over the layers."""
         for name, value in values.items():
+            if np.size(value) > 1:
+                self._write(
+                    step=step, summary=histogram(f"layers/{name}", np.asarray(value), "auto")
+                )
             for i, x in enumerate(np.ravel(value)):
                 tag = f"{name}/{i:02d}" if np.ndim(value) else name
                 self._write(step=step, summary=scalar(tag, x))
+        self._events.flush()
+
+    def picture(self, step: int, file: Path) -> None:
+        """A picture on disk."""
+        with Image.open(file) as drawn:
+            self._write(step=step, summary=image("samples", np.asarray(drawn), dataformats="HWC"))
         self._events.flush()
 
     def _write(self, **fields: Any) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from d2m_jax import hosts
+from d2m_jax import hosts, progress
 from d2m_jax.config import (
     ConfigError,
     ModelConfig,
@@ -25,7 +26,7 @@ from d2m_jax.config import (
     check,
     teacher_path,
 )
-from d2m_jax.data.protocol import Batches, Split
+from d2m_jax.data.protocol import Batches, Data, Split
 from d2m_jax.data.source import open_data
 from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
 from d2m_jax.models.accounting import flops_per_example
@@ -48,10 +49,10 @@ from d2m_jax.training.checkpoint import open_run
 from d2m_jax.training.loop import check_batch, train_stage
 from d2m_jax.training.step import Loss, Step
 from d2m_jax.weights import model_directory
+from d2m_jax.weights.encoders import parts
 from d2m_jax.weights.named_arrays import names, restructure
 
 KEPT = "the last whole checkpoint is kept, start again to go on from it"
-SAMPLED_PROMPTS = 36  # in the grids that a training draws
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,40 @@ class _Work:
     config: RunConfig
     mesh: Mesh
     encoders: Encoders
+    data: Data
+    validation: Data  # the same, or the data that the config names
     noisy: Noisy | None = None  # for calibration; one object, so that it is compiled once
 
     def load(self, path: Path | str) -> tuple[ModelConfig, dict]:
         """A model directory onto the mesh, as it is stored."""
         return model_directory.load(path, None, partial(parameter_sharding, self.mesh))
 
-    def batches(self, model: ModelConfig, size: int, split: Split = "train") -> Batches:
+    def batches(self, size: int, split: Split = "train") -> Batches:
         """Batches, of which this process draws the rows that it needs."""
-        data, rows = open_data(self.config.data, model), own_rows(self.mesh, size)
+        data = self.data if split == "train" else self.validation
+        rows = own_rows(self.mesh, size)
         return data.batches(self.encoders.tokenizer, size, self.config.seed, split, rows)
+
+
+def _open(config: RunConfig, mesh: Mesh, model: ModelConfig, noisy: Noisy | None = None) -> _Work:
+    """The data, and the encoders where these are not encoded already. ConfigError for data that
+    cannot be had, or that this model does not read."""
+    data = open_data(config.data, model)
+    other = config.validation
+    validation = data if other is None else open_data(other, model)
+    encoders = Encoders(model, mesh=mesh, load=not (data.encoded and validation.encoded))
+    if encoders.size:
+        hosts.say(
+            f"text encoders and autoencoder take {progress.size(encoders.size)} of the devices'"
+            " memory; a cache of what they make of the data saves it: python -m d2m_jax.data.cache"
+        )
+    students = [config, *config.rivals.values()]
+    drawn = any(stage.sample_every for one in students for stage in one.stages.values())
+    if drawn and parts(model):
+        there = model.encoders is not None and Path(model.encoders).is_dir()
+        found = f"ModelConfig.encoders = {model.encoders}"
+        check(there, f"{found}: no such folder, and sample_every needs it to draw samples")
+    return _Work(config, mesh, encoders, data, validation, noisy)
 
 
 def run(config: RunConfig, run_directory: Path | str) -> None:
@@ -84,19 +109,18 @@ def run(config: RunConfig, run_directory: Path | str) -> None:
     if config.teacher is None:
         model = config.model
         assert model is not None  # RunConfig has one of the two
-        if isinstance(model.text, WordsConfig):
+        if isinstance(model.text, WordsConfig) and not model.text.vocabulary:
             vocabulary = open_data(config.data, model).vocabulary()
             model = replace(model, text=replace(model.text, vocabulary=vocabulary))
         check_stages("", config.stages, model, mesh, config.timesteps)
-        params = initialise(model.transformer, config.seed)
-        encoders = Encoders(model, mesh=mesh)
-        _train(_Work(config, mesh, encoders), run_directory, (model, params), config.stages)
+        work, params = _open(config, mesh, model), initialise(model.transformer, config.seed)
+        _train(work, run_directory, (model, params), config.stages)
         return
     path = teacher_path(config.teacher)
     model = model_directory.load_config(path)
     _check_students(config, model, mesh)
     noisy = partial(noisy_inputs, model, config.timesteps)
-    work = _Work(config, mesh, Encoders(model, mesh=mesh), noisy)
+    work = _open(config, mesh, model, noisy)
     teacher = work.load(path)
     for name, rival in config.rivals.items():
         hosts.say(f"rival {name}")
@@ -169,7 +193,7 @@ def _cut(work: _Work, teacher: tuple[ModelConfig, dict], sparsify: SparsifyConfi
     assert work.noisy is not None  # of a run with a teacher
     with jax.set_mesh(work.mesh):
         batches = (
-            work.encoders.encode(put_batch(work.mesh, batch)) for batch in work.batches(model, size)
+            work.encoders.encode(put_batch(work.mesh, batch)) for batch in work.batches(size)
         )
         return make_student(
             model, params, sparsify, batches, work.noisy, work.config.seed, hosts.say
@@ -226,20 +250,20 @@ def _train_stage(
             params = regroup(old.transformer, params, stage.groups, work.config.seed)[1]
         return share(params, constants)
 
-    validation = work.batches(model, stage.batch_size, "validation")
+    validation = work.batches(stage.batch_size, "validation")
     params = train_stage(
         name,
         stage,
         loss=loss,
         params=start,
         constants=constants,
-        batches=work.batches(model, stage.batch_size),
+        batches=work.batches(stage.batch_size),
         validation=list(islice(validation, work.config.held_out_batches)),
         encode=work.encoders.encode,
         run_directory=directory,
         seed=work.config.seed,
         flops_per_example=flops,
-        sample=partial(_sample, work, model, directory / "samples", name),
+        sample=_Sampler(work, model, directory / "samples", name, teacher),
         keep=work.config.keep_checkpoints,
         mesh=work.mesh,
     )
@@ -286,14 +310,39 @@ def _equal(some: list, others: list) -> list:
     return [jnp.array_equal(a, b) for a, b in zip(some, others, strict=True)]
 
 
-def _sample(
-    work: _Work, model: ModelConfig, folder: Path, stage: str, params: dict, step: int
-) -> None:
-    """The grid of fixed prompts and fixed noise at this step."""
-    config = work.config
-    prompts = open_data(config.data, model).prompts(SAMPLED_PROMPTS)
-    pipe = Pipeline(model, params, encoders=work.encoders, mesh=work.mesh)
-    images = pipe([prompt.caption for prompt in prompts], seed=config.seed)
-    if hosts.first():
-        folder.mkdir(parents=True, exist_ok=True)
-        grid.grid(images).save(folder / f"{stage}_{step:06d}.png")
+class _Sampler:
+    """Draws the grid of fixed prompts and fixed noise: of a student, each picture beside its
+    teacher's."""
+
+    def __init__(
+        self,
+        work: _Work,
+        model: ModelConfig,
+        folder: Path,
+        stage: str,
+        teacher: tuple[ModelConfig, dict] | None,
+    ):
+        self.work, self.model, self.folder, self.stage = work, model, folder, stage
+        self.teacher, self._of_teacher = teacher, None  # pictures, once they are drawn
+
+    def __call__(self, params: dict, step: int) -> Path:
+        """Write the grid at this step, and return its file."""
+        work = self.work
+        if self.teacher is not None and self._of_teacher is None:
+            self._of_teacher = self._draw(*self.teacher)
+        images, columns = self._draw(self.model, params), None
+        if self._of_teacher is not None:
+            images, columns = grid.side_by_side([self._of_teacher, images])
+        if work.data.encoded:
+            work.encoders.release()  # the training has no use for them
+        file = self.folder / f"{self.stage}_{step:06d}.png"
+        if hosts.first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            grid.grid(images, columns).save(file)
+        return file
+
+    def _draw(self, model: ModelConfig, params: dict) -> np.ndarray:
+        work = self.work
+        prompts = work.data.prompts(work.config.sampled_prompts)
+        pipe = Pipeline(model, params, encoders=work.encoders, mesh=work.mesh)
+        return pipe([prompt.caption for prompt in prompts], seed=work.config.seed)

@@ -13,9 +13,7 @@ from d2m_jax.config import (
     ConfigError,
     FluxConfig,
     ModelConfig,
-    PixelsConfig,
     PromptsConfig,
-    WordsConfig,
     check,
 )
 from d2m_jax.models import autoencoder, clip, t5
@@ -167,34 +165,37 @@ def _json(file: Path) -> dict[str, Any]:
     return value
 
 
-def load_encoders(config: ModelConfig, sharding: Any = None) -> dict[str, dict]:
-    """Parameters by encoder: `t5`, `clip` and `autoencoder`, those that the config has, as stored.
+def parts(config: ModelConfig) -> tuple[str, ...]:
+    """Which encoders a model has: of `t5`, `clip` and `autoencoder`."""
+    prompts = isinstance(config.text, PromptsConfig)
+    image = isinstance(config.image, AutoencoderConfig)
+    return (("t5", "clip") if prompts else ()) + (("autoencoder",) if image else ())
+
+
+def load_encoder(config: ModelConfig, part: str, sharding: Any = None) -> dict:
+    """Parameters of one of its `parts`, as stored.
 
     `sharding` as in torch_import.load. Raises ConfigError where `config.encoders` names no such
     folder, or its tensors do not fit the config.
     """
-    text, image, params = config.text, config.image, {}
-    if isinstance(text, WordsConfig) and isinstance(image, PixelsConfig):
-        return params
+    text, image = config.text, config.image
     if config.encoders is None:
         raise ConfigError("ModelConfig.encoders: expected a folder, found none")
     folder = Path(config.encoders)
     check(folder.is_dir(), f"ModelConfig.encoders = {config.encoders}: no such folder")
-    if isinstance(text, PromptsConfig):
-        source = text_encoder_keys.t5_tensors(_tensors(folder / T5))
-        like = t5.abstract(text.t5)
-        table = text_encoder_keys.t5_keys(text.t5)
-        params["t5"] = _load(folder / T5, table, source, like, sharding)
-        source = text_encoder_keys.clip_tensors(_tensors(folder / CLIP))
-        like = clip.abstract(text.clip)
-        table = text_encoder_keys.clip_keys(text.clip)
-        params["clip"] = _load(folder / CLIP, table, source, like, sharding)
-    if isinstance(image, AutoencoderConfig):
-        source = _tensors(folder / AUTOENCODER)
-        like = autoencoder.abstract(image)
-        table = autoencoder_keys.diffusers_keys(image)
-        params["autoencoder"] = _load(folder / AUTOENCODER, table, source, like, sharding)
-    return params
+    if part == "autoencoder":
+        assert isinstance(image, AutoencoderConfig)
+        place, like = folder / AUTOENCODER, autoencoder.abstract(image)
+        table, source = autoencoder_keys.diffusers_keys(image), _tensors(place)
+        return _load(place, table, source, like, sharding)
+    assert isinstance(text, PromptsConfig)
+    if part == "t5":
+        place, like = folder / T5, t5.abstract(text.t5)
+        table, source = text_encoder_keys.t5_keys(text.t5), _tensors(place)
+        return _load(place, table, text_encoder_keys.t5_tensors(source), like, sharding)
+    place, like = folder / CLIP, clip.abstract(text.clip)
+    table, source = text_encoder_keys.clip_keys(text.clip), _tensors(place)
+    return _load(place, table, text_encoder_keys.clip_tensors(source), like, sharding)
 
 
 def _tensors(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from d2m_jax.config import ConfigError, MeshConfig, OptimizerConfig
 from d2m_jax.sharding import make_mesh, replicated
@@ -44,7 +45,13 @@ def same(a, b):
 
 def lines(directory):
     """metrics.jsonl without what a clock measured."""
-    clocks = ("seconds", "seconds_per_step", "examples_per_second", "model_flop_utilisation")
+    clocks = (
+        "seconds",
+        "seconds_per_step",
+        "examples_per_second",
+        "model_flop_utilisation",
+        "input_wait",
+    )
     found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in clocks} for line in found]
 
@@ -166,10 +173,26 @@ def test_samples_are_drawn(tmp_path):
 
     def sample(params, step):
         drawn.append((step, float(params["out"]["bias"][0])))
+        Image.new("RGB", (3, 2), "red").save(tmp_path / "drawn.png")
+        return tmp_path / "drawn.png"
 
     params = toy.run(tmp_path, toy.stage(10, sample_every=4), sample=sample)
     assert [step for step, _ in drawn] == [4, 8, 10]
     assert drawn[-1][1] == float(params["out"]["bias"][0])
+    (file,) = (tmp_path / "tensorboard").glob("*/events*")
+    assert file.read_bytes().count(b"samples") == 3 and b"PNG" in file.read_bytes()
+
+
+def test_waiting_for_the_input_is_told(tmp_path):
+    class Slow(toy.Stream):
+        def __next__(self):
+            time.sleep(0.05)
+            return super().__next__()
+
+    toy.run(tmp_path, toy.stage(10, log_every=5), batches=Slow())
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0.5 < last["input_wait"] <= 1
+    assert last["input_wait"] * last["seconds_per_step"] >= 0.03
 
 
 def test_sigterm_saves_and_exits(uninterrupted, tmp_path):

@@ -51,13 +51,17 @@ def events(directory):
 def test_curves_for_tensorboard(tmp_path):
     metrics = Metrics(tmp_path, "first", 100, 0)
     metrics.write(5, {"loss": 0.25, "mlp/entropy": [0.5, 0.75]})
-    told = {
-        e.summary.value[0].tag: (e.step, e.summary.value[0].simple_value) for e in events(tmp_path)
+    told = {e.summary.value[0].tag: (e.step, e.summary.value[0]) for e in events(tmp_path)}
+    step, spread = told.pop("layers/mlp/entropy")
+    assert step == 5 and spread.histo.num == 2 and spread.histo.sum == 1.25
+    assert {tag: (step, value.simple_value) for tag, (step, value) in told.items()} == {
+        "loss": (5, 0.25),
+        "mlp/entropy/00": (5, 0.5),
+        "mlp/entropy/01": (5, 0.75),
     }
-    assert told == {"loss": (5, 0.25), "mlp/entropy/00": (5, 0.5), "mlp/entropy/01": (5, 0.75)}
     metrics.close()
     write(tmp_path, "first", [5], start=4)  # resumed: what came after step 4 is written anew
-    assert [(e.step, e.session_log.status) for e in events(tmp_path)][3:] == [(5, 1), (5, 0)]
+    assert [(e.step, e.session_log.status) for e in events(tmp_path)][4:] == [(5, 1), (5, 0)]
     write(tmp_path, "first", [0, 10])  # from the start: what was before would be a second curve
     assert [event.step for event in events(tmp_path)] == [0, 10]
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from d2m_jax.config import (
     ConfigError,
@@ -23,6 +24,9 @@ from d2m_jax.config import (
     StudentConfig,
     WordsConfig,
 )
+from d2m_jax.data import icons
+from d2m_jax.sampling.grid import GAP
+from d2m_jax.sampling.pipeline import load_pipeline
 from d2m_jax.training.run import run
 from d2m_jax.weights import model_directory
 from d2m_jax.weights.named_arrays import names
@@ -115,7 +119,20 @@ def test_leaves_a_model_after_every_stage(finished):
     assert {p.name for p in (finished / "models").iterdir()} == {"start", "shared", "moe", "mob"}
     pruned, _ = model_directory.load(finished / "rivals" / "pruned" / "model")
     assert all(stack.mlp_ratio == 1.5 for stack in pruned.transformer.stacks)
-    assert (finished / "samples" / "mob_000002.png").is_file()
+
+
+def test_samples_stand_beside_the_teacher_s(teacher, finished):
+    with Image.open(finished / "samples" / "mob_000002.png") as file:
+        drawn = np.asarray(file)
+    config = student(teacher)
+    captions = [p.caption for p in icons.prompts(DATA, PixelsConfig(24, 24, 6), 36)]
+    images = load_pipeline(teacher)(captions[:2], seed=config.seed)
+    scale, cell = 3, 24 * 3 + GAP  # small images are enlarged
+    assert drawn.shape[1] == 8 * cell - GAP and drawn.shape[0] == 9 * cell - GAP
+    mine = load_pipeline(finished / "model")(captions[:2], seed=config.seed)
+    for column, image in enumerate([images[0], mine[0], images[1], mine[1]]):
+        found = drawn[: 24 * scale : scale, column * cell : column * cell + 24 * scale : scale]
+        np.testing.assert_allclose(found, np.asarray(image) * 255, atol=1.01)
 
 
 def test_each_stage_trains_what_it_says_and_nothing_else(finished):
