@@ -1,0 +1,121 @@
+"""Endless batches of samples that are read one by one, some of which cannot be used."""
+
+import sys
+import threading
+import zlib
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import grain.python as grain
+import numpy as np
+from absl import flags
+from jaxtyping import Int
+
+from d2m_jax.config import ConfigError
+from d2m_jax.data.buckets import Rows, Schedule
+from d2m_jax.data.sources.protocol import BadSample
+from d2m_jax.keys import named_generator
+
+T = TypeVar("T")
+
+TRIES = 100  # other samples that are asked for in the place of a bad one
+TOLD = 10  # bad samples that are named; the others are counted
+ENDLESS = 2**40  # batches
+READ_AHEAD = 8  # batches
+THREADS = 4
+
+
+class Bad:
+    """The samples that could not be used, each counted once; of many processes each counts its
+    own."""
+
+    def __init__(self, most: int, where: str):
+        self.most, self.where = most, where  # the field of the config that says how many may be
+        self._keys: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(self, error: BadSample) -> None:
+        """Name it on stderr, if it is one of the first. ConfigError when they are too many."""
+        with self._lock:
+            known = str(error) in self._keys
+            self._keys.add(str(error))
+            count = len(self._keys)
+        if count > self.most:
+            raise ConfigError(
+                f"{error}; it is the {count}th sample that cannot be used, {self.where} ="
+                f" {self.most}"
+            )
+        if not known and count <= TOLD:
+            more = "; further ones are counted, not named" if count == TOLD else ""
+            print(f"left out: {error}{more}", file=sys.stderr, flush=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"most": self.most, "where": self.where}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+
+class Batches(Generic[T]):
+    """A grain source whose elements are the batches of a schedule, of which `rows` are made.
+
+    `read(entry, bucket)` gives a sample or raises BadSample; another of its bucket takes its place,
+    which follows from seed and place alone. `make(samples, rows)` makes the batch.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        rows: slice,
+        read: Callable[[int, int], T],
+        make: Callable[[list[T], Rows], dict[str, Any]],
+        bad: Bad,
+    ):
+        self.schedule, self.rows, self.read, self.make, self.bad = schedule, rows, read, make, bad
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, batch: int) -> dict[str, Any]:
+        rows = self.schedule(batch, self.rows)
+        samples = [
+            self._sample(int(entry), rows.bucket, int(position))
+            for entry, position in zip(rows.entries, rows.positions, strict=True)
+        ]
+        return self.make(samples, rows)
+
+    def _sample(self, entry: int, bucket: int, position: int) -> T:
+        other = named_generator(self.schedule.seed, f"{self.schedule.name}/instead/{position}")
+        for _ in range(TRIES):
+            try:
+                return self.read(entry, bucket)
+            except BadSample as error:
+                self.bad.add(error)
+                entry = self.schedule.any(bucket, other)
+        raise ConfigError(f"of {TRIES} samples in the place of a bad one none can be used")
+
+
+def endless(source: Batches, workers: int) -> grain.DatasetIterator:
+    """Its batches, made ahead: by threads, or by so many processes."""
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=READ_AHEAD)
+    dataset = grain.MapDataset.source(source).to_iter_dataset(options)
+    if workers:
+        flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for absl's flags
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(dataset)
+
+
+def held_out(
+    key: Callable[[int], str], entries: Int[np.ndarray, " n"], count: int
+) -> Int[np.ndarray, " c"]:
+    """The `count` entries whose keys have the least checksums: the same, but for those that leave
+    or come, when the data grow."""
+    if count == 0:
+        return entries[:0]
+    checksums = np.fromiter(
+        (zlib.crc32(key(int(entry)).encode()) for entry in entries), np.uint32, len(entries)
+    )
+    return entries[np.lexsort((entries, checksums))[:count]]
