@@ -31,11 +31,13 @@ FLOORS = {
     "distill": 5,
     "training": 6,
     "evaluate": 6,
-    "command_line": 6,
+    "command_line": 1,
     "planning": 7,
     "report": 7,
     "__init__": 7,  # hands on names to those who use the package
 }
+# Run as python -m …, beside the scripts at the root.
+COMMANDS = {"d2m_jax.data.cache", "d2m_jax.data.generate", "d2m_jax.training.status"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Copied into exports for torch's users; nothing here imports it.
 SHIPPED = "d2m_jax.weights.torch_module.sparse_flux"
@@ -147,6 +149,7 @@ def test_what_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[<>=\[;]", line)[0] for line in project["dependencies"]}
     theirs = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint"}
+    theirs["array_record"] = "array-record"
     for module, file in MODULES.items():
         if module == SHIPPED:
             continue
@@ -155,8 +158,8 @@ def test_what_is_imported_is_declared():
         assert not missing, f"{module} imports {missing}, which pyproject.toml does not name"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_only_root_scripts_read_the_command_line(module):
+@pytest.mark.parametrize("module", sorted(set(MODULES) - COMMANDS))
+def test_only_commands_read_the_command_line(module):
     assert not re.search(r"\bsys\.argv\b|\bargparse\b", MODULES[module].read_text())
 
 

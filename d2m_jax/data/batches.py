@@ -31,21 +31,26 @@ class Bad:
 
     def __init__(self, most: int, where: str):
         self.most, self.where = most, where  # the field of the config that says how many may be
-        self._keys: set[str] = set()
+        self._keys: dict[str, None] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._keys)
 
+    @property
+    def told(self) -> list[str]:
+        """What was wrong with each."""
+        return list(self._keys)
+
     def add(self, error: BadSample) -> None:
         """Name it on stderr, if it is one of the first. ConfigError when they are too many."""
         with self._lock:
             known = str(error) in self._keys
-            self._keys.add(str(error))
+            self._keys[str(error)] = None
             count = len(self._keys)
         if count > self.most:
             raise ConfigError(
-                f"{error}; it is the {count}th sample that cannot be used, {self.where} ="
+                f"{error}; {count} samples cannot be used, expected at most {self.where} ="
                 f" {self.most}"
             )
         if not known and count <= TOLD:
@@ -101,7 +106,8 @@ class Batches(Generic[T]):
 def endless(source: Batches, workers: int) -> grain.DatasetIterator:
     """Its batches, made ahead: by threads, or by so many processes."""
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=READ_AHEAD)
-    dataset = grain.MapDataset.source(source).to_iter_dataset(options)
+    elements: Any = source
+    dataset = grain.MapDataset.source(elements).to_iter_dataset(options)
     if workers:
         flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for absl's flags
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))

@@ -55,11 +55,11 @@ def assign(sizes: Int32[np.ndarray, "n 2"], buckets: Sequence[Size]) -> Int[np.n
     for start in range(0, len(sizes), CHUNK):
         image = np.maximum(sizes[start : start + CHUNK], 1).astype(np.float32)
         wanted = np.log(image[:, 1] / image[:, 0])[:, None]
-        chosen = None
+        chosen = np.full(len(image), -1)
         for members in resolutions:  # from the smallest
             nearest = members[np.abs(wanted - aspect[members]).argmin(1)]
             fits = (image >= bucket[nearest]).all(1)
-            chosen = nearest if chosen is None else np.where(fits, nearest, chosen)
+            chosen = np.where(fits | (chosen < 0), nearest, chosen)
         result[start : start + CHUNK] = chosen
     result[(sizes <= 0).any(1)] = -1
     return result

@@ -1,6 +1,7 @@
 """What training, sampling and reports want of data, whatever it is."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import PyTree
@@ -48,6 +49,14 @@ class Prompt(Protocol):
 
     @property
     def category(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt of which no more is known."""
+
+    caption: str
+    category: str = "prompts"
 
 
 @runtime_checkable

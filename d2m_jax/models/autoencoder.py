@@ -215,15 +215,20 @@ class Autoencoder(nnx.Module):
     def mean_and_std(
         self, images: Float[Array, "b H W 3"]
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-        """Mean and standard deviation of the latents of images in [−1, 1].
-
-        Both are what a cache should hold: mean + std · noise is then a new draw at every reading.
-        """
-        moments = self.encoder(images.astype(self.dtype)).astype(jnp.float32)
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        """Mean and standard deviation of the latents of images in [−1, 1]."""
+        mean, log_variance = self.moments(images)
         std = jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
         scale = self.config.scaling_factor
         return (mean - self.config.shift_factor) * scale, std * scale
+
+    def moments(
+        self, images: Float[Array, "b H W 3"]
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+        """Mean and log-variance as the encoder gives them, neither shifted nor scaled: what a cache
+        holds, for every reading is then a new draw."""
+        moments = self.encoder(images.astype(self.dtype)).astype(jnp.float32)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, log_variance
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
         """Images of latents, in [−1, 1] but for overshoots, which are not clipped."""

@@ -21,7 +21,7 @@ def denoise(
     text: Text,
     grid: tuple[int, int],
     times: Float[Array | np.ndarray, " s"],
-    guidance: float | Float[Array, ""],
+    guidance: float | Float[Array, "*b"],
     top_k: Sequence[int | None] = (None,),
     negative: Text | None = None,
     true_cfg: float | Float[Array, ""] = 1.0,
@@ -31,9 +31,10 @@ def denoise(
 ) -> Float[Array, "b n c"]:
     """From noise at times[0] to data at times[steps]: x += (t_next − t)·v, in float32.
 
-    `grid`: rows, columns. `steps` are taken (None: all), with times beyond them left out: so one
-    program serves many numbers of steps. With `span` only those from its first number up to its
-    second are taken, the first a multiple of `reuse`, and `noise` is what those before left.
+    `grid`: rows, columns. `guidance` is one number, or one for each sample. `steps` are taken
+    (None: all), with times beyond them left out: so one program serves many numbers of steps. With
+    `span` only those from its first number up to its second are taken, the first a multiple of
+    `reuse`, and `noise` is what those before left.
 
     The entries of `top_k` serve equal shares of the steps, in order. With a `negative` text the
     velocity is v_negative + true_cfg · (v − v_negative): classifier-free guidance, at twice the
@@ -45,7 +46,7 @@ def denoise(
         text = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text, negative)
     txt, y = text
     img_ids, txt_ids = flow.image_ids(*grid), flow.text_ids(txt.shape[1])
-    strength = jnp.full(len(txt), guidance) if model.config.guidance_embed else None
+    strength = jnp.broadcast_to(guidance, len(txt)) if model.config.guidance_embed else None
 
     def velocity(
         k: int | None,

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from d2m_jax import flow
-from d2m_jax.config import ModelConfig, PixelsConfig, WordsConfig
+from d2m_jax.config import AutoencoderConfig, ModelConfig, PixelsConfig, WordsConfig
 from d2m_jax.models import autoencoder, clip, t5
 from d2m_jax.models.words import Words
 from d2m_jax.sampling.tokenizers import Tokenizers
@@ -76,6 +76,12 @@ class Encoders:
         mean latents."""
         return _latents(self.config, self.dtype, self._of("autoencoder"), image)
 
+    def moments(
+        self, image: UInt8[Array | np.ndarray, "b H W 3"]
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+        """Mean and log-variance of the autoencoder's latents, as it gives them."""
+        return _moments(self.config, self.dtype, self._of("autoencoder"), image)
+
     def encode(self, batch: dict[str, Any]) -> dict[str, Array]:
         """A raw batch as an encoded one (data/protocol.py, Batches), which is returned as it is."""
         if "latents" in batch:
@@ -112,6 +118,15 @@ def _latents(
         model = autoencoder.model_of(config.image, params["autoencoder"], dtype)
         tokens = flow.pack(model.encode(pixels))
     return tokens.reshape(len(image), *config.grid(*image.shape[1:3]), -1)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _moments(
+    config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], image: UInt8[Array, "b H W 3"]
+):
+    assert isinstance(config.image, AutoencoderConfig)  # who has pixels has no moments
+    model = autoencoder.model_of(config.image, params["autoencoder"], dtype)
+    return model.moments(image.astype(jnp.float32) / 127.5 - 1)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -283,13 +283,31 @@ def _denoise(
     texts: Sequence[Text],
     times: Float[Array, " s"],
     steps: Int[Array, ""],
-    guidance: Float[Array, ""],
+    guidance: Float[Array, "*b"],
     true_cfg: Float[Array, ""],
 ):
     model = model_of(config.transformer, params, dtype)
     negative = texts[1] if len(texts) > 1 else None
     options = top_k, negative, true_cfg, reuse, steps, span
     return denoise(model, latents, texts[0], grid, times, guidance, *options)
+
+
+def denoise_steps(
+    pipe: Pipeline,
+    x: Float[Array, "b n c"],
+    span: tuple[int, int],
+    text: Text,
+    grid: tuple[int, int],
+    times: Float[np.ndarray, " s"],
+    guidance: Float[Array | np.ndarray, " b"],
+) -> Float[Array, "b n c"]:
+    """The steps of a span, from the first number up to the second, of all those between `times`; x
+    is what those before left, and lies on the pipeline's mesh, which is set."""
+    steps = len(times) - 1
+    times = np.pad(times, (0, -steps % STEPS))
+    fixed = pipe.config, pipe.encoders.dtype, grid, (None,), 1
+    result = _denoise(*fixed, pipe.params, x, span, [text], times, steps, guidance, 1.0)
+    return jax.device_put(result, x.sharding)  # as before, or the next would be another program
 
 
 def noise(seed: int, count: int, tokens: int, channels: int) -> Float[Array, "b n c"]:

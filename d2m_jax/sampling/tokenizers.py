@@ -49,6 +49,10 @@ class Tokenizers:
             for name, tokenizer in self.loaded.items()
         }
 
+    def lengths(self, ids: dict[str, Int[np.ndarray, "b l"]]) -> Int[np.ndarray, " b"]:
+        """How many of T5's ids are no padding."""
+        return (ids["t5"] != self.loaded["t5"].pad_token_id).sum(1)
+
     def lost(self, captions: list[str], length: int | None = None) -> dict[str, dict[int, str]]:
         """What `ids` cuts off: by encoder, the rest of each caption that is too long, by its
         index."""

@@ -1,0 +1,188 @@
+"""A cache of encoded samples as data: nothing of it needs text encoders or an autoencoder."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grain.python as grain
+import numpy as np
+from jaxtyping import Float
+
+from d2m_jax.config import (
+    AutoencoderConfig,
+    CacheConfig,
+    ModelConfig,
+    PixelsConfig,
+    check,
+)
+from d2m_jax.data import records
+from d2m_jax.data.batches import Bad, Batches, endless, held_out
+from d2m_jax.data.buckets import Part, Rows, Schedule, Size
+from d2m_jax.data.protocol import Asked, Split, Tokenizer
+from d2m_jax.data.records import BFLOAT16, Record, Shards
+from d2m_jax.data.sources.protocol import BadSample
+from d2m_jax.keys import named_generator
+from d2m_jax.sampling.options import read_prompts
+
+LOG_VARIANCE = (-30.0, 20.0)  # within which diffusers and we take it
+
+
+class Cached:
+    """The data of a CacheConfig (data/protocol.py, Data).
+
+    ConfigError where its folder is no cache, is not finished, or was made by other encoders than
+    this model's.
+    """
+
+    encoded = True
+
+    def __init__(self, config: CacheConfig, model: ModelConfig):
+        self.config, self.model = config, model
+        self.cache = records.open_cache(Path(config.path))
+        _check(self.cache, model)
+        names = list(self.cache.counts)
+        self.shards = Shards([self.cache.folder / name for name in names])
+        self.buckets: tuple[Size, ...] = tuple(sorted({records.size_of(n) for n in names}))
+        starts = np.cumsum([0, *self.cache.counts.values()])
+        self._bucket_of = np.zeros(int(starts[-1]), np.int16)
+        for name, (start, end) in zip(names, itertools.pairwise(starts), strict=True):
+            self._bucket_of[start:end] = self.buckets.index(records.size_of(name))
+        count = len(self._bucket_of)
+        whole = count == 0 or config.latents == "mean" or "logvar" in self.shards[0].arrays
+        check(whole, f"CacheConfig.latents = sampled: {config.path} has means alone")
+        check(
+            count > config.validation,
+            f"{config.path}: found {count} samples, expected more than the {config.validation} of"
+            " CacheConfig.validation, which never train",
+        )
+        self._held_out = held_out(str, np.arange(count), config.validation)
+        if config.prompts is not None:
+            read_prompts(Path(config.prompts))  # what is wrong with it is told now
+
+    def __len__(self) -> int:
+        return len(self._bucket_of)
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Those that it holds."""
+        return self.buckets
+
+    def vocabulary(self) -> tuple[str, ...]:
+        """Every word of its captions."""
+        words = {w for i in range(len(self)) for w in self.shards[i].facts["caption"].split()}
+        return tuple(sorted(words))
+
+    def batches(
+        self,
+        tokenizer: Tokenizer,
+        size: int,
+        seed: int = 0,
+        split: Split = "train",
+        rows: slice = slice(None),
+    ) -> grain.DatasetIterator:
+        """Endless encoded batches, each of one height and width; the tokenizer is not asked."""
+        parts, train = self._parts(split), split == "train"
+        entries = sum(len(part.entries) for mine in parts for part in mine)
+        check(
+            entries > 0, f"CacheConfig.validation = {entries}: expected at least 1 to validate on"
+        )
+        make = functools.partial(
+            _encoded, self.config, self.model, self.cache.empty if train else None, seed
+        )
+        bad = Bad(self.config.max_bad, "CacheConfig.max_bad")
+        source = Batches(Schedule(parts, size, seed, split), rows, self._read, make, bad)
+        return endless(source, self.config.workers)
+
+    def prompts(self, count: int, held_out: bool = False) -> Sequence[Asked]:
+        """Those of the file, or captions of what never trains."""
+        if self.config.prompts is not None:
+            return [Asked(prompt) for prompt in read_prompts(Path(self.config.prompts))[:count]]
+        return [Asked(self.shards[int(i)].facts["caption"]) for i in self._held_out[:count]]
+
+    def _read(self, entry: int, bucket: int) -> Record:
+        try:
+            return self.shards[entry]
+        except (ValueError, OSError, RuntimeError) as error:
+            raise BadSample(f"{self.config.path}, record {entry}: {error}") from None
+
+    def _parts(self, split: Split) -> list[list[Part]]:
+        validation = np.zeros(len(self), bool)
+        validation[self._held_out] = True
+        mine = np.where(validation == (split != "train"), self._bucket_of, -1)
+        found = [np.flatnonzero(mine == bucket) for bucket in range(len(self.buckets))]
+        return [[Part(entries)] if len(entries) else [] for entries in found]
+
+
+def _check(cache: records.Cache, model: ModelConfig) -> None:
+    made, mine = cache.made, records.model_facts(model)
+    if mine["encoders"] is None:  # a transformer alone: sizes must fit
+        mine["encoders"] = made["encoders"]
+    found = {name: made.get(name) for name in mine}
+    hint = "the cache was made by other encoders; make one for this model"
+    records.refuse(found, mine, str(cache.folder / records.FILE), hint)
+    length = made["text_length"]
+    check(
+        length <= model.text.length,
+        f"{cache.folder / records.FILE}: text_length = {length}, the model reads"
+        f" {model.text.length}",
+    )
+
+
+def _encoded(
+    config: CacheConfig,
+    model: ModelConfig,
+    empty: Record | None,
+    seed: int,
+    samples: list[Record],
+    rows: Rows,
+) -> dict[str, Any]:
+    """A batch of records; `empty`, of those that train, takes the place of captions left out."""
+    made: dict[str, list[np.ndarray]] = {}
+    for record, position in zip(samples, rows.positions, strict=True):
+        draw = named_generator(seed, f"cached/{position}")
+        dropped = draw.random() < config.caption_dropout and empty is not None
+        text = empty.arrays if dropped and empty is not None else record.arrays
+        values: dict[str, Any] = {
+            "latents": _latents(config, model, record, draw),
+            "txt": _padded(text["txt"], model.text.length),
+            "y": text["y"],
+        }
+        if "noisy" in record.arrays:  # points of a teacher's path, of which one is drawn
+            point = int(draw.integers(len(record.arrays["noisy"])))
+            values["noisy"] = record.arrays["noisy"][point].astype(np.float32)
+            values["time"] = record.arrays["time"][point]
+            values["guidance"] = np.float32(record.facts["guidance"])
+        for name, value in values.items():
+            made.setdefault(name, []).append(np.asarray(value))
+    return {name: np.stack(values) for name, values in made.items()}
+
+
+def _latents(
+    config: CacheConfig, model: ModelConfig, record: Record, draw: np.random.Generator
+) -> Float[np.ndarray, "rows columns k"]:
+    arrays, image = record.arrays, model.image
+    if "latents" in arrays:  # a teacher's own
+        return arrays["latents"].astype(np.float32)
+    if isinstance(image, PixelsConfig):
+        return packed(arrays["image"].astype(np.float32) / 127.5 - 1, image.patch)
+    assert isinstance(image, AutoencoderConfig)
+    latent = arrays["mean"].astype(np.float32)
+    if config.latents == "sampled":
+        deviation = np.exp(0.5 * arrays["logvar"].astype(np.float32).clip(*LOG_VARIANCE))
+        latent = latent + deviation * draw.standard_normal(latent.shape, np.float32)
+    return packed((latent - image.shift_factor) * image.scaling_factor, 2)
+
+
+def packed(image: Float[np.ndarray, "H W c"], patch: int) -> Float[np.ndarray, "rows columns k"]:
+    """As flow.pack has it: channels outermost within a token."""
+    height, width, channels = image.shape
+    rows, columns = height // patch, width // patch
+    parts = image.reshape(rows, patch, columns, patch, channels)
+    return parts.transpose(0, 2, 4, 1, 3).reshape(rows, columns, channels * patch * patch)
+
+
+def _padded(txt: np.ndarray, length: int) -> np.ndarray:
+    """Features of padding that were not kept are zeros."""
+    return np.concatenate([txt, np.zeros((length - len(txt), txt.shape[1]), BFLOAT16)])
