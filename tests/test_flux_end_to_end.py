@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from d2m_jax.config import (
+    CacheConfig,
     GroupsConfig,
     IconsConfig,
     LossConfig,
@@ -14,8 +15,10 @@ from d2m_jax.config import (
     SparsifyConfig,
     StageConfig,
 )
+from d2m_jax.data import generate
 from d2m_jax.evaluate import latency
 from d2m_jax.report import write
+from d2m_jax.sampling import encoders
 from d2m_jax.sampling.pipeline import load_pipeline, noise
 from d2m_jax.training import run
 from d2m_jax.weights import convert, load_config
@@ -116,6 +119,41 @@ def test_all_stages_with_its_own_encoders_in_the_loop(model, images, tmp_path):
     assert np.abs(found - images).max() > 1e-3  # another model, else nothing was cut
     everything = load_pipeline(model)
     assert replace(student, transformer=everything.config.transformer) == everything.config
+
+
+def test_from_prompts_alone(model, tmp_path, monkeypatch):
+    """The teacher makes the data, in two sizes; neither T5 nor the autoencoder is loaded to cut the
+    student and to train it."""
+    (tmp_path / "prompts.txt").write_text("red anchor\nblue earth\nred earth\nblue anchor\n")
+    monkeypatch.setattr(generate, "use_cores", lambda: None)
+    cache = str(tmp_path / "cache")
+    generate.main(
+        [str(model), "--prompts", str(tmp_path / "prompts.txt"), "--output", cache]
+        + ["--images_per_prompt", "6", "--sizes", "16x16", "16x24", "--steps", "2"]
+        + ["--guidance", "2", "5"]
+    )
+    groups = GroupsConfig(keep_double=2, single_blocks=2, single_active=1)
+    config = replace(
+        distillation(
+            model,
+            shared=stage(train=("*.shared.*",), top_k=0),
+            moe=stage(train=("*.experts.*", "*.gate.*", "*mlp.scale")),
+            mob=stage(groups=groups, loss=LossConfig(feature=0.0)),
+        ),
+        data=CacheConfig(path=cache, validation=4),
+    )
+
+    def no_encoder(*arguments):
+        raise AssertionError("an encoder was loaded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encoders, "load_encoder", no_encoder)
+        run.run(config, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    validated = [line for line in map(json.loads, lines) if "validation" in line]
+    assert len(validated) == 6 and all(np.isfinite(line["validation"]) for line in validated)
+    found = sample(tmp_path / "run" / "model")
+    assert found.shape[0] == 2 and np.isfinite(found).all()
 
 
 @pytest.mark.slow
