@@ -1,11 +1,18 @@
-"""FLUX.1 [dev] to FLUX.1-MoE-S in the paper's three stages, at full size, to be planned.
+r"""FLUX.1 [dev] to FLUX.1-MoE-S in the paper's three stages, at full size, on data that the teacher
+makes of prompts.
 
-    python train.py configs/flux_distill.py --plan --topology v5p:4x4x4
+    python convert_torch_weights.py black-forest-labs/FLUX.1-dev models/flux_dev
+    python -m d2m_jax.data.generate models/flux_dev --prompts prompts.txt --output data/flux_dev \
+        --sizes 1024x1024 832x1216 1216x832 --guidance 1.5 5
+    python train.py configs/flux_distill.py --plan --topology h200:8
+    python train.py configs/flux_distill.py
 
-Its pictures are those of the embedded task, the only ones that this repository can read yet.
+Images of your own instead: data=ImagesConfig(sources={"pictures/": 1.0}), or a cache of them
+(docs/data.md).
 """
 
 from d2m_jax.config import (
+    CacheConfig,
     GroupsConfig,
     MeshConfig,
     MoEConfig,
@@ -27,10 +34,11 @@ def stage(steps: int, train: tuple[str, ...], **fields) -> StageConfig:
         steps=steps,
         batch_size=64,
         train=train,
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=500),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=500, ema=0.999),
         dtype="bfloat16",
         evaluate_every=1000,
         checkpoint_every=500,
+        sample_every=1000,
         **fields,
     )
 
@@ -39,6 +47,7 @@ def get_config() -> RunConfig:
     return RunConfig(
         name="flux_distill",
         teacher="models/flux_dev",
+        data=CacheConfig(path="data/flux_dev"),
         timesteps="logit_normal",
         sparsify=SparsifyConfig(moe=MoEConfig(), routed_scale=0.0, modulation_rank=64),
         stages={
@@ -58,4 +67,6 @@ def get_config() -> RunConfig:
             ),
         },
         mesh=MeshConfig(data=1, fsdp=-1),
+        sampled_prompts=8,
+        evaluate_prompts=8,
     )

@@ -127,11 +127,9 @@ def test_from_prompts_alone(model, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("red anchor\nblue earth\nred earth\nblue anchor\n")
     monkeypatch.setattr(generate, "use_cores", lambda: None)
     cache = str(tmp_path / "cache")
-    generate.main(
-        [str(model), "--prompts", str(tmp_path / "prompts.txt"), "--output", cache]
-        + ["--images_per_prompt", "6", "--sizes", "16x16", "16x24", "--steps", "2"]
-        + ["--guidance", "2", "5"]
-    )
+    command = f"{model} --prompts {tmp_path / 'prompts.txt'} --output {cache} --images_per_prompt 6"
+    command += " --sizes 16x16 16x24 --steps 2 --guidance 2 5"
+    generate.main(command.split())
     groups = GroupsConfig(keep_double=2, single_blocks=2, single_active=1)
     config = replace(
         distillation(

@@ -1,10 +1,15 @@
 """The door to data: what `RunConfig.data` names, opened. Nothing above this folder, but for the
 benchmark of a task, knows which data it has."""
 
-from d2m_jax.config import DataConfig, IconsConfig, ImagesConfig, ModelConfig
+import math
+from pathlib import Path
+
+from d2m_jax.config import CacheConfig, DataConfig, IconsConfig, ImagesConfig, ModelConfig
+from d2m_jax.data.buckets import Size, bucket_sizes
 from d2m_jax.data.cached import Cached
 from d2m_jax.data.icons import Icons
 from d2m_jax.data.protocol import Data
+from d2m_jax.data.records import FILE, open_cache, size_of
 
 
 def open_data(config: DataConfig, model: ModelConfig) -> Data:
@@ -14,3 +19,16 @@ def open_data(config: DataConfig, model: ModelConfig) -> Data:
     if isinstance(config, ImagesConfig):
         raise TypeError("ImagesConfig: no such data")
     return Cached(config, model)
+
+
+def largest_size(config: DataConfig, model: ModelConfig) -> Size:
+    """Height and width of the images that take the most memory, whether or not the data are there
+    yet: a cache that is not is taken to hold images of the model's own size."""
+    if isinstance(config, ImagesConfig):
+        stride = model.image.stride
+        sizes = bucket_sizes(max(config.resolutions), config.aspect_ratio, stride)
+    elif isinstance(config, CacheConfig) and (Path(config.path) / FILE).is_file():
+        sizes = tuple(map(size_of, open_cache(Path(config.path)).counts))
+    else:
+        return model.image.height, model.image.width
+    return max(sizes, key=math.prod)

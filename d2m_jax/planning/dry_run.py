@@ -1,6 +1,7 @@
 """A run without the run: every stage's step, compiled for chips that need not be there."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from d2m_jax.config import (
     Timesteps,
     teacher_path,
 )
+from d2m_jax.data.source import largest_size
 from d2m_jax.models.flux import abstract
 from d2m_jax.planning import hardware
 from d2m_jax.planning.plan import plan, table
@@ -115,7 +117,8 @@ def lower(config: RunConfig, teacher: ModelConfig | None, mesh: Mesh) -> Iterato
     assert start is not None  # a run has a teacher or a model (RunConfig)
     check_stages("", config.stages, start, mesh, config.timesteps, teacher)
     for name, stage, model in models_of(config.stages, start):
-        yield _lower(name, stage, model, teacher, trained, mesh, config.timesteps)
+        size = largest_size(config.data, model)
+        yield _lower(name, stage, model, teacher, trained, mesh, config.timesteps, size)
         training, _ = split(abstract(model.transformer), stage.train, stage.freeze)
         trained |= {_of_any_stack(path) for path in names(training)}
 
@@ -134,6 +137,7 @@ def _lower(
     trained: set[str],
     mesh: Mesh,
     timesteps: Timesteps,
+    image_size: tuple[int, int],
 ) -> Lowered:
     def placed(tree: dict, trained: set[str]) -> dict:
         def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -153,9 +157,10 @@ def _lower(
             for path, leaf in names(params).items()
         }
         params = restructure(params, shared)
-    loss, count, again = objective(model, stage, teacher, timesteps)
+    grid = model.grid(*image_size)
+    loss, count, again = objective(model, stage, teacher, timesteps, math.prod(grid))
     program = Step(stage, loss, params, constants, mesh)
-    batch = _batch(model, stage, mesh)
+    batch = _batch(model, stage, mesh, grid)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
@@ -174,7 +179,9 @@ def _lower(
     return Lowered(name, lowered, parts, size * count, size * again)
 
 
-def _batch(model: ModelConfig, stage: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(
+    model: ModelConfig, stage: StageConfig, mesh: Mesh, grid: tuple[int, int]
+) -> dict[str, jax.ShapeDtypeStruct]:
     """An encoded batch (Encoders.encode)."""
     transformer, size, place = model.transformer, stage.batch_size, batch_sharding(mesh)
 
@@ -182,7 +189,7 @@ def _batch(model: ModelConfig, stage: StageConfig, mesh: Mesh) -> dict[str, jax.
         return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=place)
 
     return {
-        "latents": of(*model.grid(), transformer.in_channels, dtype=jnp.float32),
+        "latents": of(*grid, transformer.in_channels, dtype=jnp.float32),
         "txt": of(model.text.length, transformer.context_in_dim),
         "y": of(transformer.vec_in_dim),
     }

@@ -239,7 +239,11 @@ def _train_stage(
     """The model of the directory `before`, trained."""
     ((_, _, model),) = models_of({name: stage}, model_directory.load_config(before))
     of_teacher = teacher and teacher[0]
-    loss, flops, _ = objective(model, stage, of_teacher, work.config.timesteps)
+    # Buckets of one resolution have about equally many.
+    tokens = round(
+        sum(math.prod(model.grid(*size)) for size in work.data.sizes) / len(work.data.sizes)
+    )
+    loss, flops, _ = objective(model, stage, of_teacher, work.config.timesteps, tokens)
     constants = {}
     if teacher is not None:
         constants = align(teacher[0].transformer, teacher[1], shapes(model.transformer))[1]
@@ -275,10 +279,12 @@ def objective(
     stage: StageConfig,
     teacher: ModelConfig | None,
     timesteps: Timesteps,
+    image_tokens: int | None = None,
 ) -> tuple[Loss, int, int]:
-    """A stage's loss, and the FLOPs of one example: the step's, and what rematerialisation adds."""
-    tokens = math.prod(model.grid()), model.text.length
-    count = partial(flops_per_example, image_tokens=tokens[0], text_tokens=tokens[1])
+    """A stage's loss, and the FLOPs of one example: the step's, and what rematerialisation adds.
+    Without `image_tokens` they are those of the model's own image size."""
+    tokens = math.prod(model.grid()) if image_tokens is None else image_tokens
+    count = partial(flops_per_example, image_tokens=tokens, text_tokens=model.text.length)
     student = model.transformer
     drawn = stage.random_top_k or (student.moe.top_k if stage.top_k is None else stage.top_k,)
     running = [replace(student, moe=student.moe.running(k)) for k in drawn]

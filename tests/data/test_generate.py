@@ -8,10 +8,19 @@ import numpy as np
 import pytest
 
 from d2m_jax import flow
-from d2m_jax.config import CacheConfig, ConfigError, ModelConfig, PixelsConfig, WordsConfig
+from d2m_jax.config import (
+    AutoencoderConfig,
+    CacheConfig,
+    ConfigError,
+    IconsConfig,
+    ImagesConfig,
+    ModelConfig,
+    PixelsConfig,
+    WordsConfig,
+)
 from d2m_jax.data import generate, making, records
 from d2m_jax.data.prompt_files import prompts_of
-from d2m_jax.data.source import open_data
+from d2m_jax.data.source import largest_size, open_data
 from d2m_jax.models.flux import initialise
 from d2m_jax.models.words import Words
 from d2m_jax.sampling.pipeline import Pipeline
@@ -171,3 +180,15 @@ def test_prompt_files(tmp_path):
             prompts_of(file(name, text))
     with pytest.raises(ConfigError, match="no such file"):
         prompts_of(tmp_path / "none.txt")
+
+
+def test_planning_takes_the_largest_size(pipe, tmp_path):
+    images = ImagesConfig(sources={"nowhere": 1.0}, resolutions=(512, 1024), aspect_ratio=2.0)
+    flux = ModelConfig(image=AutoencoderConfig())
+    height, width = largest_size(images, flux)
+    assert height * width >= 1024**2 and height % 16 == width % 16 == 0
+    made = CacheConfig(path=str(tmp_path / "made"), validation=1)
+    assert largest_size(made, MODEL) == (16, 16)  # not there yet: the model's own
+    generate.generate(pipe, PROMPTS, tmp_path / "made", sizes=[(8, 8), (12, 20)])
+    assert largest_size(made, MODEL) == (12, 20)
+    assert largest_size(IconsConfig(), MODEL) == (16, 16)
