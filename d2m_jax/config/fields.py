@@ -58,6 +58,8 @@ def fitted(kind: Any, value: Any, where: str) -> Any:
 def _fits(kind: Any, value: Any) -> bool:
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list | tuple)
     if kind in (int, float):  # to Python a truth value is a whole number
         wanted = int if kind is int else int | float
         return isinstance(value, wanted) and not isinstance(value, bool)

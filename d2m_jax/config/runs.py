@@ -162,6 +162,9 @@ class RunConfig(Config):
     validation: DataConfig | None = None
     # How times are drawn in training and calibration, before the model's shift.
     timesteps: Timesteps = "uniform"
+    # Least and most of what training and calibration draw each sample's guidance from, for a model
+    # that reads one; None: ModelConfig.guidance for all.
+    guidance: tuple[float, float] | None = None
     sparsify: SparsifyConfig = SparsifyConfig()  # how the student is cut from the teacher
     stages: Mapping[str, StageConfig] = field(default_factory=dict)  # what trains it, in this order
     rivals: Mapping[str, StudentConfig] = field(default_factory=dict)  # trained for the report
@@ -185,6 +188,10 @@ class RunConfig(Config):
         check_whole(self, 0, "seed")
         check_whole(self, 1, "keep_checkpoints", "evaluate_prompts", "sampled_prompts")
         check_whole(self, 0, "held_out_batches")
+        check(
+            self.guidance is None or (len(self.guidance) == 2 and min(self.guidance) >= 0),
+            f"RunConfig.guidance = {self.guidance}: expected two numbers of at least 0, or None",
+        )
         for name in self.rivals:
             _check_name(f"rivals.{name}", name)
         students = {"": self.stages} | {f"rivals.{n}.": r.stages for n, r in self.rivals.items()}

@@ -37,8 +37,7 @@ def lockstep(
     remat: bool = True,
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"], dict[str, Array], Body[GroupReport]]:
     """Both velocities; per group `feature` (mean squared difference of the streams at its end) and
-    `norm` (root mean square of the teacher's), each [L]; and the student's report (see
-    Flux.run)."""
+    `square` (mean square of the teacher's), each [L]; and the student's report (see Flux.run)."""
     (t_streams, t_context), (s_streams, s_context) = teacher_start, student_start
     scalars, report = [], {"double": [], "single": []}
     for kind in report:
@@ -88,5 +87,5 @@ def _stacks(
 
 def _compare(t: Streams, s: Streams) -> dict[str, Array]:
     joined_t, joined_s = (jnp.concatenate(streams, axis=1) for streams in (t, s))
-    norm = jnp.sqrt(jnp.square(joined_t.astype(jnp.float32)).mean())
-    return {"feature": mean_square(joined_t, joined_s), "norm": norm}
+    square = jnp.square(joined_t.astype(jnp.float32)).mean()
+    return {"feature": mean_square(joined_t, joined_s), "square": square}

@@ -25,6 +25,9 @@ from d2m_jax.models.layers import (
 from d2m_jax.models.moe import MoE
 from d2m_jax.models.protocol import Context, FFNReport, Streams
 
+# The FFNs of each kind of block.
+FFNS = {"double": ("img_mlp", "txt_mlp"), "single": ("mlp",)}
+
 
 def ffn(
     config: FluxConfig, stack: StackConfig, *, out_bias: bool = True, rngs: nnx.Rngs

@@ -17,6 +17,7 @@ from d2m_jax.models import parameters
 from d2m_jax.models.blocks import DoubleStreamBlock, SingleStreamBlock
 from d2m_jax.models.layers import (
     Linear,
+    Linear32,
     MLPEmbedder,
     Modulation,
     layer_norm,
@@ -150,7 +151,7 @@ class Flux(nnx.Module):
         if config.guidance_embed:
             self.guidance_in = MLPEmbedder(256, dim, rngs=rngs)
         if config.modulation_rank is not None:
-            self.modulation_basis = Linear(dim, config.modulation_rank, bias=False, rngs=rngs)
+            self.modulation_basis = Linear32(dim, config.modulation_rank, bias=False, rngs=rngs)
         self.double = nnx.List(
             [Stack(DoubleStreamBlock, config, s, rngs=rngs) for s in config.double]
         )
@@ -196,7 +197,7 @@ class Flux(nnx.Module):
             if guidance is None:
                 raise ValueError("guidance: this model has a guidance embedding, found none")
             vec = vec + self.guidance_in(timestep_embedding(guidance))
-        vec = vec + self.vector_in(y.astype(jnp.float32))
+        vec = vec + self.vector_in(y)
         cond = jax.nn.silu(vec)
         if self.config.modulation_rank is not None:
             cond = self.modulation_basis(cond)

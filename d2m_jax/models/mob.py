@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from d2m_jax.models.layers import Linear
+from d2m_jax.models.layers import Linear32
 from d2m_jax.models.protocol import NOTHING, Context, FFNReport, Known, Streams
 from d2m_jax.sharding import BY_NAME, on_own_part
 
@@ -24,8 +24,8 @@ class BlockRouter(nnx.Module):
     global vector."""
 
     def __init__(self, dim: int, blocks: int, alpha: float, *, rngs: nnx.Rngs):
-        self.features = Linear(2 * dim, blocks, rngs=rngs)
-        self.vec = Linear(dim, blocks, bias=False, rngs=rngs)
+        self.features = Linear32(2 * dim, blocks, rngs=rngs)
+        self.vec = Linear32(dim, blocks, bias=False, rngs=rngs)
         self.alpha = alpha
 
     def __call__(self, streams: Streams, context: Context) -> Float[Array, "b m"]:
@@ -126,9 +126,10 @@ def _run_samples(
             return streams, reports
 
         streams, reports = jax.lax.scan(step, streams, (chosen, weight))
-        used = jax.nn.one_hot(chosen, blocks)
+        used, exact = jax.nn.one_hot(chosen, blocks), jax.lax.Precision.HIGHEST
         reports = jax.tree.map(
-            lambda a: jnp.einsum("km,k...->m...", used.astype(a.dtype), a[:, 0]), reports
+            lambda a: jnp.einsum("km,k...->m...", used.astype(a.dtype), a[:, 0], precision=exact),
+            reports,
         )
         return tuple(x[0] for x in streams), reports
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.experts import Experts
-from d2m_jax.models.layers import FFN, Linear
+from d2m_jax.models.layers import FFN, Linear32
 from d2m_jax.models.protocol import Context, FFNReport, Routing
 
 
@@ -20,9 +20,9 @@ class MoE(nnx.Module):
         dim, self.config = config.hidden_size, config.moe
         self.shared = FFN(dim, config.shared_width(stack), out_bias=out_bias, rngs=rngs)
         self.experts = Experts(config.moe.experts, dim, config.expert_width(stack), rngs=rngs)
-        self.gate = Linear(dim, config.moe.experts, rngs=rngs)
+        self.gate = Linear32(dim, config.moe.experts, rngs=rngs)
         if config.moe.router_input == "unmodulated":
-            self.gate_cond = Linear(dim, config.moe.experts, bias=False, zero=True, rngs=rngs)
+            self.gate_cond = Linear32(dim, config.moe.experts, bias=False, zero=True, rngs=rngs)
         self.scale = nnx.Param(
             jnp.ones(())
         )  # of the normal experts' sum; 0 when they enter after stage 1
@@ -61,9 +61,9 @@ class MoE(nnx.Module):
         """Gate logits in float32. With router_input "unmodulated" the timestep enters beside the
         token."""
         if self.config.router_input == "modulated":
-            return self.gate(x.astype(jnp.float32))
+            return self.gate(x)
         cond = self.gate_cond(jax.nn.silu(vec.astype(jnp.float32)))[:, None]
-        return self.gate(unmodulated.astype(jnp.float32)) + cond
+        return self.gate(unmodulated) + cond
 
     def route(
         self, logits: Float[Array, "b n e"], k: int, each: Int[Array, " b"] | None = None

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from d2m_jax.config import FluxConfig
+from d2m_jax.models.blocks import FFNS
 from d2m_jax.models.flux import model_of
 from d2m_jax.models.protocol import Body, FFNReport, GroupReport
 from d2m_jax.sharding import whole
@@ -21,7 +22,6 @@ from d2m_jax.sharding import whole
 # (batch, key) → the arguments of Flux.embed at random times, and the velocity that is true there
 Noisy = Callable[[dict, Array], tuple[tuple, Array]]
 
-FFNS = {"double": ("img_mlp", "txt_mlp"), "single": ("mlp",)}
 SPREAD = 64  # evenly spaced tokens of one sample that calibration inputs are drawn from
 
 

@@ -17,11 +17,12 @@ from jaxtyping import Array
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, MeshConfig, StageConfig, to_json
 from d2m_jax.data.protocol import Batches
+from d2m_jax.distill.objective import Objective
 from d2m_jax.keys import named_key
 from d2m_jax.sharding import batch_shards, make_mesh, put_batch, put_parameters, put_whole
 from d2m_jax.training.checkpoint import Checkpoints
 from d2m_jax.training.metrics import Metrics, Window, matmul_peak
-from d2m_jax.training.step import Loss, Step, trained
+from d2m_jax.training.step import Step, trained
 from d2m_jax.weights.named_arrays import fingerprint, shapes
 
 Batch = dict[str, Any]  # arrays, or trees of them, with the batch in front
@@ -31,7 +32,7 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     name: str,
     stage: StageConfig,
     *,
-    loss: Loss,
+    loss: Objective,
     params: dict | Callable[[], dict],
     batches: Batches,
     run_directory: Path | str,

@@ -28,6 +28,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.data.protocol import Batches, Data, Split
 from d2m_jax.data.source import open_data
+from d2m_jax.distill.objective import Objective
 from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
 from d2m_jax.models.accounting import flops_per_example
 from d2m_jax.models.flux import abstract, initialise
@@ -47,7 +48,7 @@ from d2m_jax.sparsify.importance import Noisy
 from d2m_jax.sparsify.student import make_student, student_config
 from d2m_jax.training.checkpoint import open_run
 from d2m_jax.training.loop import check_batch, train_stage
-from d2m_jax.training.step import Loss, Step
+from d2m_jax.training.step import Step
 from d2m_jax.weights import model_directory
 from d2m_jax.weights.encoders import parts
 from d2m_jax.weights.named_arrays import names, restructure
@@ -119,7 +120,7 @@ def run(config: RunConfig, run_directory: Path | str) -> None:
     path = teacher_path(config.teacher)
     model = model_directory.load_config(path)
     _check_students(config, model, mesh)
-    noisy = partial(noisy_inputs, model, config.timesteps)
+    noisy = partial(noisy_inputs, model, config.timesteps, guidance=config.guidance)
     work = _open(config, mesh, model, noisy)
     teacher = work.load(path)
     for name, rival in config.rivals.items():
@@ -239,11 +240,12 @@ def _train_stage(
     """The model of the directory `before`, trained."""
     ((_, _, model),) = models_of({name: stage}, model_directory.load_config(before))
     of_teacher = teacher and teacher[0]
+    config = work.config
     # Buckets of one resolution have about equally many.
     tokens = round(
         sum(math.prod(model.grid(*size)) for size in work.data.sizes) / len(work.data.sizes)
     )
-    loss, flops, _ = objective(model, stage, of_teacher, work.config.timesteps, tokens)
+    loss, flops, _ = objective(model, stage, of_teacher, config.timesteps, tokens, config.guidance)
     constants = {}
     if teacher is not None:
         constants = align(teacher[0].transformer, teacher[1], shapes(model.transformer))[1]
@@ -280,7 +282,8 @@ def objective(
     teacher: ModelConfig | None,
     timesteps: Timesteps,
     image_tokens: int | None = None,
-) -> tuple[Loss, int, int]:
+    guidance: tuple[float, float] | None = None,
+) -> tuple[Objective, int, int]:
     """A stage's loss, and the FLOPs of one example: the step's, and what rematerialisation adds.
     Without `image_tokens` they are those of the model's own image size."""
     tokens = math.prod(model.grid()) if image_tokens is None else image_tokens
@@ -291,10 +294,11 @@ def objective(
     forward = round(sum(map(count, running)) / len(running))
     again = forward if stage.remat else 0
     if teacher is None:
-        return flow_loss(model, stage, timesteps), 3 * forward, again
+        return flow_loss(model, stage, timesteps, guidance), 3 * forward, again
     # Lockstep pairs the stacks of teacher and student one to one.
     transformer = aligned(teacher.transformer, shapes(model.transformer))
-    loss = distill_loss(replace(teacher, transformer=transformer), model, stage, timesteps)
+    teacher = replace(teacher, transformer=transformer)
+    loss = distill_loss(teacher, model, stage, timesteps, guidance)
     return loss, 3 * forward + count(transformer), again
 
 

@@ -1,21 +1,22 @@
 """One step of a stage as a compiled program on pure trees, and the state that it carries."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from d2m_jax.config import StageConfig
+from d2m_jax.distill.objective import Means, Objective, remembered
 from d2m_jax.sharding import parameter_shardings, replicated
 from d2m_jax.training.optimizer import make_optimizer, make_schedule, merge, select, split
 from d2m_jax.weights.named_arrays import names, restructure
 
-# loss(params, constants, batch, key) → the batch's mean, and metrics: scalars or one per layer.
-Loss = Callable[[dict, Any, dict, Array], tuple[Float[Array, ""], dict[str, Array]]]
+Tree = TypeVar("Tree")
 
 
 class Step:
@@ -25,7 +26,9 @@ class Step:
     too (the same object: a teacher's) is given once, so `frozen` lacks it; `whole` has it again.
     """
 
-    def __init__(self, stage: StageConfig, loss: Loss, params: dict, constants: Any, mesh: Mesh):
+    def __init__(
+        self, stage: StageConfig, loss: Objective, params: dict, constants: Any, mesh: Mesh
+    ):
         self.stage, self.mesh = stage, mesh
         trainable, frozen = split(params, stage.train, stage.freeze)
         # The arrays themselves are not kept, or the state's copy would not be the only one.
@@ -63,6 +66,7 @@ class Step:
             "trainable": trainable,
             "optimizer": self.optimizer.init(trainable),
             "step": jnp.int32(0),
+            "means": self._loss.start,  # of earlier steps, by which the loss weighs
         }
         if self.stage.optimizer.ema:
             state["ema"] = trainable
@@ -74,10 +78,20 @@ class Step:
         shared = {name: leaves[i] for name, i in self._at.items()}
         return merge(trainable, merge(frozen, restructure(self._shared, shared)))
 
-    def loss(self, trainable: dict, frozen: dict, constants: Any, batch: dict, key: Array):
-        """The stage's loss of what the programs are given."""
-        with jax.named_scope("loss"):  # scopes are what a profile shows
-            return self._loss(self.whole(trainable, frozen, constants), constants, batch, key)
+    def _in_parts(self, function: Callable[[dict], Tree], batch: dict, like: Tree) -> Tree:
+        """The mean of what a function gives for the micro-batches of a drawn batch: a tree like
+        `like`."""
+        parts = self.stage.optimizer.accumulate
+        if parts == 1:
+            return function(batch)
+        # Rows i, i + parts, … form a micro-batch, so that every device keeps its own rows.
+        micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+
+        def add(total: Tree, part: dict):
+            return jax.tree.map(jnp.add, total, function(part)), None
+
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), micro)
+        return jax.tree.map(lambda a: a / parts, total)
 
     def train(self) -> Callable:
         """The jitted step(state, frozen, constants, batch, key, signals) → next state, metrics.
@@ -86,8 +100,6 @@ class Step:
         hosts.flags): the metric `signal` is the largest.
         """
         schedule = make_schedule(self.stage.optimizer, self.stage.steps)
-        parts = self.stage.optimizer.accumulate
-        gradient = jax.value_and_grad(self.loss, has_aux=True)
 
         def step(
             state: dict,
@@ -97,29 +109,20 @@ class Step:
             key: Array,
             signals: Int[Array, " devices"],
         ):
-            trainable = state["trainable"]
-            key = jax.random.fold_in(key, state["step"])
+            def loss(trainable: dict, part: dict):
+                with jax.named_scope("loss"):  # scopes are what a profile shows
+                    params = self.whole(trainable, frozen, constants)
+                    means = self._loss.means(params, constants, part)
+                    return self._loss.value(means, state["means"])[0], means
 
-            def micro(total: dict, part: tuple):
-                result, gradients = gradient(trainable, frozen, constants, *part)
-                return jax.tree.map(jnp.add, total, gradients), result
-
-            if parts == 1:
-                (value, metrics), gradients = gradient(trainable, frozen, constants, batch, key)
-            else:
-                # Rows i, i + parts, … form a micro-batch, so that every device keeps its own rows.
-                micro_batches = jax.tree.map(
-                    lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch
-                )
-                zeros = jax.tree.map(jnp.zeros_like, trainable)
-                gradients, (values, metrics) = jax.lax.scan(
-                    micro, zeros, (micro_batches, jax.random.split(key, parts))
-                )
-                gradients = jax.tree.map(lambda g: g / parts, gradients)
-                value, metrics = jax.tree.map(lambda a: a.mean(0), (values, metrics))
+            drawn = self._loss.draw(batch, jax.random.fold_in(key, state["step"]))
+            gradient = partial(jax.grad(loss, has_aux=True), state["trainable"])
+            like = state["trainable"], state["means"]
+            gradients, means = self._in_parts(gradient, drawn, like)
+            value, metrics = self._loss.value(means, means)
 
             with jax.named_scope("optimizer"):
-                new = self._updated(state, gradients)
+                new = self._updated(state, gradients, means)
             metrics = metrics | {
                 "loss": value,
                 "gradient_norm": optax.tree.norm(gradients),
@@ -131,7 +134,7 @@ class Step:
         out = self._shardings(), replicated(self.mesh)
         return jax.jit(step, donate_argnums=0, out_shardings=out)
 
-    def _updated(self, state: dict, gradients: dict) -> dict:
+    def _updated(self, state: dict, gradients: dict, means: Means) -> dict:
         updates, optimizer_state = self.optimizer.update(
             gradients, state["optimizer"], state["trainable"]
         )
@@ -139,6 +142,7 @@ class Step:
             "trainable": optax.apply_updates(state["trainable"], updates),
             "optimizer": optimizer_state,
             "step": state["step"] + 1,
+            "means": remembered(state["means"], means, state["step"]),
         }
         if "ema" in state:
             # The average forgets its start faster at first, or a short stage would keep much of it.
@@ -153,7 +157,10 @@ class Step:
         """The jitted evaluation (trainable, frozen, constants, batch, key) → scalars."""
 
         def one(trainable: dict, frozen: dict, constants: Any, batch: dict, key: Array):
-            value, metrics = self.loss(trainable, frozen, constants, batch, key)
+            params = self.whole(trainable, frozen, constants)
+            means = partial(self._loss.means, params, constants)
+            found = self._in_parts(means, self._loss.draw(batch, key), self._loss.start)
+            value, metrics = self._loss.value(found, found)
             scalars = {f"validation_{n}": v for n, v in metrics.items() if jnp.ndim(v) == 0}
             return {"validation": value} | scalars
 

@@ -21,6 +21,7 @@ from d2m_jax.distill import stages
 from d2m_jax.models.flux import model_of
 from d2m_jax.sampling.encoders import Encoders
 from tests.models import toy
+from tests.models.oracle import operations
 from tests.seed import generator
 
 BODY = replace(toy.DENSE, in_channels=12, context_in_dim=16, vec_in_dim=16)
@@ -118,6 +119,23 @@ def test_flow_loss_is_the_error_of_the_velocity():
     assert metrics == {}
 
 
+def test_guidance_is_drawn_from_its_range():
+    def guidance(range_, config=TEACHER, key=0):
+        found = stages.with_noise(config, "uniform", range_, batch(64), jax.random.key(key))
+        return np.asarray(found["guidance"])
+
+    found = guidance((1.0, 5.0))
+    assert found.min() < 1.5 and found.max() > 4.5 and (found >= 1).all() and (found <= 5).all()
+    assert np.abs(np.corrcoef(found, np.arange(64))[0, 1]) < 0.4
+    assert not np.array_equal(found, guidance((1.0, 5.0), key=1))
+    np.testing.assert_array_equal(guidance(None), [TEACHER.guidance] * 64)
+    # noise and times are the same as without a range
+    key = jax.random.key(0)
+    some, others = (stages.with_noise(TEACHER, "uniform", r, batch(4), key) for r in (None, (0, 9)))
+    np.testing.assert_array_equal(some["noise"], others["noise"])
+    np.testing.assert_array_equal(some["time"], others["time"])
+
+
 def _ends(key):
     data = batch()["latents"].reshape(4, 12, 12)
     return data, jax.random.normal(jax.random.split(key)[0], data.shape)
@@ -146,12 +164,12 @@ def test_distill_loss_is_the_sum_of_its_parts():
 
 
 def test_experts_are_drawn_for_each_sample():
-    stage = StageConfig(random_top_k=(0, 1, 6))
-    asked = stages.drawn_experts(stage, 300, jax.random.key(0))
-    assert asked["top_k"] == 6
-    assert np.bincount(asked["top_k_each"], minlength=7)[[0, 1, 6]].min() > 70
-    assert set(np.asarray(asked["top_k_each"]).tolist()) == {0, 1, 6}
-    assert stages.drawn_experts(StageConfig(top_k=3), 300, jax.random.key(0)) == {"top_k": 3}
+    loss = stages.flow_loss(TEACHER, StageConfig(random_top_k=(0, 1, 6)))
+    drawn = np.asarray(loss.draw(batch(300), jax.random.key(0))["top_k"])
+    assert np.bincount(drawn, minlength=7)[[0, 1, 6]].min() > 70
+    assert set(drawn.tolist()) == {0, 1, 6}
+    fixed = stages.flow_loss(TEACHER, StageConfig(top_k=3))
+    assert "top_k" not in fixed.draw(batch(4), jax.random.key(0))
     # k drawn from one number is that number
     teacher, student = toy.params(BODY, 1), toy.params(STUDENT.transformer, 2)
     values = []
@@ -178,6 +196,34 @@ def _features(teacher, key):
         return jnp.stack([jnp.square(end).mean() for end in ends])
 
     return np.asarray(squares(teacher))
+
+
+@pytest.mark.parametrize("router_input", ["modulated", "unmodulated"])
+def test_what_is_float32_says_so_to_the_hardware(router_input):
+    """Every product of float32 arrays in a step that computes in bfloat16, forward and backward:
+    gates, block routers, embedders, the modulations' basis."""
+    moe = replace(STUDENT.transformer.moe, router_input=router_input)
+    mixed = replace(
+        STUDENT.transformer,
+        moe=moe,
+        modulation_rank=3,
+        single=(StackConfig(1, blocks=2, active=1, ffn="moe"),),
+    )
+    teacher = replace(BODY, single=(StackConfig(1, blocks=2, active=2),))
+    teacher, student = (replace(TEACHER, transformer=t) for t in (teacher, mixed))
+    loss = stages.distill_loss(teacher, student, StageConfig(dtype="bfloat16"))
+    trees = toy.shapes(mixed), toy.shapes(teacher.transformer)
+    jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(*trees, batch(), jax.random.key(0))
+    found = [
+        eqn.params["precision"]
+        for eqn in operations(jaxpr.jaxpr)
+        if eqn.primitive.name == "dot_general"
+        and all(v.aval.dtype == jnp.float32 for v in eqn.invars)
+    ]
+    assert len(found) > 20
+    assert {str(precision) for precision in found} == {"(Precision.HIGHEST, Precision.HIGHEST)"}, (
+        found
+    )
 
 
 def test_distill_refuses_bodies_that_do_not_align():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from d2m_jax.config import ConfigError, MeshConfig, OptimizerConfig
+from d2m_jax.distill.objective import Objective
 from d2m_jax.sharding import make_mesh, replicated
 from d2m_jax.weights.named_arrays import names
 from tests.training import toy
@@ -123,15 +125,12 @@ def test_frozen_stay_identical(tmp_path):
 
 
 def test_accumulation_equals_one_batch(tmp_path):
-    def loss(params, constants, batch, key):
-        return toy.loss(params, constants, batch, key, noise=0.0)
-
     results = []
     for parts in (1, 4):
         # Adam hides the scale of gradients: compare the logged norm too.
         optimizer = OptimizerConfig(warmup=4, accumulate=parts, clip=0.1)
         directory = tmp_path / str(parts)
-        params = toy.run(directory, toy.stage(12, optimizer=optimizer), loss=loss)
+        params = toy.run(directory, toy.stage(12, optimizer=optimizer))
         results.append((params, [line.get("gradient_norm", 0) for line in lines(directory)]))
     for a, b in zip(*(jax.tree.leaves(params) for params, _ in results), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
@@ -215,10 +214,14 @@ def test_sigterm_saves_and_exits(uninterrupted, tmp_path):
 def test_keys(tmp_path):
     """Every step draws anew, every evaluation the same."""
 
-    def loss(params, constants, batch, key):
-        value, _ = toy.loss(params, constants, batch, key)
-        return value, {"draw": jax.random.uniform(key)}
+    def draw(batch, key):
+        return toy.draw(batch, key) | {"draw": jax.random.uniform(key, batch["y"].shape)}
 
+    def means(params, constants, batch):
+        return toy.means(params, constants, batch) | {"draw": batch["draw"].mean()}
+
+    start = toy.loss.start | {"draw": jnp.float32(0)}
+    loss = Objective(draw, means, lambda means, _: (means["output"], means), start)
     toy.run(tmp_path, toy.stage(20, log_every=1), loss=loss)
     found = lines(tmp_path)
     assert len({line["draw"] for line in found[1:]}) == 20
@@ -228,11 +231,11 @@ def test_keys(tmp_path):
 def test_the_step_compiles_once(tmp_path):
     traced = []
 
-    def loss(params, constants, batch, key):
+    def means(params, constants, batch):
         traced.append(batch["x"].shape)
-        return toy.loss(params, constants, batch, key)
+        return toy.means(params, constants, batch)
 
-    toy.run(tmp_path, toy.stage(20), loss=loss)
+    toy.run(tmp_path, toy.stage(20), loss=replace(toy.loss, means=means))
     assert sorted(traced) == [(8, 4), (16, 4)]
 
 

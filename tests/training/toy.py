@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2m_jax.config import OptimizerConfig, StageConfig
+from d2m_jax.distill.objective import Objective
 from d2m_jax.training import train_stage
 from tests.seed import generator
 
@@ -44,14 +45,23 @@ def initial():
     return {"body": {0: linear(4, 16), 1: linear(16, 16)}, "out": linear(16, 1)}
 
 
-def loss(params, constants, batch, key, noise=0.01):
+def draw(batch, key, noise=0.01):
+    return batch | {"y": batch["y"] + noise * jax.random.normal(key, batch["y"].shape)}
+
+
+def means(params, constants, batch):
     x = batch["x"]
     for layer in params["body"].values():
         x = jax.nn.gelu(x @ layer["kernel"] + layer["bias"])
     y = x @ params["out"]["kernel"] + params["out"]["bias"]
-    target = batch["y"] + noise * jax.random.normal(key, batch["y"].shape)
-    error = jnp.square(constants["scale"] * y - target).mean()
-    return error, {"output": error, "mlp/entropy": jnp.ones(2)}
+    return {"output": jnp.square(constants["scale"] * y - batch["y"]).mean()}
+
+
+def value(means, whole):
+    return means["output"], {"output": means["output"], "mlp/entropy": jnp.ones(2)}
+
+
+loss = Objective(draw, means, value, {"output": jnp.float32(0)})
 
 
 def stage(steps=40, **changes):
