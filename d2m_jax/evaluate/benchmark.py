@@ -1,7 +1,7 @@
 """The benchmark of whole models: prompts of their data, images, and scores where the data has a
 judge."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,16 +16,19 @@ from d2m_jax.evaluate import icons
 from d2m_jax.evaluate.scores import Score, Scores
 from d2m_jax.sampling.pipeline import Pipeline, load_pipeline
 
+# Which of the images in [0, 1], one per prompt, are what the prompt asks for.
+Judge = Callable[[Float[Array | np.ndarray, "n h w 3"], Sequence[Prompt]], Score]
 
-def judge(
-    data: Data, images: Float[Array | np.ndarray, "n h w 3"], prompts: Sequence[Prompt]
-) -> Score:
-    """Which of the images in [0, 1], one per prompt, are what the prompt asks for. TypeError for
-    data without a benchmark."""
-    if isinstance(data, Icons):
-        scenes = cast(Sequence[icons.Scene], prompts)  # which this data's prompts are
-        return icons.score(images, scenes, data.lexicon)
-    raise TypeError(f"{type(data).__name__}: no benchmark judges images of this data")
+
+def judge_of(data: Data) -> Judge | None:
+    """Who says what images of this data's prompts are worth; None where nobody can."""
+    if not isinstance(data, Icons):
+        return None
+    lexicon = data.lexicon
+    # The prompts of this data are scenes.
+    return lambda images, prompts: icons.score(
+        images, cast(Sequence[icons.Scene], prompts), lexicon
+    )
 
 
 def evaluate(
@@ -43,9 +46,10 @@ def evaluate(
 
 def scores_of(pipe: Pipeline, data: Data, prompts: int, seed: int = 0, **options: Any) -> Scores:
     """The same for a pipeline at hand and the data that it was made for."""
-    scores = {}
+    scores, judge = {}, judge_of(data)
+    assert judge is not None  # which data it is was asked before
     for kind in ("seen", "held_out"):
         asked = data.prompts(prompts, held_out=kind == "held_out")
         images = pipe([prompt.caption for prompt in asked], seed=seed, **options)
-        scores[kind] = judge(data, images, asked)
+        scores[kind] = judge(images, asked)
     return scores

@@ -1,6 +1,7 @@
 """One forward on noisy examples that are the same for all models: its velocities."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,32 +16,43 @@ from jaxtyping import Array, Float
 
 from d2m_jax import flow
 from d2m_jax.config import ModelConfig, RunConfig
-from d2m_jax.data.protocol import Split
-from d2m_jax.data.source import open_data
+from d2m_jax.data.protocol import Data, Split
 from d2m_jax.distill.stages import noisy_inputs
 from d2m_jax.keys import named_key
 from d2m_jax.models.flux import model_of
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sharding import batch_sharding, batch_shards, constrain, put_batch
 
-BATCH = 32  # examples of one forward
-# What a report calls examples → the split of the data: pairs of glyph and colour that train, and
-# such that never do.
-SPLITS: dict[str, Split] = {"seen": "validation", "held_out": "held_out"}
+MOST = 32  # examples of one forward
+TOKENS = 16_384  # of all its examples, unless the mesh needs more examples
 
 T = TypeVar("T")
 Inputs = dict[str, Array]  # img [b, rows, columns, c], txt, timesteps, y of a batch
 
 
-def noisy_batches(config: RunConfig, encoders: Encoders, pairs: str, mesh: Mesh) -> list[Inputs]:
-    """As many examples of SPLITS[pairs] as training evaluates on, noise and times fixed; cut over
-    the mesh, whose parts divide BATCH."""
+def examples(model: ModelConfig, devices: int) -> int:
+    """How many make one forward, on so many devices that cut a batch: a power of two."""
+    tokens = math.prod(model.grid()) + model.text.length
+    fit = 2 ** int(math.log2(max(1, TOKENS // tokens)))
+    return max(devices, min(MOST, fit))
+
+
+def noisy_batches(
+    config: RunConfig,
+    data: Data,
+    encoders: Encoders,
+    name: str,
+    split: Split,
+    size: int,
+    mesh: Mesh,
+) -> list[Inputs]:
+    """As many examples of a split as training evaluates on, in batches of `size`, which the mesh's
+    parts divide; noise and times follow from seed and name."""
     stage = next(iter(config.stages.values()))
-    count = max(1, config.held_out_batches * stage.batch_size // BATCH)
-    key = named_key(config.seed, f"report/{pairs}")
+    count = max(1, config.held_out_batches * stage.batch_size // size)
+    key = named_key(config.seed, f"report/{name}")
     model = encoders.config
-    data = open_data(config.data, model)
-    batches = data.batches(encoders.tokenizer, BATCH, config.seed, SPLITS[pairs])
+    batches = data.batches(encoders.tokenizer, size, config.seed, split)
     with jax.set_mesh(mesh):
         return [
             _noisy(model, encoders.encode(put_batch(mesh, batch)), jax.random.fold_in(key, i))

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from d2m_jax.evaluate.noisy import BATCH
 from d2m_jax.evaluate.scores import Estimate, paired_difference
 from d2m_jax.report.measure import Measured
 from d2m_jax.report.rows import Row, Run
@@ -21,7 +20,8 @@ class Comparison:
     by: By
     rival: Row
     reached: bool
-    score: Estimate  # by how much the row's score on seen pairs is higher, over the same prompts
+    # By how much the row's score on seen pairs is higher, over the same prompts; None: not judged.
+    score: Estimate | None
     error: float  # the row's distillation error over the rival's
 
 
@@ -55,7 +55,7 @@ def compare(
             by,
             other,
             reached,
-            paired_difference(mine.scores["seen"], theirs.scores["seen"]),
+            paired_difference(mine.scores["seen"], theirs.scores["seen"]) if mine.scores else None,
             mine.errors["seen"] / max(theirs.errors["seen"], 1e-12),
         )
     return result
@@ -82,20 +82,21 @@ def verdicts(
     measured: Mapping[Row, Measured],
     compared: Mapping[By, Comparison],
     gflops: Mapping[Row, float],
-    milliseconds: Mapping[Row, float],
+    milliseconds: Mapping[int, Mapping[Row, float]],
 ) -> dict[str, Verdict]:
-    """How a sparse row stands to the aims: score, distillation error, time beside FLOPs."""
-    scores = [measured[model].scores["seen"].overall.mean for model in (row, run.teacher)]
-    share = scores[0] / max(scores[1], 1e-12)
-    met = share >= SCORE_AIM
-    result = {
-        "score_of_teacher": Verdict(
+    """How a sparse row stands to the aims: score, distillation error, time beside FLOPs.
+    `milliseconds` per image, by the images of one forward."""
+    result, batch = {}, max(milliseconds)
+    if measured[row].scores:
+        scores = [measured[model].scores["seen"].overall.mean for model in (row, run.teacher)]
+        share = scores[0] / max(scores[1], 1e-12)
+        met = share >= SCORE_AIM
+        result["score_of_teacher"] = Verdict(
             f"score {100 * scores[0]:.1f} % is {share:.2f} × the teacher's {100 * scores[1]:.1f} %"
             f" (aim: at least {SCORE_AIM}, {'met' if met else 'missed'})",
             share,
             met,
         )
-    }
     if steps := compared.get("steps"):
         met = steps.error <= ERROR_AIM
         result["error_of_rival"] = Verdict(
@@ -105,14 +106,14 @@ def verdicts(
             met,
         )
     flops = gflops[row] / gflops[run.teacher]
-    time = milliseconds[row] / milliseconds[run.teacher]
+    time = milliseconds[batch][row] / milliseconds[batch][run.teacher]
     extra = time - flops
     overhead = (
         f"; the other {extra:.2f} are what routing, sorting and small matrices cost at width"
         f" {row.config.transformer.hidden_size}"
     )
     result["time_of_teacher"] = Verdict(
-        f"{flops:.2f} × the teacher's FLOPs take {time:.2f} × its time (in batches of {BATCH})"
+        f"{flops:.2f} × the teacher's FLOPs take {time:.2f} × its time (in batches of {batch})"
         + (overhead if extra > 0.05 else ""),
         time,
     )

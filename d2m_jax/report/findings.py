@@ -10,11 +10,10 @@ import numpy as np
 from d2m_jax.config import ModelConfig
 from d2m_jax.config import to_json as as_json
 from d2m_jax.evaluate import latency, routing, scores
-from d2m_jax.evaluate.noisy import BATCH
 from d2m_jax.models.accounting import Account, account
 from d2m_jax.report.ahead import compiled_ahead
 from d2m_jax.report.comparison import By, Comparison, Verdict, compare, verdicts
-from d2m_jax.report.measure import Bench, Measured, cached
+from d2m_jax.report.measure import SAMPLES, Bench, Measured, cached
 from d2m_jax.report.rows import Row, Run
 
 FEWEST = 12  # prompts: two of each category, for a standard error
@@ -25,7 +24,7 @@ class Findings:
     """What was measured of a run's rows."""
 
     run: Run
-    prompts: dict[str, int]  # by pairs of glyph and colour, "seen" in training or "held_out" of it
+    prompts: dict[str, int]  # by kinds of pairs (Bench.splits)
     accounts: dict[Row, Account]
     milliseconds: dict[int, dict[Row, float]]  # per image of one forward, by batch
     measured: dict[Row, Measured]
@@ -33,6 +32,16 @@ class Findings:
     verdicts: dict[Row, dict[str, Verdict]]  # of sparse students, the main one first
     sweep: tuple[Row, dict[int, Measured]] | None  # the main MoE row by experts per token
     routing: dict[Row, tuple[list[routing.Layer], list[routing.Group]]]  # of the main student
+
+    @property
+    def judged(self) -> bool:
+        """Whether images have scores."""
+        return bool(self.measured[self.run.teacher].scores)
+
+    @property
+    def batch(self) -> int:
+        """Examples of one forward, where there are many."""
+        return max(self.milliseconds)
 
     @property
     def gflops(self) -> dict[Row, float]:
@@ -44,13 +53,16 @@ def gather(run: Run, bench: Bench) -> Findings:
     """Measure all rows; what the bench has on disk is read."""
     count = run.config.evaluate_prompts
     prompts = {"seen": count, "held_out": max(FEWEST, count // 2)}
+    if bench.judge is None:
+        prompts = {"seen": min(count, SAMPLES)}
     measured = {}
     with compiled_ahead(run, bench):
         for row in run.rows:
             measured[row] = found = bench.measure(row.file_name, row, prompts)
-            score = 100 * found.scores["seen"].overall.mean
-            _say(f"{row.label}: score {score:.1f} %, distillation error {found.errors['seen']:.3g}")
-        sweep = _sweep(run, bench, prompts["seen"] // 3)
+            scores = found.scores.values()
+            score = "".join(f"score {100 * s.overall.mean:.1f} %, " for s in list(scores)[:1])
+            _say(f"{row.label}: {score}distillation error {found.errors['seen']:.3g}")
+        sweep = _sweep(run, bench, max(FEWEST, count // 3) if bench.judge else 0)
     routed = {
         row: routing.measure(bench.program(row), bench.params(row), bench.inputs["seen"])
         for row in run.routed
@@ -63,7 +75,7 @@ def gather(run: Run, bench: Bench) -> Findings:
     against = () if rival is None else rival.rows
     compared = {row: compare(row, measured, against) for s in others for row in s.rows}
     judged = {
-        row: verdicts(run, row, measured, compared.get(row, {}), gflops, milliseconds[BATCH])
+        row: verdicts(run, row, measured, compared.get(row, {}), gflops, milliseconds)
         for student in reversed(run.students)
         for row in student.finals
         if row.sparse
@@ -77,8 +89,7 @@ def _sweep(run: Run, bench: Bench, count: int) -> tuple[Row, dict[int, Measured]
     row = next((row for row in run.routed if not row.mixes), None)
     if row is None or not run.config.sweep_top_k:
         return None
-    moe, prompts = row.config.transformer.moe, {"seen": max(FEWEST, count)}
-    found = {}
+    moe, prompts, found = row.config.transformer.moe, {"seen": count}, {}
     tried = {k for k in run.config.sweep_top_k if k < moe.experts}
     for k in sorted(tried | {moe.top_k, moe.experts}):
         name = f"{row.file_name}.top_{k}"
@@ -110,7 +121,7 @@ def _milliseconds(run: Run, bench: Bench) -> dict[int, dict[Row, float]]:
     of_program = dict(zip(first, times, strict=True))
     return {
         batch: {row: of_program[bench.program(row)][str(batch)] for row in run.rows}
-        for batch in (1, BATCH)
+        for batch in (1, bench.batch)
     }
 
 
@@ -123,9 +134,9 @@ def _measure_latency(run: Run, bench: Bench, rows: list[Row]) -> list[dict[str, 
         models = [teacher]
         if row is not run.teacher:
             models.append((bench.program(row), bench.params(row)))
-        found.append({batch: latency.milliseconds(models, inputs, batch) for batch in (1, BATCH)})
+        found.append({n: latency.milliseconds(models, inputs, n) for n in (1, bench.batch)})
         del models  # before the next one is loaded
-    usual = {batch: float(np.median([taken[batch][0] for taken in found])) for batch in (1, BATCH)}
+    usual = {n: float(np.median([taken[n][0] for taken in found])) for n in (1, bench.batch)}
     return [
         {str(batch): usual[batch] * times[-1] / times[0] for batch, times in taken.items()}
         for taken in found
@@ -186,9 +197,8 @@ def _row(findings: Findings, row: Row) -> dict[str, Any]:
                 "steps": c.rival.steps,
                 "seconds": c.rival.seconds,
                 "reached": c.reached,
-                "score_difference": 100 * c.score.mean,
-                "confidence_95": [100 * c.score.low, 100 * c.score.high],
                 "error_ratio": c.error,
+                **_difference(c),
             }
             for by, c in findings.compared.get(row, {}).items()
         },
@@ -196,6 +206,16 @@ def _row(findings: Findings, row: Row) -> dict[str, Any]:
             name: {"value": verdict.value, "met": verdict.met, "text": verdict.text}
             for name, verdict in findings.verdicts.get(row, {}).items()
         },
+    }
+
+
+def _difference(comparison: Comparison) -> dict[str, Any]:
+    score = comparison.score
+    if score is None:
+        return {}
+    return {
+        "score_difference": 100 * score.mean,
+        "confidence_95": [100 * score.low, 100 * score.high],
     }
 
 

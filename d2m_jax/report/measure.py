@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -17,14 +18,14 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from d2m_jax.config import ConfigError, MeshConfig, ModelConfig, to_json
-from d2m_jax.data.protocol import Data
+from d2m_jax.data.protocol import Data, Prompt, Split
 from d2m_jax.data.source import open_data
-from d2m_jax.evaluate.benchmark import judge
+from d2m_jax.evaluate.benchmark import Judge, judge_of
 from d2m_jax.evaluate.noisy import (
-    BATCH,
-    SPLITS,
+    MOST,
     Inputs,
     Program,
+    examples,
     mean_square,
     noisy_batches,
     velocities,
@@ -34,8 +35,9 @@ from d2m_jax.report.rows import Row, Run
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sampling.grid import to_image
 from d2m_jax.sampling.pipeline import Pipeline
-from d2m_jax.sharding import check_mesh, make_mesh, parameter_sharding
+from d2m_jax.sharding import batch_shards, check_mesh, make_mesh, parameter_sharding
 from d2m_jax.weights import model_directory
+from d2m_jax.weights.encoders import parts
 from d2m_jax.weights.output import new_file
 
 SAMPLES = 12  # images that are kept: two of every category
@@ -43,11 +45,12 @@ SAMPLES = 12  # images that are kept: two of every category
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one model, by pairs of glyph and colour ("seen" in training and "held_out" of it)."""
+    """Of one model, by kinds of pairs (Bench.splits)."""
 
-    scores: Scores
+    scores: Scores  # none where nobody judges images
     errors: dict[str, float]  # distillation error; 0 is the teacher's own
-    samples: UInt8[np.ndarray, "n h w 3"]  # of the first prompts of seen pairs
+    prompts: tuple[Prompt, ...]  # of the samples
+    samples: UInt8[np.ndarray, "n h w 3"]
 
 
 class Bench:
@@ -59,6 +62,7 @@ class Bench:
     def __init__(self, run: Run, folder: Path, versions: Mapping[str, str]):
         self.run, self.folder, self.versions = run, folder, dict(versions)
         self.mesh = _mesh(run)
+        self.batch = examples(run.teacher.config, batch_shards(self.mesh))  # of one forward
         self._place = partial(parameter_sharding, self.mesh)
         # Of every model directory that is asked for: config, shapes, fingerprint.
         self._stored = cache(partial(model_directory.stored, sharding=self._place))
@@ -67,7 +71,7 @@ class Bench:
     @cached_property
     def encoders(self) -> Encoders:
         """What all models of a run share."""
-        return Encoders(self.run.teacher.config, mesh=self.mesh)
+        return Encoders(self.run.teacher.config, mesh=self.mesh, load=not self.data.encoded)
 
     @cached_property
     def data(self) -> Data:
@@ -75,10 +79,46 @@ class Bench:
         return open_data(self.run.config.data, self.run.teacher.config)
 
     @cached_property
+    def validation(self) -> Data:
+        """What their errors are measured on."""
+        other = self.run.config.validation
+        return self.data if other is None else open_data(other, self.run.teacher.config)
+
+    @cached_property
+    def judge(self) -> Judge | None:
+        """Who scores images, if anybody can."""
+        return judge_of(self.data)
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """What a report calls examples → the split of the data. Of judged data: pairs of glyph and
+        colour that train ("seen"), and such that never do; of others what never trains is one."""
+        if self.judge is None:
+            return {"seen": "validation"}
+        return {"seen": "validation", "held_out": "held_out"}
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether the teacher has what makes images of prompts."""
+        config = self.run.teacher.config
+        there = config.encoders is not None and Path(config.encoders).is_dir()
+        if parts(config) and not there:
+            print(
+                f"report: without samples: {config.encoders or 'text encoders and autoencoder'}"
+                " not found",
+                file=sys.stderr,
+                flush=True,
+            )
+            return False
+        return True
+
+    @cached_property
     def inputs(self) -> dict[str, list[Inputs]]:
         """Noisy examples by pairs."""
-        made = partial(noisy_batches, self.run.config, self.encoders, mesh=self.mesh)
-        return {pairs: made(pairs) for pairs in SPLITS}
+        made = partial(noisy_batches, self.run.config, self.validation, self.encoders)
+        return {
+            pairs: made(pairs, split, self.batch, self.mesh) for pairs, split in self.splits.items()
+        }
 
     @cached_property
     def targets(self) -> dict[str, list[Float[np.ndarray, "b n c"]]]:
@@ -118,6 +158,7 @@ class Bench:
             "config": to_json(config),
             "teacher": self._stored(self.run.teacher.path)[2],
             "data": to_json(self.run.config.data),
+            "validation": to_json(self.run.config.validation),
             "seed": self.run.config.seed,
             "prompts": dict(prompts),
             "held_out_batches": self.run.config.held_out_batches,
@@ -133,36 +174,44 @@ class Bench:
         pipe = Pipeline(config, params, encoders=self.encoders, mesh=self.mesh)
         value = {}
         for pairs, count in prompts.items():
-            asked = self.data.prompts(count, pairs == "held_out")
-            images = pipe([prompt.caption for prompt in asked], seed=self.run.config.seed)
-            judged = judge(self.data, images, asked)
             answers = velocities(program, params, self.inputs[pairs])
-            value[pairs] = {
-                "correct": _bits(judged.correct),
-                "floor": _bits(judged.floor),
-                "error": mean_square(answers, targets[pairs]),
-            }
+            value[pairs] = {"error": mean_square(answers, targets[pairs])}
+            asked = self.data.prompts(count, pairs == "held_out") if self.draws else []
+            if not asked:
+                continue
+            captions = [prompt.caption for prompt in asked]
+            images = pipe(captions, seed=self.run.config.seed, progress=self.judge is None)
+            if self.judge is not None:
+                judged = self.judge(images, asked)
+                value[pairs] |= {"correct": _bits(judged.correct), "floor": _bits(judged.floor)}
             if pairs == "seen":
                 value["samples"] = [png(to_image(image)) for image in images[:SAMPLES]]
         return value
 
     def _read(self, value: dict, prompts: Mapping[str, int]) -> Measured:
-        scores = {
-            pairs: Score(
-                tuple(self.data.prompts(count, pairs == "held_out")),
-                *(np.array(list(value[pairs][judged])) == "1" for judged in ("correct", "floor")),
-            )
+        asked = {
+            pairs: tuple(self.data.prompts(count, pairs == "held_out"))
             for pairs, count in prompts.items()
         }
-        files = [io.BytesIO(base64.b64decode(text)) for text in value["samples"]]
-        samples = np.stack([np.asarray(Image.open(file)) for file in files])
-        return Measured(scores, {pairs: value[pairs]["error"] for pairs in prompts}, samples)
+        scores = {
+            pairs: Score(
+                asked[pairs],
+                *(np.array(list(value[pairs][judged])) == "1" for judged in ("correct", "floor")),
+            )
+            for pairs in prompts
+            if "correct" in value[pairs]
+        }
+        files = [io.BytesIO(base64.b64decode(text)) for text in value.get("samples", [])]
+        samples = [np.asarray(Image.open(file)) for file in files]
+        errors = {pairs: value[pairs]["error"] for pairs in prompts}
+        drawn = np.stack(samples) if samples else np.zeros((0, 1, 1, 3), np.uint8)
+        return Measured(scores, errors, asked["seen"][: len(samples)], drawn)
 
 
 def _mesh(run: Run) -> Mesh:
     """The run's mesh over devices of this process alone, or all of fsdp where it does not fit
     them; as many devices as cut a batch of examples evenly."""
-    count = 2 ** min(int(math.log2(jax.local_device_count())), int(math.log2(BATCH)))
+    count = 2 ** min(int(math.log2(jax.local_device_count())), int(math.log2(MOST)))
     devices = jax.local_devices()[:count]
     try:
         mesh = make_mesh(run.config.mesh, devices)

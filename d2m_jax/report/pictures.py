@@ -19,9 +19,10 @@ RIGHT, WRONG = "#2ca02c", "#d62728"
 
 
 def samples(rows: Sequence[Row], measured: Mapping[Row, Measured]) -> Figure:
-    """The same prompts with the same noise, a column per model; frames say what came out right."""
+    """The same prompts with the same noise, a column per model; frames say what came out right,
+    where images are judged."""
     images = [measured[row].samples for row in rows]
-    scenes = measured[rows[0]].scores["seen"].prompts[: len(images[0])]
+    scenes = measured[rows[0]].prompts
     categories = list(dict.fromkeys(scene.category for scene in scenes))
     order = sorted(range(len(scenes)), key=lambda i: categories.index(scenes[i].category))
     caption, size, gap = 2.4, 1.0, 0.24  # in units of an image
@@ -39,6 +40,8 @@ def samples(rows: Sequence[Row], measured: Mapping[Row, Measured]) -> Figure:
             axes.imshow(
                 images[column][i], extent=(x, x + size, y + size, y), interpolation="nearest"
             )
+            if not measured[row].scores:
+                continue
             right = bool(measured[row].scores["seen"].correct[i])
             colour = RIGHT if right else WRONG
             axes.add_patch(Rectangle((x, y), size, size, fill=False, ec=colour, lw=2))
@@ -94,7 +97,8 @@ def costs(
     milliseconds: Mapping[Row, float],
     batch: int,
 ) -> Figure:
-    """Scores against FLOPs and against measured time, with 95 % intervals."""
+    """Scores against FLOPs and against measured time, with 95 % intervals; where images are not
+    judged, the distillation error of the students."""
     figure = Figure(figsize=(10, 4.6), dpi=110, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     styles = {run.teacher: ("black", "*")}
@@ -103,15 +107,25 @@ def costs(
     titles = "GFLOPs per forward", f"measured ms per image and forward, batch {batch}"
     for axes, cost, title in zip(panels, (gflops, milliseconds), titles, strict=True):
         for row, (colour, marker) in styles.items():
-            overall = measured[row].scores["seen"].overall
+            scores = measured[row].scores
+            if not scores and row is run.teacher:
+                axes.axvline(cost[row], color=colour, ls=":", label=row.label)
+                continue
+            worth = (measured[row].errors["seen"], 0.0)
+            if scores:
+                overall = scores["seen"].overall
+                worth = 100 * overall.mean, 196 * overall.standard_error
             axes.errorbar(
-                cost[row], 100 * overall.mean, 196 * overall.standard_error, color=colour,
+                cost[row], *worth, color=colour,
                 marker=marker, ms=11 if marker == "*" else 7, ls="none", elinewidth=1,
                 capsize=2, label=row.label,
             )  # fmt: skip
         axes.set(xlabel=title, xlim=(0, 1.12 * max(cost.values())))
         _tidy(axes)
-    panels[0].set(ylabel="score, % of prompts", ylim=(0, 100))
+    if measured[run.teacher].scores:
+        panels[0].set(ylabel="score, % of prompts", ylim=(0, 100))
+    else:
+        panels[0].set(ylabel="E ‖v teacher − v student‖²", ylim=(0, None))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure

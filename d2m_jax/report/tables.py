@@ -7,7 +7,6 @@ import rich.box
 import rich.table
 from rich.text import Text
 
-from d2m_jax.evaluate.noisy import BATCH
 from d2m_jax.evaluate.scores import Estimate
 from d2m_jax.report.comparison import note
 from d2m_jax.report.findings import Findings
@@ -29,7 +28,7 @@ def costs(findings: Findings) -> Table:
         rows.append([row.label, *size, f"{findings.gflops[row]:.3g}", *times, *trained])
     notes = [
         "Milliseconds per image are of one forward of the transformer: medians of rounds in which"
-        f" the models took turns; batches of {BATCH} on all cores, single images on one device."
+        f" the models took turns; batches of {findings.batch} on all devices, single images on one."
         " Rows of equal shape share a measurement. Seconds are those spent in training steps.",
     ]
     return Table("What it costs", head, rows, notes, _sections(findings))
@@ -37,6 +36,14 @@ def costs(findings: Findings) -> Table:
 
 def worth(findings: Findings) -> Table:
     """What every row is worth."""
+    if not findings.judged:
+        rows = [
+            [row.label, _error(findings.measured[row].errors["seen"])] for row in findings.run.rows
+        ]
+        notes = ["Distillation error: E ‖v teacher − v student‖² on images that never trained."]
+        return Table(
+            "What it is worth", ["", "distillation\nerror"], rows, notes, _sections(findings)
+        )
     head = ["", "distillation\nerror", "score\n%", "chance\n%"]
     head += ["error,\nnew pairs", "score,\nnew pairs %"]
     rows = []
@@ -60,28 +67,34 @@ def against(findings: Findings) -> Table | None:
     rival = findings.run.rival
     if rival is None:
         return None
-    head = [""]
+    head, judged = [""], findings.judged
     for by in ("equal steps", "equal time"):
-        head += [f"{by}:\nscore − rival's", f"{by}:\nerror ÷ rival's"]
+        head += [*([f"{by}:\nscore − rival's"] if judged else []), f"{by}:\nerror ÷ rival's"]
     numbers, rows, others = {}, [], list(findings.compared)
     for row in others:
         cells = [row.label]
         for comparison in findings.compared[row].values():
             text = note(row, comparison)
             mark = f" [{numbers.setdefault(text, len(numbers) + 1)}]" if text else ""
-            cells += [interval(comparison.score, "+") + mark, f"{comparison.error:.2f}"]
+            if comparison.score is None:
+                cells.append(f"{comparison.error:.2f}{mark}")
+            else:
+                cells += [interval(comparison.score, "+") + mark, f"{comparison.error:.2f}"]
         rows.append(cells)
     notes = [
-        f"The rival is {rival.name}: the same activated FFN, pruned in width. Differences of scores"
-        " in points over the same prompts, with half a 95 % interval.",
+        f"The rival is {rival.name}: the same activated FFN, pruned in width."
+        + " Differences of scores in points over the same prompts, with half a 95 % interval."
+        * judged,
         *(f"[{number}] {text}." for text, number in numbers.items()),
     ]
     sections = [i for i in range(1, len(rows)) if others[i].student != others[i - 1].student]
     return Table("Against the rival", head, rows, notes, sections)
 
 
-def categories(findings: Findings) -> Table:
+def categories(findings: Findings) -> Table | None:
     """Scores by category."""
+    if not findings.judged:
+        return None
     first = findings.measured[findings.run.teacher].scores["seen"]
     names = list(first.categories)
     rows = []
@@ -104,13 +117,15 @@ def sweep(findings: Findings) -> Table | None:
         [
             f"k = {k}" + (" (trained)" if k == own else ""),
             _error(measured.errors["seen"]),
-            interval(measured.scores["seen"].overall),
+            *(interval(score.overall) for score in measured.scores.values()),
         ]
         for k, measured in found.items()
     ]
-    count = len(next(iter(found.values())).scores["seen"].prompts)
-    notes = [f"{row.label}, nothing retrained; {count} prompts."]
-    return Table("Experts per token, chosen at run time", ["", "error", "score %"], rows, notes)
+    head, note = ["", "error"], f"{row.label}, nothing retrained"
+    if findings.judged:
+        head.append("score %")
+        note += f"; {len(next(iter(found.values())).scores['seen'].prompts)} prompts"
+    return Table("Experts per token, chosen at run time", head, rows, [f"{note}."])
 
 
 def health(findings: Findings, row: Row) -> Table:

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from d2m_jax.config import ROOT
-from d2m_jax.evaluate.noisy import BATCH
 from d2m_jax.report import pictures, tables
 from d2m_jax.report.findings import Findings, gather, to_json
 from d2m_jax.report.measure import Bench, write_whole
@@ -92,18 +91,12 @@ def _processor() -> str:
 def _draw(findings: Findings) -> dict[str, Picture]:
     """The pictures by name."""
     run, measured = findings.run, findings.measured
-    milliseconds = findings.milliseconds[BATCH]
+    judged, milliseconds = findings.judged, findings.milliseconds[findings.batch]
     drawn = {
         "costs": Picture(
-            "Score against cost",
-            _png(pictures.costs(run, measured, findings.gflops, milliseconds, BATCH)),
-            "Bars are 95 % intervals.",
-        ),
-        "samples": Picture(
-            "Samples, side by side",
-            _png(pictures.samples(run.finals, measured)),
-            "The same prompts and the same noise in every column: the first two prompts of each"
-            " category. Frames say what the oracle says.",
+            "Score against cost" if judged else "Error against cost",
+            _png(pictures.costs(run, measured, findings.gflops, milliseconds, findings.batch)),
+            "Bars are 95 % intervals." if judged else "The dotted line is the teacher's cost.",
         ),
         "curves": Picture(
             "Distillation error while training",
@@ -112,6 +105,17 @@ def _draw(findings: Findings) -> dict[str, Picture]:
             " a stage. Seconds count training steps alone.",
         ),
     }
+    if len(measured[run.teacher].samples):
+        drawn["samples"] = Picture(
+            "Samples, side by side",
+            _png(pictures.samples(run.finals, measured)),
+            "The same prompts and the same noise in every column"
+            + (
+                ": the first two prompts of each category. Frames say what the oracle says."
+                if judged
+                else "."
+            ),
+        )
     for row, (layers, groups) in findings.routing.items():
         caption = (
             "How often each expert is chosen, as a multiple of the even share: by timestep (left)"
@@ -149,7 +153,7 @@ def _page(findings: Findings, about: dict[str, Any], drawn: dict[str, Picture]) 
     parts: list[Table | Picture | None] = [
         *_main_tables(findings),
         drawn["costs"],
-        drawn["samples"],
+        drawn.get("samples"),
         tables.categories(findings),
         drawn["curves"],
         tables.sweep(findings),

@@ -34,7 +34,7 @@ def test_what_is_compiled_ahead_is_not_compiled_again(run_and_bench, monkeypatch
     models = [(bench.program(row), bench.params(row)) for row in run.rows]
     for program, params in models:
         noisy.velocities(program, params, [inputs])
-    for batch in (1, noisy.BATCH):
+    for batch in (1, bench.batch):
         latency.milliseconds(models, inputs, batch)
     for row in run.routed:
         routing.measure(bench.program(row), bench.params(row), [inputs])

@@ -24,7 +24,7 @@ def row(student, stage, steps=0, seconds=0.0):
 def measured(right, error):
     correct = np.arange(10) < right
     score = Score(SCENES, correct, np.zeros(10, bool))
-    return Measured({"seen": score}, {"seen": error}, np.zeros((1, 2, 2, 3), np.uint8))
+    return Measured({"seen": score}, {"seen": error}, (), np.zeros((1, 2, 2, 3), np.uint8))
 
 
 RIVAL = [row("pruned", "a", 10, 1.0), row("pruned", "b", 20, 2.0), row("pruned", "c", 30, 3.0)]
@@ -73,7 +73,7 @@ def test_verdicts_say_what_was_missed():
     results[mine] = measured(9, 0.081)
     said = verdicts(
         run, mine, results, compare(mine, results, run.rival.rows),
-        gflops={teacher: 10.0, mine: 6.0}, milliseconds={teacher: 2.0, mine: 1.8},
+        gflops={teacher: 10.0, mine: 6.0}, milliseconds={32: {teacher: 2.0, mine: 1.8}},
     )  # fmt: skip
     assert (said["score_of_teacher"].value, said["score_of_teacher"].met) == (0.9, True)
     assert said["error_of_rival"].met is False and "0.81 ×" in said["error_of_rival"].text
