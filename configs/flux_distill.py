@@ -49,6 +49,7 @@ def get_config() -> RunConfig:
         teacher="models/flux_dev",
         data=CacheConfig(path="data/flux_dev"),
         timesteps="logit_normal",
+        guidance=(1.5, 5.0),  # the student must hold for other guidance than 3.5
         sparsify=SparsifyConfig(moe=MoEConfig(), routed_scale=0.0, modulation_rank=64),
         stages={
             "shared": stage(10_000, SHARED, top_k=0),

@@ -120,8 +120,9 @@ def _choices(
     top_k: int,
 ) -> Float[Array, "g m t n"]:
     """How often each token chose each expert, as the gate (models.moe.MoE.logits) has it."""
-    exact = {"precision": jax.lax.Precision.HIGHEST}
-    logits = jnp.einsum("gmbtd,gmdn->gmbtn", x.astype(jnp.float32), gate["kernel"], **exact)
+    exact = jax.lax.Precision.HIGHEST
+    x = x.astype(jnp.float32)
+    logits = jnp.einsum("gmbtd,gmdn->gmbtn", x, gate["kernel"], precision=exact)
     logits += gate["bias"][:, :, None, None]
     chosen = jax.nn.one_hot(jax.lax.top_k(logits, top_k)[1], logits.shape[-1]).sum(-2)
     ran = load.sum(-1) > 0  # a block of a Mixture of Blocks reports zeros for samples that skip it
