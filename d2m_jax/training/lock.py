@@ -59,6 +59,21 @@ def held(directory: Path | str) -> Iterator[None]:
             opened[0].close()
 
 
+def holder(directory: Path) -> tuple[str | None, float | None]:
+    """Which process on which host has a run directory, and how many seconds ago it was last seen;
+    None where nobody has it, or who had it is dead for all that is known."""
+    path = directory / FILE
+    who = _read(path)
+    try:
+        age = max(0.0, time.time() - path.stat().st_mtime)
+    except FileNotFoundError:
+        return None, None
+    here = who.get("machine") == machine()
+    if not who or (here and not lives(who["process"])) or (not here and age > PATIENCE):
+        return None, None
+    return f"process {who['process']} on {who['host']} since {who['since']}", age
+
+
 def _take(directory: Path) -> TextIO:
     path = directory / FILE
     check_writable(path)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -121,17 +122,10 @@ class Metrics:
         return f", {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
 
     def _warn_of_collapse(self, step: int, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            prefix, _, kind = name.rpartition("/")
-            if kind not in COLLAPSE or name.startswith("validation"):
-                continue
-            bad, words = COLLAPSE[kind]
-            for i, x in enumerate(np.ravel(value)):
-                layer = f"{prefix} {i}".strip()
-                if bad(x) and layer not in self._warned:
-                    self._warned.add(layer)
-                    what = f"routing of {layer} collapses: {words.format(x)}"
-                    hosts.say(f"{self.stage}, step {step}: {what}")
+        for layer, said in alarms(values):
+            if layer not in self._warned:
+                self._warned.add(layer)
+                hosts.say(f"{self.stage}, step {step}: {said}")
 
     def close(self) -> None:
         if not self._writes:
@@ -140,6 +134,19 @@ class Metrics:
             self._bar.stop()
         self._lines.close()
         self._board.close()
+
+
+def alarms(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every layer whose routing collapses, by the metrics of a step, and what is wrong with it."""
+    for name, value in values.items():
+        prefix, _, kind = name.rpartition("/")
+        if kind not in COLLAPSE or name.startswith("validation"):
+            continue
+        bad, words = COLLAPSE[kind]
+        for i, x in enumerate(np.ravel(value)):
+            if bad(x):
+                layer = f"{prefix} {i}".strip()
+                yield layer, f"routing of {layer} collapses: {words.format(x)}"
 
 
 class _Board:
