@@ -139,6 +139,8 @@ def test_from_prompts_alone(model, tmp_path, monkeypatch):
             mob=stage(groups=groups, loss=LossConfig(feature=0.0)),
         ),
         data=CacheConfig(path=cache, validation=4),
+        fixed_times=True,
+        held_out_batches=2,
     )
 
     def no_encoder(*arguments):
@@ -150,6 +152,11 @@ def test_from_prompts_alone(model, tmp_path, monkeypatch):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     validated = [line for line in map(json.loads, lines) if "validation" in line]
     assert len(validated) == 6 and all(np.isfinite(line["validation"]) for line in validated)
+    for kind in ("flow", "distillation"):
+        by_time = validated[-1][f"validation_{kind}_at_half_eighths"]
+        assert len(by_time) == 8 and np.mean(by_time) == pytest.approx(
+            validated[-1][f"validation_{kind}_half_eighths"], rel=1e-5
+        )
     found = sample(tmp_path / "run" / "model")
     assert found.shape[0] == 2 and np.isfinite(found).all()
 

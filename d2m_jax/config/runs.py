@@ -160,6 +160,9 @@ class RunConfig(Config):
     data: DataConfig = field(default_factory=IconsConfig)
     # Other data to validate on; None: what of `data` never trains (of the icons, other draws).
     validation: DataConfig | None = None
+    # Whether validation also tells errors at fixed times, as others can compare them
+    # (distill/fixed_times.py).
+    fixed_times: bool = False
     # How times are drawn in training and calibration, before the model's shift.
     timesteps: Timesteps = "uniform"
     # Least and most of what training and calibration draw each sample's guidance from, for a model

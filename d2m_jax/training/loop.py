@@ -17,6 +17,8 @@ from jaxtyping import Array
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, MeshConfig, StageConfig, to_json
 from d2m_jax.data.protocol import Batches
+from d2m_jax.distill.fixed_times import OFFSETS, FixedTimes
+from d2m_jax.distill.fixed_times import metrics as at_fixed_times
 from d2m_jax.distill.objective import Objective
 from d2m_jax.keys import named_key
 from d2m_jax.sharding import batch_shards, make_mesh, put_batch, put_parameters, put_whole
@@ -38,6 +40,7 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     run_directory: Path | str,
     constants: Any = (),
     validation: Sequence[Batch] = (),
+    fixed: FixedTimes | None = None,
     encode: Callable[[Batch], Batch] = lambda batch: batch,
     seed: int = 0,
     flops_per_example: float = 0.0,
@@ -51,11 +54,12 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     the same bits, however often the process was killed; a finished stage is read, not run. `params`
     must be the same at every start; a function that makes them saves the memory of those that
     train. What is one array in `params` and `constants` stays one. The loss sees `encode(batch)`,
-    of arrays on the devices; `constants` reach the loss as arguments of the compiled step;
-    `flops_per_example` counts a whole step's work for one example; `sample(params, step)` draws
-    a picture and gives its file. Raises ConfigError for a loss that is not finite, and keeps the
-    last good checkpoint. On SIGTERM or SIGINT it saves and exits with 128 + the signal's number
-    (143, 130): what schedulers read as "stopped, start me again".
+    of arrays on the devices; `constants` reach the loss as arguments of the compiled step; `fixed`
+    is what else the validation measures; `flops_per_example` counts a whole step's work for one
+    example; `sample(params, step)` draws a picture and gives its file. Raises ConfigError for a
+    loss that is not finite, and keeps the last good checkpoint. On SIGTERM or SIGINT it saves and
+    exits with 128 + the signal's number (143, 130): what schedulers read as "stopped, start me
+    again".
     """
     run_directory = Path(run_directory)
     mesh = mesh or make_mesh(MeshConfig())
@@ -89,7 +93,7 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     # The second name is older than what it names now: another would give other noise.
     keys = [put_whole(mesh, named_key(seed, f"{name}/{use}")) for use in ("step", "held_out")]
     train_step = program.train()
-    validate = _Validation(program, [put(batch) for batch in validation], keys[1])
+    validate = _Validation(program, [put(batch) for batch in validation], keys[1], fixed)
     clock = _Clock(progress.get("seconds", 0.0), stage, flops_per_example, mesh)
     metrics = Metrics(run_directory, name, stage.steps, start)
     journal = _Journal(name, stage, checkpoints, metrics, clock, Window(progress.get("window")))
@@ -204,18 +208,35 @@ class _Journal:
 
 
 class _Validation:
-    """Mean loss and metrics over batches, each with its own key, always the same."""
+    """Mean loss and metrics over batches, each with its own key, always the same; and errors at
+    fixed times where these are asked for."""
 
-    def __init__(self, step: Step, batches: list[Batch], key: Array):
+    def __init__(self, step: Step, batches: list[Batch], key: Array, fixed: FixedTimes | None):
         self._one, self._batches = step.evaluate(), batches
+        self._fixed = None if fixed is None else step.at_fixed_times(fixed)
+        sizes = [len(jax.tree.leaves(batch)[0]) for batch in batches]
         with jax.set_mesh(step.mesh):
             self._keys = [jax.random.fold_in(key, i) for i in range(len(batches))]
+            self._firsts = [
+                put_whole(step.mesh, np.int32(sum(sizes[:i]))) for i in range(len(batches))
+            ]
+            self._offsets = {
+                name: put_whole(step.mesh, np.float32(offset)) for name, offset in OFFSETS.items()
+            }
 
     def __call__(self, trainable: dict, frozen: dict, constants: Any) -> dict[str, Any]:
-        window = Window()
+        window, given = Window(), (trainable, frozen, constants)
         for batch, key in zip(self._batches, self._keys, strict=True):
-            window.add(jax.device_get(self._one(trainable, frozen, constants, batch, key)))
-        return window.means()
+            window.add(jax.device_get(self._one(*given, batch, key)))
+        found = window.means()
+        if self._fixed is None:
+            return found
+        for name, offset in self._offsets.items():
+            sums = Window()
+            for batch, key, first in zip(self._batches, self._keys, self._firsts, strict=True):
+                sums.add(jax.device_get(self._fixed(*given, batch, key, first, offset)))
+            found |= at_fixed_times(name, sums.sums)
+        return found
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.data.protocol import Batches, Data, Split
 from d2m_jax.data.source import open_data
+from d2m_jax.distill.fixed_times import fixed_times
 from d2m_jax.distill.objective import Objective
 from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
 from d2m_jax.models.accounting import flops_per_example
@@ -246,8 +247,10 @@ def _train_stage(
         sum(math.prod(model.grid(*size)) for size in work.data.sizes) / len(work.data.sizes)
     )
     loss, flops, _ = objective(model, stage, of_teacher, config.timesteps, tokens, config.guidance)
-    constants = {}
+    constants, same = {}, None
     if teacher is not None:
+        transformer = aligned(teacher[0].transformer, shapes(model.transformer))
+        same = replace(teacher[0], transformer=transformer)
         constants = align(teacher[0].transformer, teacher[1], shapes(model.transformer))[1]
 
     def start() -> dict:
@@ -265,6 +268,7 @@ def _train_stage(
         constants=constants,
         batches=work.batches(stage.batch_size),
         validation=list(islice(validation, work.config.held_out_batches)),
+        fixed=fixed_times(model, stage, same) if work.config.fixed_times else None,
         encode=work.encoders.encode,
         run_directory=directory,
         seed=work.config.seed,

@@ -6,11 +6,13 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import StageConfig
+from d2m_jax.distill.fixed_times import TIMES, FixedTimes
 from d2m_jax.distill.objective import Means, Objective, remembered
 from d2m_jax.sharding import parameter_shardings, replicated
 from d2m_jax.training.optimizer import make_optimizer, make_schedule, merge, select, split
@@ -163,6 +165,25 @@ class Step:
             value, metrics = self._loss.value(found, found)
             scalars = {f"validation_{n}": v for n, v in metrics.items() if jnp.ndim(v) == 0}
             return {"validation": value} | scalars
+
+        return jax.jit(one, out_shardings=replicated(self.mesh))
+
+    def at_fixed_times(self, fixed: FixedTimes) -> Callable:
+        """The jitted (trainable, frozen, constants, batch, key, first, offset) → sums of errors by
+        time (distill/fixed_times.py)."""
+        like = {name: np.zeros(TIMES, np.float32) for name in (*fixed.kinds, "count")}
+
+        def one(
+            trainable: dict,
+            frozen: dict,
+            constants: Any,
+            batch: dict,
+            key: Array,
+            first: Int[Array, ""],
+            offset: Float[Array, ""],
+        ):
+            sums = partial(fixed.sums, self.whole(trainable, frozen, constants), constants)
+            return self._in_parts(sums, fixed.draw(batch, key, first, offset), like)
 
         return jax.jit(one, out_shardings=replicated(self.mesh))
 
