@@ -8,6 +8,7 @@ from d2m_jax.config import CacheConfig, DataConfig, IconsConfig, ImagesConfig, M
 from d2m_jax.data.buckets import Size, bucket_sizes
 from d2m_jax.data.cached import Cached
 from d2m_jax.data.icons import Icons
+from d2m_jax.data.images import Images
 from d2m_jax.data.protocol import Data
 from d2m_jax.data.records import FILE, open_cache, size_of
 
@@ -17,7 +18,7 @@ def open_data(config: DataConfig, model: ModelConfig) -> Data:
     if isinstance(config, IconsConfig):
         return Icons(config, model.image)
     if isinstance(config, ImagesConfig):
-        raise TypeError("ImagesConfig: no such data")
+        return Images(config, model.image)
     return Cached(config, model)
 
 
