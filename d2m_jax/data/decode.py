@@ -1,5 +1,6 @@
 """Encoded images, whatever they are, as pixels of a given size."""
 
+import contextlib
 import functools
 import io
 import warnings
@@ -62,10 +63,10 @@ def decode(
             original = image.size
             image.draft(None, (2 * max(size), 2 * max(size)))
             image.load()
-            upright = _upright(image)
-            turned = upright.size != image.size and image.width != image.height
-            original = original[::-1] if turned else original
-            rgb = _rgb(upright, background)
+            before = image.size
+            _turn_upright(image)
+            original = original if image.size == before else original[::-1]
+            rgb = _rgb(image, background)
     except Undecodable:
         raise
     except Exception as error:  # each format of PIL's has its own
@@ -86,11 +87,10 @@ def _scaled(image: Image.Image, size: Size, original: Size) -> Decoded:
     return Decoded(np.asarray(small), original, crop)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF data say nothing
-        return image
+def _turn_upright(image: Image.Image) -> None:
+    # Broken EXIF data say nothing.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)  # else it copies those that are upright too
 
 
 def _rgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
@@ -107,7 +107,7 @@ def _rgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
     if image.mode == "RGBA":
         under = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(under, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
