@@ -78,7 +78,7 @@ def decode(
 def _scaled(image: Image.Image, size: Size, original: Size) -> Decoded:
     height, width = size
     scale = max(height / image.height, width / image.width)
-    kept = height / scale, width / scale
+    kept = min(height / scale, image.height), min(width / scale, image.width)  # but for rounding
     top, left = (image.height - kept[0]) / 2, (image.width - kept[1]) / 2
     box = (left, top, left + kept[1], top + kept[0])
     small = image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)

@@ -167,6 +167,19 @@ def test_the_short_side_fits_and_the_middle_is_kept():
     assert tall.crop == Crop(24, 0, 48, 48)
 
 
+def test_every_size_fits_every_image():
+    """But for rounding, a side is kept whole: no box goes over the edge."""
+    content = {}
+    for height in range(28, 64, 3):
+        for width in range(28, 64, 3):
+            content[height, width] = saved(Image.new("RGB", (width, height)))
+    for size in ((28, 36), (36, 28), (32, 32), (30, 41)):
+        for original, image in content.items():
+            found = decode(image, size)
+            assert found.pixels.shape == (*size, 3) and found.original == original
+            assert min(found.crop.top, found.crop.left) >= 0
+
+
 def test_a_large_jpeg_is_reduced_while_it_is_decoded():
     image = Image.fromarray(gradient()).resize((1280, 960), Image.Resampling.BICUBIC)
     found = decode(saved(image, "JPEG", quality=95), (48, 64))
