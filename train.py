@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     from d2m_jax.config import to_json
     from d2m_jax.cores import use_cores
     from d2m_jax.report import write
+    from d2m_jax.report.check import check_report
     from d2m_jax.training import lock, run
     from d2m_jax.weights.hub import check_folder_name
     from d2m_jax.weights.output import full_disk
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
     with hosts.joined(*who):
         hosts.agree({"config": to_json(parsed.config), "run_dir": str(run_directory)})
         with lock.held(run_directory), full_disk(run_directory, run.KEPT):
-            run.run(parsed.config, run_directory)
+            run.run(parsed.config, run_directory, partial(check_report, parsed.config))
             if parsed.config.teacher is not None:
                 hosts.by_first(lambda: write.write(run_directory, command))
 

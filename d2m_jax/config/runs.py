@@ -174,7 +174,8 @@ class RunConfig(Config):
     mesh: MeshConfig = MeshConfig()
     keep_checkpoints: int = 2
     sampled_prompts: int = 36  # of the grids that a stage draws (StageConfig.sample_every)
-    evaluate_prompts: int = 600  # prompts of the icons benchmark in the report
+    # Prompts that the report draws of every model; at most 12 where nobody judges images.
+    evaluate_prompts: int = 600
     # Experts per token that the report tries beside the model's own number and all of them.
     sweep_top_k: tuple[int, ...] = (0, 1, 4, 8)
     held_out_batches: int = 8  # of validation: what trains, in other draws
@@ -191,6 +192,10 @@ class RunConfig(Config):
         check_whole(self, 0, "seed")
         check_whole(self, 1, "keep_checkpoints", "evaluate_prompts", "sampled_prompts")
         check_whole(self, 0, "held_out_batches")
+        check(
+            all(k >= 0 for k in self.sweep_top_k),
+            f"RunConfig.sweep_top_k = {self.sweep_top_k}: expected numbers of at least 0",
+        )
         check(
             self.guidance is None or (len(self.guidance) == 2 and min(self.guidance) >= 0),
             f"RunConfig.guidance = {self.guidance}: expected two numbers of at least 0, or None",

@@ -20,11 +20,11 @@ from d2m_jax.config import (
 from d2m_jax.data import records
 from d2m_jax.data.batches import Bad, Batches, endless, held_out
 from d2m_jax.data.buckets import Part, Rows, Schedule, Size
+from d2m_jax.data.prompt_files import prompts_of
 from d2m_jax.data.protocol import Asked, Split, Tokenizer
 from d2m_jax.data.records import BFLOAT16, Record, Shards
 from d2m_jax.data.sources.protocol import BadSample
 from d2m_jax.keys import named_generator
-from d2m_jax.sampling.options import read_prompts
 
 LOG_VARIANCE = (-30.0, 20.0)  # within which diffusers and we take it
 
@@ -59,7 +59,7 @@ class Cached:
         )
         self._held_out = held_out(str, np.arange(count), config.validation)
         if config.prompts is not None:
-            read_prompts(Path(config.prompts))  # what is wrong with it is told now
+            prompts_of(Path(config.prompts))  # what is wrong with it is told now
 
     def __len__(self) -> int:
         return len(self._bucket_of)
@@ -98,7 +98,7 @@ class Cached:
     def prompts(self, count: int, held_out: bool = False) -> Sequence[Asked]:
         """Those of the file, or captions of what never trains."""
         if self.config.prompts is not None:
-            return [Asked(prompt) for prompt in read_prompts(Path(self.config.prompts))[:count]]
+            return [Asked(prompt) for prompt in prompts_of(Path(self.config.prompts))[:count]]
         return [Asked(self.shards[int(i)].facts["caption"]) for i in self._held_out[:count]]
 
     def _read(self, entry: int, bucket: int) -> Record:

@@ -20,21 +20,28 @@ from d2m_jax.data.protocol import Data, Split
 from d2m_jax.distill.stages import noisy_inputs
 from d2m_jax.keys import named_key
 from d2m_jax.models.flux import model_of
+from d2m_jax.progress import bar
 from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sharding import batch_sharding, batch_shards, constrain, put_batch
 
 MOST = 32  # examples of one forward
 TOKENS = 16_384  # of all its examples, unless the mesh needs more examples
+ALL_TOKENS = 2**21  # of all examples: they stay on the devices. Of FLUX.1 at 1024², 455 examples
 
 T = TypeVar("T")
 Inputs = dict[str, Array]  # img [b, rows, columns, c], txt, timesteps, y of a batch
 
 
-def examples(model: ModelConfig, devices: int) -> int:
-    """How many make one forward, on so many devices that cut a batch: a power of two."""
-    tokens = math.prod(model.grid()) + model.text.length
-    fit = 2 ** int(math.log2(max(1, TOKENS // tokens)))
+def examples(model: ModelConfig, data: Data, devices: int) -> int:
+    """How many of the data's largest make one forward, on so many devices that cut a batch: a power
+    of two."""
+    fit = 2 ** int(math.log2(max(1, TOKENS // _tokens(model, data))))
     return max(devices, min(MOST, fit))
+
+
+def _tokens(model: ModelConfig, data: Data) -> int:
+    """Of the largest of its examples, image and text."""
+    return max(math.prod(model.grid(*size)) for size in data.sizes) + model.text.length
 
 
 def noisy_batches(
@@ -46,12 +53,12 @@ def noisy_batches(
     size: int,
     mesh: Mesh,
 ) -> list[Inputs]:
-    """As many examples of a split as training evaluates on, in batches of `size`, which the mesh's
-    parts divide; noise and times follow from seed and name."""
-    stage = next(iter(config.stages.values()))
-    count = max(1, config.held_out_batches * stage.batch_size // size)
+    """As many examples of a split as training evaluates on, within ALL_TOKENS, in batches of
+    `size`, which the mesh's parts divide; noise and times follow from seed and name."""
+    stage, model = next(iter(config.stages.values())), encoders.config
+    wanted = config.held_out_batches * stage.batch_size
+    count = max(1, min(wanted, ALL_TOKENS // _tokens(model, data)) // size)
     key = named_key(config.seed, f"report/{name}")
-    model = encoders.config
     batches = data.batches(encoders.tokenizer, size, config.seed, split)
     with jax.set_mesh(mesh):
         return [
@@ -141,11 +148,25 @@ def first(tree: T, inputs: Inputs, count: int) -> tuple[T, Inputs]:
     return jax.tree.map(alone, tree), jax.device_put(few, one)
 
 
+def fit_alone(mesh: Mesh, needed: int) -> bool:
+    """Whether parameters of so many bytes fit where `first` puts a single example: on one device,
+    beside their own shares, inputs and activations, if it cannot be cut."""
+    if batch_shards(mesh) == 1:
+        return True
+    room = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    return needed <= room / 2
+
+
 def velocities(
-    program: Program, params: dict, batches: list[Inputs]
+    program: Program, params: dict, batches: list[Inputs], name: str = "errors"
 ) -> list[Float[np.ndarray, "b n c"]]:
-    """What a model answers to each of the batches."""
-    return [np.asarray(program(params, inputs)) for inputs in batches]
+    """What a model answers to each of the batches; `name` is told beside how far it is."""
+    found = []
+    with bar(len(batches), name, "batches", "compiling …") as advance:
+        for inputs in batches:
+            found.append(np.asarray(program(params, inputs)))
+            advance(1)
+    return found
 
 
 def mean_square(

@@ -24,7 +24,8 @@ def compiled_ahead(run: Run, bench: Bench) -> Iterator[None]:
     jobs: list[tuple] = [(program.compile, params, inputs) for program, params in shapes.items()]
     for program in map(bench.program, run.routed):
         jobs.append((routing.compile_routing, program, shapes[program], inputs))
-    jobs += [(program.compile, *first(params, inputs, 1)) for program, params in shapes.items()]
+    if 1 in bench.timed:
+        jobs += [(program.compile, *first(params, inputs, 1)) for program, params in shapes.items()]
     threads = ThreadPoolExecutor(THREADS)
     try:
         compiling = [threads.submit(*job) for job in jobs]

@@ -1,7 +1,10 @@
 """Everything that a report tells about a run, as numbers."""
 
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -10,13 +13,12 @@ import numpy as np
 from d2m_jax.config import ModelConfig
 from d2m_jax.config import to_json as as_json
 from d2m_jax.evaluate import latency, routing, scores
+from d2m_jax.evaluate.noisy import Program
 from d2m_jax.models.accounting import Account, account
 from d2m_jax.report.ahead import compiled_ahead
 from d2m_jax.report.comparison import By, Comparison, Verdict, compare, verdicts
-from d2m_jax.report.measure import SAMPLES, Bench, Measured, cached
+from d2m_jax.report.measure import FEWEST, Bench, Measured, cached, prompt_counts
 from d2m_jax.report.rows import Row, Run
-
-FEWEST = 12  # prompts: two of each category, for a standard error
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,10 @@ class Findings:
     """What was measured of a run's rows."""
 
     run: Run
-    prompts: dict[str, int]  # by kinds of pairs (Bench.splits)
+    prompts: dict[str, int]  # by kinds of pairs (measure.splits)
+    # Height and width in pixels of the images that FLOPs, times and maps of routing are of, where
+    # it is not the only size or not the model's own.
+    size: tuple[int, int] | None
     accounts: dict[Row, Account]
     milliseconds: dict[int, dict[Row, float]]  # per image of one forward, by batch
     measured: dict[Row, Measured]
@@ -39,6 +44,11 @@ class Findings:
         return bool(self.measured[self.run.teacher].scores)
 
     @property
+    def pixels(self) -> str:
+        """`size` in words, empty where nothing need be said."""
+        return "{} × {} pixels".format(*self.size) if self.size else ""
+
+    @property
     def batch(self) -> int:
         """Examples of one forward, where there are many."""
         return max(self.milliseconds)
@@ -51,23 +61,24 @@ class Findings:
 
 def gather(run: Run, bench: Bench) -> Findings:
     """Measure all rows; what the bench has on disk is read."""
-    count = run.config.evaluate_prompts
-    prompts = {"seen": count, "held_out": max(FEWEST, count // 2)}
-    if bench.judge is None:
-        prompts = {"seen": min(count, SAMPLES)}
+    prompts = prompt_counts(run.config, bench.judge is not None)
     measured = {}
     with compiled_ahead(run, bench):
-        for row in run.rows:
+        for i, row in enumerate(run.rows, 1):
             measured[row] = found = bench.measure(row.file_name, row, prompts)
             scores = found.scores.values()
             score = "".join(f"score {100 * s.overall.mean:.1f} %, " for s in list(scores)[:1])
-            _say(f"{row.label}: {score}distillation error {found.errors['seen']:.3g}")
-        sweep = _sweep(run, bench, max(FEWEST, count // 3) if bench.judge else 0)
+            error = f"distillation error {found.errors['seen']:.3g}"
+            _say(f"{i} of {len(run.rows)}, {row.label}: {score}{error}")
+        fewer = max(FEWEST, run.config.evaluate_prompts // 3)
+        sweep = _sweep(run, bench, fewer if bench.judge else 0)
+    bench.encoders.release()  # the rest has no use for them
     routed = {
         row: routing.measure(bench.program(row), bench.params(row), bench.inputs["seen"])
         for row in run.routed
     }
-    accounts = {row: account(row.config) for row in run.rows}
+    tokens = math.prod(run.teacher.config.grid(*bench.size))
+    accounts = {row: account(row.config, tokens) for row in run.rows}
     gflops = {row: account.total.flops / 1e9 for row, account in accounts.items()}
     milliseconds = _milliseconds(run, bench)
     rival = run.rival
@@ -80,7 +91,20 @@ def gather(run: Run, bench: Bench) -> Findings:
         for row in student.finals
         if row.sparse
     }
-    return Findings(run, prompts, accounts, milliseconds, measured, compared, judged, sweep, routed)
+    image = run.teacher.config.image
+    usual = set(bench.validation.sizes) == {(image.height, image.width)}
+    return Findings(
+        run,
+        prompts,
+        None if usual else bench.size,
+        accounts,
+        milliseconds,
+        measured,
+        compared,
+        judged,
+        sweep,
+        routed,
+    )
 
 
 def _sweep(run: Run, bench: Bench, count: int) -> tuple[Row, dict[int, Measured]] | None:
@@ -110,37 +134,38 @@ def _milliseconds(run: Run, bench: Bench) -> dict[int, dict[Row, float]]:
     multiple of the teacher's. Rows of equal config run the same program, so they share one.
     """
     first = {bench.program(row): row for row in reversed(run.rows)}
+    teacher = cache(lambda: (bench.program(run.teacher), bench.params(run.teacher)))
+    taken = {program: _turns(run, bench, row, teacher) for program, row in first.items()}
+    result = {}
+    for batch in bench.timed:
+        usual = float(np.median([times[str(batch)][0] for times in taken.values()]))
+        result[batch] = {}
+        for row in run.rows:
+            times = taken[bench.program(row)][str(batch)]
+            result[batch][row] = usual * times[-1] / times[0]
+    return result
+
+
+def _turns(
+    run: Run, bench: Bench, row: Row, teacher: Callable[[], tuple[Program, dict]]
+) -> dict[str, list[float]]:
+    """By batch, milliseconds of the teacher and of a row that takes turns with it."""
+    programs = [bench.program(run.teacher), bench.program(row)]
     key = {
-        "programs": [[as_json(program.config), program.dtype] for program in first],
+        "programs": [[as_json(program.config), program.dtype] for program in programs],
+        "images": [*bench.size, *bench.timed],
         "device": f"{bench.mesh.size} × {jax.devices()[0].device_kind}",
         "versions": bench.versions,
         "rounds": latency.ROUNDS,
     }
-    rows = list(first.values())
-    times = cached(bench.folder / "latency.json", key, lambda: _measure_latency(run, bench, rows))
-    of_program = dict(zip(first, times, strict=True))
-    return {
-        batch: {row: of_program[bench.program(row)][str(batch)] for row in run.rows}
-        for batch in (1, bench.batch)
-    }
 
-
-def _measure_latency(run: Run, bench: Bench, rows: list[Row]) -> list[dict[str, float]]:
-    """Of every row, milliseconds by batch."""
-    inputs = bench.inputs["seen"][0]
-    teacher = bench.program(run.teacher), bench.params(run.teacher)
-    found = []
-    for row in rows:
-        models = [teacher]
+    def measure() -> dict[str, list[float]]:
+        models, inputs = [teacher()], bench.inputs["seen"][0]
         if row is not run.teacher:
             models.append((bench.program(row), bench.params(row)))
-        found.append({n: latency.milliseconds(models, inputs, n) for n in (1, bench.batch)})
-        del models  # before the next one is loaded
-    usual = {n: float(np.median([taken[n][0] for taken in found])) for n in (1, bench.batch)}
-    return [
-        {str(batch): usual[batch] * times[-1] / times[0] for batch, times in taken.items()}
-        for taken in found
-    ]
+        return {str(n): latency.milliseconds(models, inputs, n) for n in bench.timed}
+
+    return cached(bench.folder / f"{row.file_name}.latency.json", key, measure)
 
 
 def _say(line: str) -> None:

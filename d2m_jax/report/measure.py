@@ -4,8 +4,7 @@ import base64
 import io
 import json
 import math
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -17,7 +16,14 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from d2m_jax.config import ConfigError, MeshConfig, ModelConfig, to_json
+from d2m_jax.config import (
+    ConfigError,
+    FluxConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    to_json,
+)
 from d2m_jax.data.protocol import Data, Prompt, Split
 from d2m_jax.data.source import open_data
 from d2m_jax.evaluate.benchmark import Judge, judge_of
@@ -26,6 +32,7 @@ from d2m_jax.evaluate.noisy import (
     Inputs,
     Program,
     examples,
+    fit_alone,
     mean_square,
     noisy_batches,
     velocities,
@@ -41,6 +48,26 @@ from d2m_jax.weights.encoders import parts
 from d2m_jax.weights.output import new_file
 
 SAMPLES = 12  # images that are kept: two of every category
+FEWEST = 12  # prompts that are scored: two of every category, for a standard error
+
+
+def splits(judged: bool) -> dict[str, Split]:
+    """What a report calls examples → the split of the data. Of judged data: pairs of glyph and
+    colour that train ("seen"), and such that never do; of others what never trains is one."""
+    return {"seen": "validation", "held_out": "held_out"} if judged else {"seen": "validation"}
+
+
+def prompt_counts(config: RunConfig, judged: bool) -> dict[str, int]:
+    """How many prompts of each of these every model draws."""
+    count = config.evaluate_prompts
+    if not judged:
+        return {"seen": min(count, SAMPLES)}
+    return {"seen": max(FEWEST, count), "held_out": max(FEWEST, count // 2)}
+
+
+def draws(model: ModelConfig) -> bool:
+    """Whether a model has what makes images of prompts: words and pixels, or encoders."""
+    return not parts(model) or (model.encoders is not None and Path(model.encoders).is_dir())
 
 
 @dataclass(frozen=True)
@@ -61,8 +88,7 @@ class Bench:
 
     def __init__(self, run: Run, folder: Path, versions: Mapping[str, str]):
         self.run, self.folder, self.versions = run, folder, dict(versions)
-        self.mesh = _mesh(run)
-        self.batch = examples(run.teacher.config, batch_shards(self.mesh))  # of one forward
+        self.mesh = mesh_of(run.config, [row.config.transformer for row in run.rows])
         self._place = partial(parameter_sharding, self.mesh)
         # Of every model directory that is asked for: config, shapes, fingerprint.
         self._stored = cache(partial(model_directory.stored, sharding=self._place))
@@ -89,42 +115,43 @@ class Bench:
         """Who scores images, if anybody can."""
         return judge_of(self.data)
 
-    @property
-    def splits(self) -> dict[str, Split]:
-        """What a report calls examples → the split of the data. Of judged data: pairs of glyph and
-        colour that train ("seen"), and such that never do; of others what never trains is one."""
-        if self.judge is None:
-            return {"seen": "validation"}
-        return {"seen": "validation", "held_out": "held_out"}
+    @cached_property
+    def batch(self) -> int:
+        """Examples of one forward."""
+        return examples(self.run.teacher.config, self.validation, batch_shards(self.mesh))
 
     @cached_property
-    def draws(self) -> bool:
-        """Whether the teacher has what makes images of prompts."""
-        config = self.run.teacher.config
-        there = config.encoders is not None and Path(config.encoders).is_dir()
-        if parts(config) and not there:
-            print(
-                f"report: without samples: {config.encoders or 'text encoders and autoencoder'}"
-                " not found",
-                file=sys.stderr,
-                flush=True,
-            )
-            return False
-        return True
+    def timed(self) -> tuple[int, ...]:
+        """Of how many examples the forwards are that are timed: one, on a device of its own if it
+        cannot be cut and two models fit there; and as many as go together."""
+        heaviest = max(_bytes(self.shapes(row)) for row in self.run.rows)
+        one = (1,) if fit_alone(self.mesh, 2 * heaviest) else ()
+        return tuple(dict.fromkeys((*one, self.batch)))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images of those forwards."""
+        rows, columns = self.inputs["seen"][0]["img"].shape[1:3]
+        stride = self.run.teacher.config.image.stride
+        return rows * stride, columns * stride
 
     @cached_property
     def inputs(self) -> dict[str, list[Inputs]]:
         """Noisy examples by pairs."""
         made = partial(noisy_batches, self.run.config, self.validation, self.encoders)
         return {
-            pairs: made(pairs, split, self.batch, self.mesh) for pairs, split in self.splits.items()
+            pairs: made(pairs, split, self.batch, self.mesh)
+            for pairs, split in splits(self.judge is not None).items()
         }
 
     @cached_property
     def targets(self) -> dict[str, list[Float[np.ndarray, "b n c"]]]:
         """The teacher's velocities there."""
         program, params = self.program(self.run.teacher), self.params(self.run.teacher)
-        return {pairs: velocities(program, params, found) for pairs, found in self.inputs.items()}
+        return {
+            pairs: velocities(program, params, found, "teacher: errors")
+            for pairs, found in self.inputs.items()
+        }
 
     def program(self, row: Row, config: ModelConfig | None = None) -> Program:
         """A row's forward (of another config, with another top_k), in the type that trained."""
@@ -153,6 +180,7 @@ class Bench:
         """Measure a row (with another config) on so many prompts by pairs, unless `name`.json has
         just that."""
         config = config or row.config
+        asked = self._asked(prompts)
         key = {
             "model": self._stored(row.path)[2],
             "config": to_json(config),
@@ -160,13 +188,13 @@ class Bench:
             "data": to_json(self.run.config.data),
             "validation": to_json(self.run.config.validation),
             "seed": self.run.config.seed,
-            "prompts": dict(prompts),
+            "prompts": {pairs: [one.caption for one in mine] for pairs, mine in asked.items()},
             "held_out_batches": self.run.config.held_out_batches,
             "versions": self.versions,
         }
         file = self.folder / f"{name}.json"
         value = cached(file, key, lambda: self._measure(row, config, prompts))
-        return self._read(value, prompts)
+        return self._read(value, asked)
 
     def _measure(self, row: Row, config: ModelConfig, prompts: Mapping[str, int]) -> dict[str, Any]:
         targets = self.targets  # of another model, hence first
@@ -174,9 +202,10 @@ class Bench:
         pipe = Pipeline(config, params, encoders=self.encoders, mesh=self.mesh)
         value = {}
         for pairs, count in prompts.items():
-            answers = velocities(program, params, self.inputs[pairs])
+            answers = velocities(program, params, self.inputs[pairs], f"{row.label}: errors")
             value[pairs] = {"error": mean_square(answers, targets[pairs])}
-            asked = self.data.prompts(count, pairs == "held_out") if self.draws else []
+            drawn = draws(self.run.teacher.config)
+            asked = self.data.prompts(count, pairs == "held_out") if drawn else ()
             if not asked:
                 continue
             captions = [prompt.caption for prompt in asked]
@@ -188,38 +217,45 @@ class Bench:
                 value["samples"] = [png(to_image(image)) for image in images[:SAMPLES]]
         return value
 
-    def _read(self, value: dict, prompts: Mapping[str, int]) -> Measured:
-        asked = {
+    def _asked(self, counts: Mapping[str, int]) -> dict[str, tuple[Prompt, ...]]:
+        """So many prompts by pairs."""
+        return {
             pairs: tuple(self.data.prompts(count, pairs == "held_out"))
-            for pairs, count in prompts.items()
+            for pairs, count in counts.items()
         }
+
+    def _read(self, value: dict, asked: Mapping[str, tuple[Prompt, ...]]) -> Measured:
         scores = {
             pairs: Score(
                 asked[pairs],
                 *(np.array(list(value[pairs][judged])) == "1" for judged in ("correct", "floor")),
             )
-            for pairs in prompts
+            for pairs in asked
             if "correct" in value[pairs]
         }
         files = [io.BytesIO(base64.b64decode(text)) for text in value.get("samples", [])]
         samples = [np.asarray(Image.open(file)) for file in files]
-        errors = {pairs: value[pairs]["error"] for pairs in prompts}
+        errors = {pairs: value[pairs]["error"] for pairs in asked}
         drawn = np.stack(samples) if samples else np.zeros((0, 1, 1, 3), np.uint8)
         return Measured(scores, errors, asked["seen"][: len(samples)], drawn)
 
 
-def _mesh(run: Run) -> Mesh:
-    """The run's mesh over devices of this process alone, or all of fsdp where it does not fit
-    them; as many devices as cut a batch of examples evenly."""
+def mesh_of(config: RunConfig, transformers: Iterable[FluxConfig]) -> Mesh:
+    """The run's mesh over devices of this process alone, or all of fsdp where it does not fit them
+    or these models; as many devices as cut a batch of examples evenly."""
     count = 2 ** min(int(math.log2(jax.local_device_count())), int(math.log2(MOST)))
     devices = jax.local_devices()[:count]
     try:
-        mesh = make_mesh(run.config.mesh, devices)
-        for row in run.rows:
-            check_mesh(mesh, row.config.transformer)
+        mesh = make_mesh(config.mesh, devices)
+        for transformer in transformers:
+            check_mesh(mesh, transformer)
     except ConfigError:
         return make_mesh(MeshConfig(data=1, fsdp=-1), devices)
     return mesh
+
+
+def _bytes(params: dict) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
 def cached(file: Path, key: Any, compute: Callable[[], Any]) -> Any:

@@ -15,6 +15,8 @@ from d2m_jax.report.rows import Row, Run
 
 COLOURS = ("#d62728", "#ff7f0e", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#e377c2")
 MARKERS = "osD^vPX*"
+DPI = 110  # of the samples, whose images are an inch
+LINES = 4  # of a caption beside them
 RIGHT, WRONG = "#2ca02c", "#d62728"
 
 
@@ -28,17 +30,25 @@ def samples(rows: Sequence[Row], measured: Mapping[Row, Measured]) -> Figure:
     caption, size, gap = 2.4, 1.0, 0.24  # in units of an image
     width = caption + len(rows) * (size + gap)
     height = len(scenes) * (size + gap) + 0.65
-    figure = Figure(figsize=(width, height), dpi=110)
+    pixels = max(images[0].shape[1:3])
+    small = pixels <= DPI
+    figure = Figure(figsize=(width, height), dpi=DPI if small else min(pixels, 2 * DPI))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     for column, row in enumerate(rows):
         x = caption + column * (size + gap)
         title = row.label.replace(", after ", ",\nafter ")
-        axes.text(x + size / 2, 0.58, title, ha="center", va="bottom", fontsize=8.5)
+        axes.text(
+            x + size / 2, 0.58, title, ha="center", va="bottom", fontsize=8.5, parse_math=False
+        )
         for place, i in enumerate(order):
             y = 0.65 + place * (size + gap)
+            image = images[column][i]
+            tall, wide = (size * side / pixels for side in image.shape[:2])
             axes.imshow(
-                images[column][i], extent=(x, x + size, y + size, y), interpolation="nearest"
+                image,
+                extent=(x, x + wide, y + tall, y),
+                interpolation="nearest" if small else "antialiased",
             )
             if not measured[row].scores:
                 continue
@@ -49,20 +59,23 @@ def samples(rows: Sequence[Row], measured: Mapping[Row, Measured]) -> Figure:
             axes.text(x + size + 0.04, y + size, mark, color=colour, fontsize=11, va="bottom")
     for place, i in enumerate(order):
         y = 0.65 + place * (size + gap) + size / 2
-        axes.text(0.08, y - 0.03, _wrapped(scenes[i]), va="bottom", fontsize=9)
-        axes.text(0.08, y + 0.09, scenes[i].category, va="top", fontsize=7.5, color="0.45")
+        text = _wrapped(scenes[i])
+        axes.text(0.08, y - 0.03, text, va="bottom", fontsize=9, parse_math=False)
+        if len(categories) > 1:
+            axes.text(0.08, y + 0.09, scenes[i].category, va="top", fontsize=7.5, color="0.45")
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     return figure
 
 
 def _wrapped(scene: Prompt) -> str:
-    """A caption in lines that fit beside the images."""
+    """A caption in lines that fit beside the images, or its beginning."""
     lines = [""]
     for word in scene.caption.split():
-        if len(lines[-1]) + len(word) > 26:
+        if lines[-1] and len(lines[-1]) + len(word) > 26:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
+    lines = [line if len(line) <= 26 else f"{line[:25]}…" for line in lines]
+    return "\n".join(lines if len(lines) <= LINES else [*lines[: LINES - 1], "…"])
 
 
 def curves(run: Run) -> Figure:

@@ -28,8 +28,11 @@ def costs(findings: Findings) -> Table:
         rows.append([row.label, *size, f"{findings.gflops[row]:.3g}", *times, *trained])
     notes = [
         "Milliseconds per image are of one forward of the transformer: medians of rounds in which"
-        f" the models took turns; batches of {findings.batch} on all devices, single images on one."
-        " Rows of equal shape share a measurement. Seconds are those spent in training steps.",
+        f" the models took turns; batches of {findings.batch} on all devices"
+        + ", single images on one" * (1 in findings.milliseconds)
+        + "."
+        + f" Images of {findings.pixels}." * bool(findings.pixels)
+        + " Rows of equal shape share a measurement. Seconds are those spent in training steps.",
     ]
     return Table("What it costs", head, rows, notes, _sections(findings))
 

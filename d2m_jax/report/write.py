@@ -61,15 +61,9 @@ def _environment() -> dict[str, Any]:
     """Where and with what the numbers were taken."""
     devices = jax.devices()
     affinity = getattr(os, "sched_getaffinity", None)
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "device": f"{len(devices)} × {devices[0].device_kind}",
         "processor": _processor(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
@@ -78,6 +72,16 @@ def _environment() -> dict[str, Any]:
             **{name: version(name) for name in ("jax", "flax", "numpy")},
         },
     }
+
+
+def _commit() -> str | None:
+    """The repository's, where there is one and git to ask."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return told.stdout.strip() or None
 
 
 def _processor() -> str:
@@ -119,7 +123,9 @@ def _draw(findings: Findings) -> dict[str, Picture]:
     for row, (layers, groups) in findings.routing.items():
         caption = (
             "How often each expert is chosen, as a multiple of the even share: by timestep (left)"
-            " and by place in the image (right), on noisy images that did not train."
+            " and by place in the image (right"
+            + f", of {findings.pixels}" * bool(findings.pixels)
+            + "), on noisy images that did not train."
         )
         if groups:
             caption += " At the end, the share of samples that run each block of a group."

@@ -1,5 +1,6 @@
 """What surrounds a transformer, as its config names it: captions and images in, images out."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from d2m_jax.models import autoencoder, clip, t5
 from d2m_jax.models.words import Words
 from d2m_jax.sampling.tokenizers import Tokenizers
 from d2m_jax.sharding import local_mesh, spread
-from d2m_jax.weights.encoders import load_encoder, parts
+from d2m_jax.weights.encoders import check_encoder, load_encoder, parts
 from d2m_jax.weights.torch_import import dtype_of
 
 
@@ -56,6 +57,17 @@ class Encoders:
     def release(self) -> None:
         """Free their memory; they are loaded again when they are needed."""
         self._loaded.clear()
+
+    def check(self, captions: Sequence[str]) -> None:
+        """Raise ConfigError for what would keep a model from drawing these captions, found without
+        loading anything: an image size that tokens do not divide, words that it does not know,
+        tokenizers and encoders that are not there or do not fit."""
+        self.config.grid()
+        if captions:
+            self.tokenizer.ids(list(captions))
+        for part in parts(self.config):
+            if part not in self._loaded:
+                check_encoder(self.config, part)
 
     def _of(self, *needed: str) -> dict[str, dict]:
         """Parameters by part, of those needed that the model has."""

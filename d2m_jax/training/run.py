@@ -92,19 +92,30 @@ def _open(config: RunConfig, mesh: Mesh, model: ModelConfig, noisy: Noisy | None
             " memory; a cache of what they make of the data saves it: python -m d2m_jax.data.cache"
         )
     students = [config, *config.rivals.values()]
-    drawn = any(stage.sample_every for one in students for stage in one.stages.values())
-    if drawn and parts(model):
+    if any(stage.sample_every for one in students for stage in one.stages.values()):
         there = model.encoders is not None and Path(model.encoders).is_dir()
         found = f"ModelConfig.encoders = {model.encoders}"
-        check(there, f"{found}: no such folder, and sample_every needs it to draw samples")
+        check(
+            there or not parts(model),
+            f"{found}: no such folder, and sample_every needs it to draw samples",
+        )
+        prompts = data.prompts(config.sampled_prompts)
+        check(len(prompts) > 0, "sample_every: the data have no prompts, expected at least one")
+        encoders.check([prompt.caption for prompt in prompts])
     return _Work(config, mesh, encoders, data, validation, noisy)
 
 
-def run(config: RunConfig, run_directory: Path | str) -> None:
+# What is asked of a run with a teacher before it trains, given the teacher's config, the data, the
+# data that validate, and the encoders.
+Ahead = Callable[[ModelConfig, Data, Data, Encoders], None]
+
+
+def run(config: RunConfig, run_directory: Path | str, ahead: Ahead | None = None) -> None:
     """Train what `config` says into `run_directory`, going on where an earlier start stopped.
 
     Leaves `model/`, and `models/<stage>/` after each stage (`models/start/` before the first); a
-    rival has the same in `rivals/<name>/`.
+    rival has the same in `rivals/<name>/`. Raises ConfigError for what cannot go well, `ahead`'s
+    too, before anything trains.
     """
     run_directory = open_run(run_directory, config)
     mesh = make_mesh(config.mesh)
@@ -123,6 +134,8 @@ def run(config: RunConfig, run_directory: Path | str) -> None:
     _check_students(config, model, mesh)
     noisy = partial(noisy_inputs, model, config.timesteps, guidance=config.guidance)
     work = _open(config, mesh, model, noisy)
+    if ahead is not None:
+        ahead(model, work.data, work.validation, work.encoders)
     teacher = work.load(path)
     for name, rival in config.rivals.items():
         hosts.say(f"rival {name}")

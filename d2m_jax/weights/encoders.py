@@ -175,9 +175,22 @@ def parts(config: ModelConfig) -> tuple[str, ...]:
 def load_encoder(config: ModelConfig, part: str, sharding: Any = None) -> dict:
     """Parameters of one of its `parts`, as stored.
 
-    `sharding` as in torch_import.load. Raises ConfigError where `config.encoders` names no such
-    folder, or its tensors do not fit the config.
+    `sharding` as in torch_import.load. Raises what check_encoder raises.
     """
+    place, table, tensors, like = _stored(config, part)
+    stored = torch_import.stored_dtype(tensors)
+    params = key_table.parameters(table, tensors, sizes(like), stored, place)
+    return torch_import.load(params, like, sharding)
+
+
+def check_encoder(config: ModelConfig, part: str) -> None:
+    """Raise ConfigError where `config.encoders` names no folder with this part, or its tensors do
+    not fit the config; their names and shapes alone are read."""
+    _stored(config, part)
+
+
+def _stored(config: ModelConfig, part: str) -> tuple[Path, list[Entry], dict[str, Any], dict]:
+    """Of a part its folder, its table of keys, its tensors and our tree of shapes, which fit."""
     text, image = config.text, config.image
     if config.encoders is None:
         raise ConfigError("ModelConfig.encoders: expected a folder, found none")
@@ -186,27 +199,20 @@ def load_encoder(config: ModelConfig, part: str, sharding: Any = None) -> dict:
     if part == "autoencoder":
         assert isinstance(image, AutoencoderConfig)
         place, like = folder / AUTOENCODER, autoencoder.abstract(image)
-        table, source = autoencoder_keys.diffusers_keys(image), _tensors(place)
-        return _load(place, table, source, like, sharding)
-    assert isinstance(text, PromptsConfig)
-    if part == "t5":
+        table, tensors = autoencoder_keys.diffusers_keys(image), _tensors(place)
+    elif part == "t5":
+        assert isinstance(text, PromptsConfig)
         place, like = folder / T5, t5.abstract(text.t5)
-        table, source = text_encoder_keys.t5_keys(text.t5), _tensors(place)
-        return _load(place, table, text_encoder_keys.t5_tensors(source), like, sharding)
-    place, like = folder / CLIP, clip.abstract(text.clip)
-    table, source = text_encoder_keys.clip_keys(text.clip), _tensors(place)
-    return _load(place, table, text_encoder_keys.clip_tensors(source), like, sharding)
+        table = text_encoder_keys.t5_keys(text.t5)
+        tensors = text_encoder_keys.t5_tensors(_tensors(place))
+    else:
+        assert isinstance(text, PromptsConfig)
+        place, like = folder / CLIP, clip.abstract(text.clip)
+        table = text_encoder_keys.clip_keys(text.clip)
+        tensors = text_encoder_keys.clip_tensors(_tensors(place))
+    key_table.check_fit(place, table, tensors, sizes(like))
+    return place, table, tensors, like
 
 
 def _tensors(folder: Path) -> dict[str, Any]:
     return recognise.without_wrappers(folder, torch_import.read_tensors(folder))
-
-
-def _load(
-    where: Path, table: list[Entry], tensors: dict[str, Any], like: dict, sharding: Any
-) -> dict:
-    shapes = sizes(like)
-    key_table.check_fit(where, table, tensors, shapes)
-    stored = torch_import.stored_dtype(tensors)
-    params = key_table.parameters(table, tensors, shapes, stored, where)
-    return torch_import.load(params, like, sharding)
