@@ -15,12 +15,12 @@ from d2m_jax.config import ImagesConfig, check
 from d2m_jax.data.batches import Bad, Batches, endless, held_out
 from d2m_jax.data.buckets import Part, Rows, Schedule, Size, assign, bucket_sizes
 from d2m_jax.data.decode import Crop, Undecodable, decode
+from d2m_jax.data.prompt_files import prompts_of
 from d2m_jax.data.protocol import Asked, Canvas, Split, Tokenizer
 from d2m_jax.data.sources.open import open_source
 from d2m_jax.data.sources.protocol import BadSample, Source
 from d2m_jax.keys import named_generator
 from d2m_jax.progress import bar
-from d2m_jax.sampling.options import read_prompts
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Images:
         )
         self._held_out = held_out(self.key, usable, config.validation)
         if config.prompts is not None:
-            read_prompts(Path(config.prompts))  # what is wrong with it is told now
+            prompts_of(Path(config.prompts))  # what is wrong with it is told now
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -141,7 +141,7 @@ class Images:
     def prompts(self, count: int, held_out: bool = False) -> Sequence[Asked]:
         """Those of the file, or captions of what never trains."""
         if self.config.prompts is not None:
-            return [Asked(prompt) for prompt in read_prompts(Path(self.config.prompts))[:count]]
+            return [Asked(prompt) for prompt in prompts_of(Path(self.config.prompts))[:count]]
         found: list[Asked] = []
         for entry in self._held_out:
             source, index = self._place(int(entry))

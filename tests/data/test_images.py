@@ -114,6 +114,9 @@ def test_prompts_of_a_file(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     data = opened(folder, prompts=str(tmp_path / "prompts.txt"))
     assert [p.caption for p in data.prompts(2)] == ["one", "two"] and data.prompts(1)[0].category
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "four"}\n')
+    found = opened(folder, prompts=str(tmp_path / "prompts.jsonl")).prompts(2)
+    assert [prompt.caption for prompt in found] == ["four"]
     with pytest.raises(ConfigError, match="no such file"):
         opened(folder, prompts=str(tmp_path / "none.txt"))
 
