@@ -7,12 +7,11 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from d2m_jax.config import ConfigError
+from d2m_jax.data.sources.helpers import Helpers
 from d2m_jax.data.sources.index import (
     Index,
     Part,
@@ -30,7 +29,7 @@ try:
 except ImportError:  # on Windows: two that build at once both do, and the last one's stays
     fcntl = None
 
-THREADS = 16  # parts that are read at once from a store
+THREADS = 16  # parts that are read at once
 WORTH_PROCESSES = 2**30  # bytes of parts from which it pays to start processes
 SAVED = 300.0  # seconds after which what was found so far is written, for whoever comes after
 
@@ -49,7 +48,8 @@ def place(pattern: str, base: str, folder: str | None, kind: str) -> str:
 
 def indexed(kind: str, files: list[Found], base: str, path: str, scan: Scan, pure: bool) -> Index:
     """The index at `path` of these parts, whose names are told from `base` on. Parts that it lacks,
-    or has otherwise, are scanned; `pure` says that this is work of Python more than of the disk.
+    or has otherwise, are scanned; `pure` says that they are tars on disk: work of Python more than
+    of the disk.
 
     Told on stderr: which parts have changed, and how far it is. ConfigError where it cannot be
     written, before the work starts.
@@ -109,7 +109,7 @@ def _build(kind: str, files: list[Found], base: str, path: str, scan: Scan, pure
     missing = {i: file for i, file in enumerate(files) if i not in done}
     size, saved = sum(file.size for file in missing.values()), time.monotonic()
     with bar(size, f"indexing {base}") as advance:
-        for i, scanned in _scanned(missing, scan, pure and size > WORTH_PROCESSES):
+        for i, scanned in _scanned(missing, scan, pure):
             done[i] = _part_of(files[i], base, scanned), scanned
             advance(files[i].size)
             if time.monotonic() - saved > SAVED:
@@ -118,31 +118,19 @@ def _build(kind: str, files: list[Found], base: str, path: str, scan: Scan, pure
     _write(kind, path, [done[i] for i in sorted(done)])
 
 
-def _scanned(
-    files: dict[int, Found], scan: Scan, in_processes: bool
-) -> Iterator[tuple[int, Scanned]]:
+def _scanned(files: dict[int, Found], scan: Scan, pure: bool) -> Iterator[tuple[int, Scanned]]:
     """What is found in the parts, in the order in which they are done."""
+    size = sum(file.size for file in files.values())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    done = set()
-    if in_processes and len(files) > 1 and (cores or 1) > 1:
-        # Not forked: JAX has threads.
-        pool = ProcessPoolExecutor(min(cores or 1, len(files)), get_context("spawn"))
-        # Where a script is not guarded by `if __name__ == "__main__":` no process can be started.
-        with contextlib.suppress(BrokenProcessPool):
-            for i, scanned in _in(pool, files, scan):
-                done.add(i)
-                yield i, scanned
-    left = {i: file for i, file in files.items() if i not in done}
-    yield from _in(ThreadPoolExecutor(THREADS), left, scan)
-
-
-def _in(pool: Executor, files: dict[int, Found], scan: Scan) -> Iterator[tuple[int, Scanned]]:
-    try:
+    count = min(cores or 1, len(files))
+    with contextlib.ExitStack() as stack:
+        if pure and size > WORTH_PROCESSES and count > 1:
+            scan = stack.enter_context(Helpers(count)).scan
+        pool = stack.enter_context(ThreadPoolExecutor(count if pure else THREADS))
+        stack.callback(pool.shutdown, cancel_futures=True)
         waiting = {pool.submit(scan, file): i for i, file in files.items()}
         for future in as_completed(waiting):
             yield waiting.pop(future), future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _part_of(file: Found, base: str, scanned: Scanned) -> Part:

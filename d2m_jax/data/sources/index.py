@@ -112,6 +112,8 @@ class Index:
             name: np.cumsum([0, *(part.packed[name] for part in self.parts)]).tolist()
             for name in header["packed"]
         }
+        # Single elements are read in a tenth of numpy's time.
+        self._views = {n: c.data for n, c in self.columns.items() if c.ndim == 1 and c.size}
         self.fingerprint = self._fingerprint()
         if fingerprint not in (None, self.fingerprint):
             raise ConfigError(
@@ -133,10 +135,10 @@ class Index:
 
     def text(self, name: str, row: int) -> bytes:
         """What a row has in a packed column."""
-        part, ends = self.part(row), self.columns[f"{name} ends"]
+        part, ends = self.part(row), self._views[f"{name} ends"]
         first = self._packed[name][part]
-        begin = first + (int(ends[row - 1]) if row > self.starts[part] else 0)
-        return self.columns[name][begin : first + int(ends[row])].tobytes()
+        begin = first + (ends[row - 1] if row > self.starts[part] else 0)
+        return bytes(self._views[name][begin : first + ends[row]])
 
     def scanned(self, part: int) -> Scanned:
         """What is known of a part, to be written again."""

@@ -51,7 +51,6 @@ def open_source(path: str, index: str | None = None, max_bad: int = 100) -> Sour
 def _open(path: str, where: str | None) -> Indexed:
     kind, scan, reader, files, base = _found(path)
     file = place(path, base, where, kind)
-    # Parsing tars is work of Python; the others wait for the disk, or work outside of Python.
     pure = kind == "tars" and not is_remote(path)
     return reader(indexed(kind, files, base, file, scan, pure), base)
 
