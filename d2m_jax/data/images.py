@@ -22,6 +22,8 @@ from d2m_jax.data.sources.protocol import BadSample, Source
 from d2m_jax.keys import named_generator
 from d2m_jax.progress import bar
 
+MOST_WORDS = 100_000  # of a vocabulary
+
 
 @dataclass(frozen=True)
 class Example:
@@ -103,7 +105,7 @@ class Images:
         return self.read(entry, self.buckets[bucket])
 
     def vocabulary(self) -> tuple[str, ...]:
-        """Every word of its captions: each is read."""
+        """Every word of its captions, in small letters: each is read. ConfigError for too many."""
         words: set[str] = set()
         usable = np.flatnonzero(self._bucket_of >= 0)
         with bar(len(usable), "reading captions", "samples") as advance:
@@ -114,7 +116,12 @@ class Images:
                 except BadSample:  # told when it is to train
                     captions = ()
                 for caption in captions:
-                    words |= set(self.config.template.replace("{caption}", caption).split())
+                    words |= set(self.config.template.replace("{caption}", caption).lower().split())
+                check(
+                    len(words) <= MOST_WORDS,
+                    f"{', '.join(self.config.sources)}: found more than {MOST_WORDS:,} words in"
+                    " captions, expected fewer: WordsConfig has a vector for each",
+                )
                 advance(1)
         return tuple(sorted(words))
 

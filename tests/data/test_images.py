@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2m_jax.config import ConfigError, ImagesConfig, ModelConfig, PixelsConfig
+from d2m_jax.config import ConfigError, ImagesConfig, ModelConfig, PixelsConfig, WordsConfig
+from d2m_jax.data import images
 from d2m_jax.data.images import Images
 from d2m_jax.data.source import open_data
+from d2m_jax.models.words import Words
 
 CANVAS = PixelsConfig(32, 32, 4)
 
@@ -108,6 +110,18 @@ def test_captions(folder):
         "picture",
         *map(str, range(40)),
     }
+
+
+def test_words_of_a_vocabulary(folder, monkeypatch):
+    (folder / "000.txt").write_text("A Red\tapple\nred APPLE\n")
+    data = opened(folder)
+    words = data.vocabulary()
+    assert {"a", "red", "apple"} < set(words) and all(word == word.lower() for word in words)
+    tokenizer = Words(WordsConfig(dim=8, length=3, vocabulary=words))
+    assert (tokenizer.ids(["A Red apple"]) > 0).all()
+    monkeypatch.setattr(images, "MOST_WORDS", 20)
+    with pytest.raises(ConfigError, match="found more than 20 words in captions"):
+        data.vocabulary()
 
 
 def test_prompts_of_a_file(folder, tmp_path):
