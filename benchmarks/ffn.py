@@ -74,7 +74,9 @@ def part(index: int, way: str, graph, params, x):
     y = module.shared(x)
     if index == 0:
         return y
-    probability, chosen, weight = module.route(module.logits(x, x, jnp.zeros((1, x.shape[-1]))), 2)
+    probability, chosen, weight = moe.route(
+        module.config, module.logits(x, x, jnp.zeros((1, x.shape[-1]))), 2
+    )
     last = probability, chosen, weight
     flat, experts = x.reshape(-1, x.shape[-1]), module.config.experts
     if index == 2 and way == "tiled":

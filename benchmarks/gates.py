@@ -59,7 +59,7 @@ def main() -> None:
 
     calibration = batches(0, 16)
     tested = importance.calibrate(
-        config.transformer, params, batches(1, 8), noisy, jax.random.key(1), 2048
+        config.transformer, params, batches(1, 8), noisy, jax.random.key(1), 2048, want=()
     ).inputs
     for deal, gate in RECIPES:
         cut = SparsifyConfig(deal=deal, gate=gate)

@@ -28,13 +28,19 @@ ROUTED = ("*.experts.*", "*.gate.*", "*mlp.scale")
 GROUPED = ("double.1.*", "single.1.*")
 
 
-def stage(steps: int, train: tuple[str, ...], **fields) -> StageConfig:
+# The scale of the normal experts starts at 0, and would need thousands of steps to open.
+SCALE = {"*mlp.scale": 30.0}
+
+
+def stage(
+    steps: int, train: tuple[str, ...], rates: dict[str, float] | None = None, **fields
+) -> StageConfig:
     """A stage at the paper's batch size: as many examples at a time as there are devices."""
     return StageConfig(
         steps=steps,
         batch_size=64,
         train=train,
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=500, ema=0.999),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=500, ema=0.999, rates=rates or {}),
         dtype="bfloat16",
         evaluate_every=1000,
         checkpoint_every=500,
@@ -50,10 +56,17 @@ def get_config() -> RunConfig:
         data=CacheConfig(path="data/flux_dev"),
         timesteps="logit_normal",
         guidance=(1.5, 5.0),  # the student must hold for other guidance than 3.5
-        sparsify=SparsifyConfig(moe=MoEConfig(), routed_scale=0.0, modulation_rank=64),
+        sparsify=SparsifyConfig(
+            moe=MoEConfig(),
+            deal="rank",  # as the paper has it; docs/recipe.md compares
+            gate="random",
+            routed_scale=0.0,
+            modulation_rank=64,
+            tokens=65_536,
+        ),
         stages={
             "shared": stage(10_000, SHARED, top_k=0),
-            "moe": stage(20_000, ROUTED),
+            "moe": stage(20_000, ROUTED, SCALE),
             "mob": stage(
                 20_000,
                 GROUPED,

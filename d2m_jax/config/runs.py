@@ -114,19 +114,24 @@ class SparsifyConfig(Config):
     mlp_ratio: float = 1.5  # of the pruned student
     dense_double: tuple[int, ...] = ()  # block indices whose FFNs stay dense and whole
     dense_single: tuple[int, ...] = ()
-    shared: Literal["taylor", "random", "magnitude"] = "taylor"  # which neurons are kept or shared
-    deal: Literal["rank", "random", "clustered"] = "clustered"
-    gate: Literal["random", "fitted"] = "fitted"
+    # Which neurons are kept or shared (sparsify/sensitivity.py, importance.py).
+    shared: Literal["sensitivity", "taylor", "random", "magnitude"] = "taylor"
+    deal: Literal["rank", "random", "clustered"] = "clustered"  # of the others to experts
+    gate: Literal["random", "fitted"] = "fitted"  # at the start
+    # Output kernels and bias fitted to the whole FFN's output (sparsify/refit.py).
+    refit: Literal["none", "bias", "plain", "weighted"] = "none"
     routed_scale: float = 1.0  # start of the learnable scale of the normal experts' sum
     modulation_rank: int | None = None
-    batches: int = 16  # calibration
-    batch_size: int = 64
-    tokens: int = 4096  # calibration tokens per FFN for clusters and gates
+    batches: int = 16  # of calibration; their size is what its memory grows with
+    batch_size: int = 64  # of calibration
+    tokens: int = 16_384  # calibration tokens per FFN for clusters, gates, scores and fits
+    text_share: float = 0.25  # of them: a double block's text FFN has this many, a single's both
 
     def __post_init__(self):
         super().__post_init__()
         check_whole(self, 1, "batches", "batch_size", "tokens")
         check_number(self, "mlp_ratio", "routed_scale", least=0)
+        check_number(self, "text_share", least=0, below=1)
         if self.modulation_rank is not None:
             check_whole(self, 1, "modulation_rank")
 

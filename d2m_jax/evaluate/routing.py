@@ -95,7 +95,9 @@ def _route(program: Program, params: dict, inputs: Inputs) -> tuple[dict, dict, 
     config, transformer = program.config, program.config.transformer
     model = model_of(transformer, params, jnp.dtype(program.dtype))
     tokens, text = math.prod(inputs["img"].shape[1:3]), inputs["txt"].shape[1]
-    asked = model.embed(*arguments(config, inputs), collect=tokens + text)
+    size = inputs["txt"].shape[0]
+    every = tuple(jnp.tile(jnp.arange(count), (size, 1)) for count in (tokens, text))
+    asked = model.embed(*arguments(config, inputs), tokens=every)
     _, report = model.run(*asked)
     loads, places, used = {}, {}, {}
     for kind, i, _, _ in _stacks(config):

@@ -43,18 +43,20 @@ def call_ffn(
     x: Float[Array, "b n d"],
     unmodulated: Float[Array, "b n d"],
     context: Context,
-    routed: Float[Array, "b n d"] | None,
+    name: str,
 ) -> tuple[Float[Array, "b n d"], FFNReport]:
-    """The FFN's output and report; only a gate reads more than x. `routed` is what the normal
-    experts added in an earlier step, where that is to be added again."""
+    """The output and report of the FFN of this name; only a gate reads more than x. What is known
+    of it, or asked of it, is in the context."""
     if isinstance(module, MoE):
-        y, report = module(x, unmodulated, context, routed)
+        y, report = module(x, unmodulated, context, context.known.routed.get(name))
     else:
         y, report = module(x), FFNReport()
-    if context.collect:
-        count = min(context.collect, x.shape[1])
-        spaced = jnp.linspace(0, x.shape[1] - 1, count).round().astype(int)
-        report = replace(report, inputs=x[:, spaced])
+    tokens = context.tokens_of(name)
+    if tokens is not None:
+        samples = jnp.arange(x.shape[0])[:, None]
+        report = replace(report, inputs=x[samples, tokens])
+        if name in context.known.probes:
+            y = y.at[samples, tokens].add(context.known.probes[name].astype(y.dtype))
     return y, report
 
 
@@ -90,13 +92,13 @@ class DoubleStreamBlock(nnx.Module):
         img = update(img, self.img_attn.proj(img_attn), img_mod1)
         norm = layer_norm(img)
         x = modulate(norm, img_mod2.shift, img_mod2.scale)
-        y, img_report = call_ffn(self.img_mlp, x, norm, context, known.routed.get("img_mlp"))
+        y, img_report = call_ffn(self.img_mlp, x, norm, context, "img_mlp")
         img = update(img, y, img_mod2)
 
         txt = update(txt, self.txt_attn.proj(txt_attn), txt_mod1)
         norm = layer_norm(txt)
         x = modulate(norm, txt_mod2.shift, txt_mod2.scale)
-        y, txt_report = call_ffn(self.txt_mlp, x, norm, context, known.routed.get("txt_mlp"))
+        y, txt_report = call_ffn(self.txt_mlp, x, norm, context, "txt_mlp")
         txt = update(txt, y, txt_mod2)
         return (img, txt), {"img_mlp": img_report, "txt_mlp": txt_report}
 
@@ -121,5 +123,5 @@ class SingleStreamBlock(nnx.Module):
         x_mod = modulate(norm, mod.shift, mod.scale)
         q, k, v = heads(self.qkv, x_mod, self.num_heads)
         attn = attend(self.norm.query_norm(q), self.norm.key_norm(k), v, context.pe)
-        y, report = call_ffn(self.mlp, x_mod, norm, context, known.routed.get("mlp"))
+        y, report = call_ffn(self.mlp, x_mod, norm, context, "mlp")
         return (x + mod.gate.astype(x.dtype) * (self.attn_out(attn) + y),), {"mlp": report}

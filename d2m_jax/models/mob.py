@@ -80,7 +80,8 @@ def run_chosen(
     known = jax.tree.map(lambda a: a.swapaxes(0, 1), known)
     pe = context.pe if pe_mapped else None
     each = context.top_k_each
-    samples = streams, context.vec, context.cond, chosen, weight, pe, known, each
+    asked = each, context.tokens
+    samples = streams, context.vec, context.cond, chosen, weight, pe, known, asked
     arguments = samples, params, None if pe_mapped else context.pe
     run = partial(_run_samples, run_block, context)
     streams, reports = on_own_part(run, arguments, (("batch",), BY_NAME, ()), ("batch",))
@@ -99,10 +100,11 @@ def _run_samples(
 
     @partial(jax.checkpoint, prevent_cse=False)
     def one(sample: tuple):
-        streams, vec, cond, chosen, weight, pe, known, each = sample
+        streams, vec, cond, chosen, weight, pe, known, asked = sample
         pe = jax.tree.map(lambda a: a[None], pe) if pe_of_all is None else pe_of_all
-        each = None if each is None else each[None]
-        mine = replace(context, vec=vec[None], cond=cond[None], pe=pe, top_k_each=each)
+        each, tokens = jax.tree.map(lambda a: a[None], asked)
+        own = {"vec": vec[None], "cond": cond[None], "pe": pe}
+        mine = replace(context, **own, top_k_each=each, tokens=tokens)
         streams = tuple(x[None] for x in streams)
 
         def step(streams: Streams, choice: tuple[Array, Array]):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from d2m_jax.config import FluxConfig, StackConfig
+from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
 from d2m_jax.models.experts import Experts
 from d2m_jax.models.layers import FFN, Linear32
 from d2m_jax.models.protocol import Context, FFNReport, Routing
@@ -41,7 +41,7 @@ class MoE(nnx.Module):
         if routed is None and k > 0:
             with jax.named_scope("gate"):
                 logits = self.logits(x, unmodulated, context.vec)
-                probability, chosen, weight = self.route(logits, k, each)
+                probability, chosen, weight = route(self.config, logits, k, each)
             with jax.named_scope("experts"):
                 routed = self.scale[...].astype(x.dtype) * self.experts(x, chosen, weight)
             load = jax.nn.one_hot(chosen, self.config.experts).sum((1, 2))
@@ -65,34 +65,35 @@ class MoE(nnx.Module):
         cond = self.gate_cond(jax.nn.silu(vec.astype(jnp.float32)))[:, None]
         return self.gate(unmodulated) + cond
 
-    def route(
-        self, logits: Float[Array, "b n e"], k: int, each: Int[Array, " b"] | None = None
-    ) -> tuple[Float[Array, "b n e"], Int[Array, "b n k"], Float[Array, "b n k"]]:
-        """Probabilities over experts (for balance), the chosen experts, and their weights.
 
-        "renormalised": k'·s_i / Σ_{top k'} s with s = softmax and k' the number of experts that
-        train, so that a uniform gate gives every weight 1, and an expert weighs the same whatever
-        k is. "softmax": n·s_i, "sigmoid": 2·sigmoid, scaled likewise to 1 at zero logits. Where
-        `each` is given, a sample has that many of the k, and n stands for no expert.
-        """
-        probability, trained = jax.nn.softmax(logits, axis=-1), self.config.trained
-        top, chosen = jax.lax.top_k(logits, max(k, trained))
-        whole = jax.nn.logsumexp(top[..., :trained], axis=-1, keepdims=True)
-        top, chosen = top[..., :k], chosen[..., :k]
-        p = jnp.take_along_axis(probability, chosen, axis=-1)
-        if self.config.gate == "renormalised":
-            weight = trained * jnp.exp(top - whole)
-            if trained == 1:
-                # Whatever the logits, the first weighs 1: they learn straight through, as the
-                # router of a Mixture of Blocks does (models/mob.py).
-                first = 1 + (p[..., :1] - jax.lax.stop_gradient(p[..., :1]))
-                weight = jnp.concatenate([first, weight[..., 1:]], axis=-1)
-        elif self.config.gate == "softmax":
-            weight = logits.shape[-1] * p
-        else:
-            weight = 2 * jax.nn.sigmoid(top)
-        if each is not None:
-            runs = jnp.arange(k) < each[:, None, None]
-            chosen = jnp.where(runs, chosen, logits.shape[-1])
-            weight = jnp.where(runs, weight, 0)
-        return probability, chosen, weight
+def route(
+    config: MoEConfig, logits: Float[Array, "b n e"], k: int, each: Int[Array, " b"] | None = None
+) -> tuple[Float[Array, "b n e"], Int[Array, "b n k"], Float[Array, "b n k"]]:
+    """Probabilities over experts (for balance), the chosen experts, and their weights.
+
+    "renormalised": k'·s_i / Σ_{top k'} s with s = softmax and k' the number of experts that
+    train, so that a uniform gate gives every weight 1, and an expert weighs the same whatever
+    k is. "softmax": n·s_i, "sigmoid": 2·sigmoid, scaled likewise to 1 at zero logits. Where
+    `each` is given, a sample has that many of the k, and n stands for no expert.
+    """
+    probability, trained = jax.nn.softmax(logits, axis=-1), config.trained
+    top, chosen = jax.lax.top_k(logits, max(k, trained))
+    whole = jax.nn.logsumexp(top[..., :trained], axis=-1, keepdims=True)
+    top, chosen = top[..., :k], chosen[..., :k]
+    p = jnp.take_along_axis(probability, chosen, axis=-1)
+    if config.gate == "renormalised":
+        weight = trained * jnp.exp(top - whole)
+        if trained == 1:
+            # Whatever the logits, the first weighs 1: they learn straight through, as the
+            # router of a Mixture of Blocks does (models/mob.py).
+            first = 1 + (p[..., :1] - jax.lax.stop_gradient(p[..., :1]))
+            weight = jnp.concatenate([first, weight[..., 1:]], axis=-1)
+    elif config.gate == "softmax":
+        weight = logits.shape[-1] * p
+    else:
+        weight = 2 * jax.nn.sigmoid(top)
+    if each is not None:
+        runs = jnp.arange(k) < each[:, None, None]
+        chosen = jnp.where(runs, chosen, logits.shape[-1])
+        weight = jnp.where(runs, weight, 0)
+    return probability, chosen, weight

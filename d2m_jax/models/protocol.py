@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar, no_type_check
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 T = TypeVar("T")
@@ -28,6 +29,8 @@ class Known:
     modulations: dict[str, Float[Array, "*s b o"]] = field(default_factory=dict)
     # By the name of an FFN: what its normal experts added in an earlier step.
     routed: dict[str, Float[Array, "*s b n d"]] = field(default_factory=dict)
+    # By the name of an FFN: what to add to its output at Context.tokens; zeros, to be derived by.
+    probes: dict[str, Float[Array, "*s b t d"]] = field(default_factory=dict)
     # Of a Mixture of Blocks, whether a block ran in that step: no router is asked again.
     used: Float[Array, "*g b m"] | None = None
 
@@ -35,6 +38,7 @@ class Known:
         return Known(
             self.modulations | other.modulations,
             self.routed | other.routed,
+            self.probes | other.probes,
             self.used if other.used is None else other.used,
         )
 
@@ -52,9 +56,18 @@ class Context:
     text_tokens: int
     top_k: int | None = None  # normal experts per token; None: the config's
     top_k_each: Int[Array, " b"] | None = None  # those of each sample, top_k at most; None: top_k
-    collect: int = 0  # FFN inputs to report per sample, for calibration
+    # Of each sample, the image and the text tokens whose FFN inputs are reported; None: of none.
+    tokens: tuple[Int[Array, "b p"], Int[Array, "b q"]] | None = None
     keep_routed: bool = False  # whether to report what the normal experts added
     known: Known = NOTHING  # of the block that reads it
+
+    def tokens_of(self, ffn: str) -> Int[Array, "b t"] | None:
+        """Context.tokens, counted as an FFN of this name does."""
+        if self.tokens is None:
+            return None
+        image, text = self.tokens
+        both = jnp.concatenate([text, self.text_tokens + image], axis=1)
+        return {"img_mlp": image, "txt_mlp": text}.get(ffn, both)
 
 
 @no_type_check
@@ -75,7 +88,7 @@ class FFNReport:
 
     routing: Routing | None = None  # None: dense, or no normal expert ran
     routed: Float[Array, "*s b n d"] | None = None  # what these added, under Context.keep_routed
-    inputs: Float[Array, "*s b t d"] | None = None  # evenly spaced tokens, under Context.collect
+    inputs: Float[Array, "*s b t d"] | None = None  # at Context.tokens; of text before image
 
 
 @no_type_check

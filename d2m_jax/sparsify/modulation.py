@@ -12,6 +12,7 @@ from d2m_jax.config import FluxConfig
 from d2m_jax.sharding import whole
 
 MODULATIONS = {"double": ("img_mod", "txt_mod"), "single": ("modulation",)}
+UNSEEN = 1e-4  # of the mean variance, what a direction has that calibration did not see
 COMPARED = 256  # calibration vectors that the error is measured on
 
 
@@ -20,18 +21,27 @@ def low_rank(
 ) -> tuple[FluxConfig, dict, float]:
     """The model with modulations of this rank, and their outputs' relative error on `cond`.
 
-    The basis P [D, r] holds the first principal directions of `cond`. c W + b becomes
-    (mean + (c − mean) P Pᵀ) W + b: a block's factor is Pᵀ W, and its bias takes up what P loses
-    of the mean. Rank D loses nothing.
+    c W + b of every block becomes (mean + (c − mean) P Q) W + b, P [D, r] for all blocks, Q W a
+    block's factor; its bias takes up what is lost of the mean. With C the covariance of `cond` and
+    M = Σ W Wᵀ over all blocks, P and Q lose least of the outputs, E ‖(c − mean)(1 − P Q) W‖²
+    (reduced-rank regression): for U the first eigenvectors of C^½ M C^½, P = C^-½ U and
+    Q = Uᵀ C^½. Principal directions of `cond` alone would not know what blocks read of it. Rank D
+    loses nothing.
     """
     config = replace(config, modulation_rank=rank)
     cond = cond.astype(np.float64)
     mean = cond.mean(0)
-    _, directions = np.linalg.eigh(np.cov(cond.T, bias=True))
-    basis = directions[:, ::-1][:, :rank]
-    rest = mean - basis @ (basis.T @ mean)
+    lins = [
+        stack["block"][name]["lin"]
+        for kind, names in MODULATIONS.items()
+        for stack in params[kind].values()
+        for name in names
+    ]
+    read = sum(_gram(whole(lin["kernel"])) for lin in lins)
+    basis, back = _regression(np.cov(cond.T, bias=True), read, rank)
+    rest = mean - (mean @ basis) @ back
     compared = cond[:: -(-len(cond) // COMPARED)]
-    lost = compared - mean - (compared - mean) @ basis @ basis.T
+    lost = compared - mean - ((compared - mean) @ basis) @ back
 
     error = total = 0.0
     params = dict(params)
@@ -48,10 +58,32 @@ def low_rank(
                 old = compared.astype(np.float32) @ kernel + bias[..., None, :]
                 total += np.square(old).sum(dtype=np.float64)
                 small = {
-                    "kernel": basis.T.astype(np.float32) @ kernel,
+                    "kernel": back.astype(np.float32) @ kernel,
                     "bias": bias + rest.astype(np.float32) @ kernel,
                 }
                 small = {part: value.astype(lin[part].dtype) for part, value in small.items()}
                 stack["block"][name] = {"lin": small}
     params["modulation_basis"] = {"kernel": basis.astype(np.float32)}
     return config, params, float(np.sqrt(error / max(total, 1e-30)))
+
+
+def _gram(kernel: Float[np.ndarray, "g m d o"]) -> Float[np.ndarray, "d d"]:
+    """Σ W Wᵀ of the blocks of a stack, one after the other: a stack of FLUX.1's is 14 GB."""
+    total = np.zeros((kernel.shape[-2],) * 2)
+    for layer in np.ndindex(kernel.shape[:2]):
+        own = kernel[layer].astype(np.float32)
+        total += own @ own.T
+    return total
+
+
+def _regression(
+    covariance: Float[np.ndarray, "d d"], read: Float[np.ndarray, "d d"], rank: int
+) -> tuple[Float[np.ndarray, "d r"], Float[np.ndarray, "r d"]]:
+    """P and Q of `low_rank`. Directions that calibration never saw keep a little weight, so that
+    the square root has an inverse."""
+    values, vectors = np.linalg.eigh(covariance)
+    root = np.sqrt(np.maximum(values, 0) + UNSEEN * max(values.mean(), 1e-30))
+    half = (vectors * root) @ vectors.T
+    _, directions = np.linalg.eigh(half @ read @ half)
+    chosen = directions[:, ::-1][:, :rank]
+    return (vectors / root) @ (vectors.T @ chosen), chosen.T @ half

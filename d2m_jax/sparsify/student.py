@@ -5,17 +5,20 @@ from dataclasses import replace
 from itertools import groupby, islice
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 from d2m_jax.config import FluxConfig, ModelConfig, SparsifyConfig, check
 from d2m_jax.keys import named_generator, named_key
 from d2m_jax.models.blocks import FFNS
 from d2m_jax.sharding import whole
-from d2m_jax.sparsify import importance
+from d2m_jax.sparsify import importance, sensitivity
 from d2m_jax.sparsify.experts import make_moe
 from d2m_jax.sparsify.groups import KINDS, align, aligned, shapes
 from d2m_jax.sparsify.importance import Noisy
 from d2m_jax.sparsify.modulation import low_rank
 from d2m_jax.sparsify.prune import prune
+from d2m_jax.sparsify.refit import refit
 
 
 def make_student(
@@ -38,11 +41,16 @@ def make_student(
     batches = list(islice(batches, sparsify.batches))
     check(len(batches) > 0, "calibration: expected at least one batch, found none")
     key = named_key(seed, "calibration")
-    measured = importance.calibrate(config, params, batches, noisy, key, sparsify.tokens)
+    want = wanted(sparsify)
+    measured = importance.calibrate(
+        config, params, batches, noisy, key, sparsify.tokens, sparsify.text_share, want
+    )
     say(f"calibrated on {len(batches)} batches")
 
     if sparsify.shared == "taylor":
         scores = measured.taylor
+    elif sparsify.shared == "sensitivity":
+        scores = {}  # of each FFN when its turn comes
     elif sparsify.shared == "magnitude":
         scores = importance.magnitude(params)
     else:
@@ -55,24 +63,54 @@ def make_student(
                 continue
             block = dict(params[kind][i]["block"])
             for name in FFNS[kind]:
-                ffn, mine = jax.tree.map(whole, block[name]), scores[kind][i][name]
+                ffn, moe = jax.tree.map(whole, block[name]), None
+                seen = measured.inputs[kind][i][name]
+                if sparsify.shared == "sensitivity":
+                    mine = sensitivity.scores(ffn, seen, measured.sensitivity[kind][i][name])
+                else:
+                    mine = scores[kind][i][name]
                 if sparsify.method == "prune":
                     block[name] = prune(ffn, mine, student.ffn_width(stack))
                 else:
-                    seen = measured.inputs[kind][i][name]
-                    generator = named_generator(seed, f"{kind}.{i}.{name}")
+                    moe, generator = student.moe, named_generator(seed, f"{kind}.{i}.{name}")
                     block[name] = make_moe(ffn, mine, seen, student, stack, sparsify, generator)
+                if sparsify.refit != "none":
+                    weighed = sparsify.refit == "weighted"
+                    weights = measured.sensitivity[kind][i][name] if weighed else None
+                    alone = sparsify.refit == "bias"
+                    block[name], gain = refit(block[name], ffn, seen, weights, moe, alone)
+                    _add_bias(block, name, gain)
             made[kind][i] = {"block": block}
     if sparsify.method == "moe":
-        say(f"experts: shared {sparsify.shared}, deal {sparsify.deal}, gate {sparsify.gate}")
+        said = f"experts: shared {sparsify.shared}, deal {sparsify.deal}, gate {sparsify.gate}"
+        say(f"{said}, refit {sparsify.refit}")
     else:
-        say(f"pruned to {sparsify.mlp_ratio}, by {sparsify.shared}")
+        say(f"pruned to {sparsify.mlp_ratio}, by {sparsify.shared}, refit {sparsify.refit}")
 
     if sparsify.modulation_rank is not None:
         rank = sparsify.modulation_rank
         student, made, error = low_rank(student, made, measured.cond, rank)
         say(f"modulation of rank {rank}: relative error {error:.1e}")
     return replace(teacher, transformer=student), made
+
+
+def wanted(sparsify: SparsifyConfig) -> tuple[str, ...]:
+    """What this cut needs of importance.calibrate."""
+    taylor = ("taylor",) if sparsify.shared == "taylor" else ()
+    sensitive = sparsify.shared == "sensitivity" or sparsify.refit == "weighted"
+    return taylor + (("sensitivity",) if sensitive else ())
+
+
+def _add_bias(block: dict, name: str, gain: Float[np.ndarray, "g m d"]) -> None:
+    """What an FFN's output bias gains; a single block's is that of its attention."""
+    if "out_layer" in block[name]:
+        place = block[name]["out_layer"]
+    else:
+        place = block[name]["shared"]["out_layer"]
+    if "bias" not in place:
+        place = block["attn_out"] = dict(block["attn_out"])
+    bias = whole(place["bias"])
+    place["bias"] = (bias.astype(np.float32) + gain).astype(bias.dtype)
 
 
 def student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
@@ -107,6 +145,13 @@ def student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
         or sparsify.moe.router_input == "modulated",
         "SparsifyConfig.gate = fitted: calibration holds modulated inputs alone, expected"
         f" MoEConfig.router_input = modulated, found {sparsify.moe.router_input}",
+    )
+    check(
+        sparsify.method == "prune"
+        or sparsify.refit == "none"
+        or sparsify.moe.router_input == "modulated",
+        f"SparsifyConfig.refit = {sparsify.refit}: calibration holds modulated inputs alone,"
+        f" expected MoEConfig.router_input = modulated, found {sparsify.moe.router_input}",
     )
     for kind in KINDS:
         start, body = 0, []

@@ -2,7 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d2m_jax.keys import inner_key
 from d2m_jax.models.flux import model_of
+from d2m_jax.sparsify import importance
 from d2m_jax.sparsify.importance import calibrate, magnitude
 
 
@@ -49,9 +51,11 @@ def test_taylor_is_weight_times_gradient_per_neuron(small, calibration):
 
 
 def test_inputs_are_what_the_ffns_read(small, calibration):
+    """At positions that are other ones in every sample."""
     shapes = jax.tree.map(np.shape, calibration.inputs)
-    assert shapes["double"][0] == {"img_mlp": (2, 1, 96, 32), "txt_mlp": (2, 1, 48, 32)}
+    assert shapes["double"][0] == {"img_mlp": (2, 1, 72, 32), "txt_mlp": (2, 1, 24, 32)}
     assert shapes["single"][0] == {"mlp": (4, 1, 96, 32)}
+    assert shapes == jax.tree.map(np.shape, calibration.sensitivity)
 
     key = jax.random.split(jax.random.fold_in(jax.random.key(0), 2), 3)[0]
     inputs, _ = small.noisy(small.batches(3)[2], key)
@@ -59,14 +63,59 @@ def test_inputs_are_what_the_ffns_read(small, calibration):
     @jax.jit
     def report(params, inputs):
         model = model_of(small.config, params)
-        return model.run(*model.embed(*inputs, collect=11))[1]
+        every = tuple(jnp.tile(jnp.arange(n), (8, 1)) for n in (9, 2))
+        return model.run(*model.embed(*inputs, tokens=every))[1]
 
-    report = report(small.params, inputs)
-    read = np.asarray(report["single"][0].ffns["mlp"].inputs)[3, 0].reshape(-1, 32)
-    drawn = calibration.inputs["single"][0]["mlp"][3, 0, -32:]  # of the last batch
-    distance = np.abs(drawn[:, None] - read[None]).max(-1)
-    assert (distance.min(1) < 1e-4).all()
-    assert len(set(distance.argmin(1))) == 32, "the same token twice"
+    found = report(small.params, inputs)
+    for kind, name in (("double", "img_mlp"), ("single", "mlp")):
+        read = np.asarray(found[kind][0].ffns[name].inputs)[-1, 0]  # [batch, tokens, D]
+        drawn = calibration.inputs[kind][0][name][-1, 0].reshape(24, -1, 32)[-8:]
+        distance = np.abs(drawn[:, :, None] - read[:, None]).max(-1)
+        assert (distance.min(-1) < 1e-4).all()
+        places = distance.argmin(-1)
+        assert all(len(set(row[-3:])) == 3 for row in places.tolist()), "the same token twice"
+        assert len(set(places[:, -1].tolist())) > 2, "the same tokens of every sample"
+
+
+def test_positions_are_other_ones_in_every_sample():
+    image, text = importance._positions(jax.random.key(0), (50, 9, 6), (4, 8))
+    assert image.shape == (50, 4) and text.shape == (50, 6)
+    for drawn in np.asarray(image).tolist() + np.asarray(text).tolist():
+        assert len(set(drawn)) == len(drawn)
+    # no diagonal of the grid: every place is drawn about equally often
+    assert np.bincount(np.asarray(image).ravel(), minlength=9).min() > 10
+
+
+def test_sensitivity_is_the_squared_gradient_of_a_projection(small):
+    """Of the last block, whose output enters the last layer times a gate that is known."""
+    batch = jax.tree.map(lambda a: a[:1], small.batches(1)[0])
+    key = jax.random.key(4)
+    found = calibrate(
+        small.config, small.params, [batch], small.noisy, key, tokens=12, want=("sensitivity",)
+    )
+    assert found.taylor == {}
+    # The last block adds gate · y to its stream, so ∂v/∂y is known: v = last(x + gate · y).
+    inputs, _ = small.noisy(batch, jax.random.split(jax.random.fold_in(key, 0), 3)[0])
+    model = model_of(small.config, jax.tree.map(jnp.asarray, small.params))
+    streams, context = model.embed(*inputs)
+    streams, _ = model.double[0](streams, context)
+    streams = (jnp.concatenate([streams[1], streams[0]], axis=1),)
+    params = small.params["single"][0]["block"]["modulation"]["lin"]
+    gate = jax.nn.silu(context.vec) @ params["kernel"][3, 0] + params["bias"][3, 0]
+    gate = gate[0, 64:]
+    end, _ = model.single[0](streams, context)
+    batch_key = jax.random.fold_in(key, 0)
+    expected = np.zeros((11, 32))
+    velocity, back = jax.vjp(lambda x: model.final((x,), context), end[0])
+    for i in range(importance.PROJECTIONS):
+        u = jax.random.normal(inner_key(batch_key, f"projection {i}"), velocity.shape)
+        expected += np.square(np.asarray(back(u)[0])[0] * gate) / importance.PROJECTIONS
+    drawn = jax.random.split(batch_key, 3)[1]
+    image, text = importance._positions(drawn, (1, 9, 2), (9, 3))
+    places = np.concatenate([np.asarray(text)[0], 2 + np.asarray(image)[0]])
+    got = found.sensitivity["single"][0]["mlp"][3, 0]
+    np.testing.assert_allclose(got, expected[places], rtol=1e-3, atol=1e-6)
+    assert (got[:2] == 0).all(), "the last block's text reaches no velocity"
 
 
 def test_cond_spreads_over_guidance(small, calibration):

@@ -27,3 +27,22 @@ def test_a_basis_of_the_right_size_loses_nothing(small):
     before = cond @ old["kernel"][2, 0] + old["bias"][2, 0]
     after = cond @ params["modulation_basis"]["kernel"] @ new["kernel"][2, 0] + new["bias"][2, 0]
     np.testing.assert_allclose(after, before, atol=1e-4)
+
+
+def test_the_basis_loses_least_of_the_outputs(small):
+    """As much as the best matrices of the rank do, which singular values tell."""
+    rng = generator(1)
+    cond = (1 + rng.standard_normal((64, 32)) / np.arange(1, 33)).astype(np.float32)
+    kernels, biases = [], []
+    for kind, stream in (("double", "img_mod"), ("double", "txt_mod"), ("single", "modulation")):
+        lin = small.params[kind][0]["block"][stream]["lin"]
+        kernels += list(lin["kernel"][:, 0].astype(np.float64))
+        biases += list(lin["bias"][:, 0])
+    kernel, bias = np.concatenate(kernels, 1), np.concatenate(biases)
+    centred = cond - cond.mean(0, dtype=np.float64)
+    values = np.linalg.svd(centred @ kernel, compute_uv=False)
+    whole = np.linalg.norm(cond @ kernel + bias)
+    for rank in (2, 5, 12):
+        error = low_rank(small.config, small.params, cond, rank)[2]
+        best = np.linalg.norm(values[rank:]) / whole
+        assert 0.999 * best < error < 1.02 * best, rank

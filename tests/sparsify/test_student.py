@@ -12,11 +12,17 @@ UNMODULATED = MoEConfig(router_input="unmodulated")
 SMALL = SparsifyConfig(batches=3, batch_size=8, tokens=96)
 
 
-def make(small, sparsify, seed=0, **changes):
+def make(small, sparsify, seed=0, batches=None, **changes):
     teacher = ModelConfig(transformer=replace(small.config, **changes))
     lines = []
     made = make_student(
-        teacher, small.params, sparsify, small.batches(4), small.noisy, seed, lines.append
+        teacher,
+        small.params,
+        sparsify,
+        batches or small.batches(4),
+        small.noisy,
+        seed,
+        lines.append,
     )
     assert lines
     return made[0].transformer, made[1]
@@ -34,8 +40,10 @@ def same(a, b):
         replace(SMALL, deal="rank", gate="random", shared="magnitude"),
         replace(SMALL, shared="random", modulation_rank=5, gate="random", moe=UNMODULATED),
         replace(SMALL, method="prune"),
+        replace(SMALL, shared="sensitivity", refit="weighted"),
+        replace(SMALL, method="prune", shared="sensitivity", refit="bias"),
     ],
-    ids=["fitted", "paper", "unmodulated", "pruned"],
+    ids=["fitted", "paper", "unmodulated", "pruned", "refit", "pruned, bias"],
 )
 def test_student_is_whole_and_the_seed_decides(small, sparsify):
     config, params = make(small, sparsify)
@@ -84,6 +92,17 @@ def test_pruned_student_is_the_teacher_without_its_worst_neurons(small):
     np.testing.assert_allclose(small.velocity(config, params), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["moe", "prune"])
+def test_a_refit_student_is_nearer_its_teacher(small, method):
+    """Its biases land where the model reads them: of single blocks, with the attention's."""
+    wanted, errors = small.velocity(small.config, small.params), []
+    for refit in ("none", "bias", "plain"):
+        cut = replace(SMALL, method=method, refit=refit, shared="sensitivity", tokens=2000)
+        config, params = make(small, replace(cut, batches=20), batches=small.batches(20))
+        errors.append(float(np.square(small.velocity(config, params) - wanted).mean()))
+    assert errors[0] > errors[1] > errors[2], errors
+
+
 def test_routed_scale_starts_where_asked(small):
     _, params = make(small, replace(SMALL, routed_scale=0.25))
     assert (params["single"][0]["block"]["mlp"]["scale"] == 0.25).all()
@@ -98,6 +117,7 @@ def test_routed_scale_starts_where_asked(small):
         (replace(SMALL, modulation_rank=33), {}, "modulation_rank = 33"),
         (replace(SMALL, modulation_rank=4), {"modulation_rank": 8}, "rank = 4: the teacher"),
         (replace(SMALL, moe=UNMODULATED), {}, "SparsifyConfig.gate = fitted"),
+        (replace(SMALL, moe=UNMODULATED, gate="random", refit="bias"), {}, "refit = bias: cal"),
     ],
 )
 def test_contradictions_are_told_before_any_work(small, sparsify, changes, message):
