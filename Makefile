@@ -20,8 +20,8 @@ test: $(INSTALLED)-test
 # Tests of numbers as on other machines: fewer instructions, whose programs have a cache of their
 # own, fewer cores; each with toy models of its own.
 NUMERICAL := $(addprefix tests/,kernels models sparsify distill sampling test_flow.py \
-  test_flux_end_to_end.py training/test_loop.py weights/test_torch_import.py \
-  weights/test_sparse_export.py weights/test_autoencoder_keys.py)
+  test_flux_end_to_end.py training/test_loop.py weights/torch_files/test_torch_import.py \
+  weights/torch_files/test_sparse_export.py weights/keys/test_autoencoder_keys.py)
 PYTEST_NUMERICAL = $(BIN)/python -m pytest -n auto --dist loadfile $(NUMERICAL)
 
 test-elsewhere: $(INSTALLED)-test

@@ -63,7 +63,8 @@ def main(arguments: Sequence[str]) -> None:
         },
     )
     # Imported once the arguments are right: help and errors need not wait for jax.
-    from d2m_jax.sampling import grid, pipeline
+    from d2m_jax import grid
+    from d2m_jax.sampling import pipeline
     from d2m_jax.sharding import make_mesh
 
     prompts = prompts_of(parsed)
@@ -80,8 +81,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def prompts_of(parsed: Arguments) -> list[str]:
     """Prompts of the command line and of the file; what is wrong is found before sampling."""
-    from d2m_jax.weights.hub import check_folder_name
-    from d2m_jax.weights.output import check_writable
+    from d2m_jax.output import check_writable
+    from d2m_jax.weights.files.hub import check_folder_name
 
     prompts = list(parsed.prompt)
     if parsed.prompts is not None:

@@ -62,8 +62,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     # Imported once the arguments are right: help and errors need not wait for jax.
     if parsed.plan:
+        from d2m_jax.output import check_writable
         from d2m_jax.planning.dry_run import dry_run
-        from d2m_jax.weights.output import check_writable
 
         if parsed.output is not None:
             check_writable(parsed.output)
@@ -73,11 +73,11 @@ def main(arguments: Sequence[str]) -> None:
     from d2m_jax import hosts
     from d2m_jax.config import to_json
     from d2m_jax.cores import use_cores
+    from d2m_jax.output import full_disk
     from d2m_jax.report import write
     from d2m_jax.report.check import check_report
     from d2m_jax.training import lock, run
-    from d2m_jax.weights.hub import check_folder_name
-    from d2m_jax.weights.output import full_disk
+    from d2m_jax.weights.files.hub import check_folder_name
 
     run_directory = parsed.run_dir or Path("runs") / parsed.config.name
     check_folder_name(run_directory)

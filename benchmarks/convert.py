@@ -24,9 +24,9 @@ from timing import finish, parser, table
 
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.flux import abstract
-from d2m_jax.weights import flux_keys, key_table
+from d2m_jax.named_arrays import sizes
 from d2m_jax.weights.convert import convert
-from d2m_jax.weights.named_arrays import sizes
+from d2m_jax.weights.keys import flux_keys, key_table
 
 
 def zeros(file: Path, doubles: int, singles: int) -> int:

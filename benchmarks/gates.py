@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from d2m_jax.config import SparsifyConfig
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.encoders import Encoders
 from d2m_jax.evaluate.icons import task_of
-from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sparsify import importance
 from d2m_jax.sparsify.student import make_student
-from d2m_jax.weights import model_directory
+from d2m_jax.weights.directory import model_directory
 
 TEACHER, TOP_K = "teachers/icons", 2
 RECIPES = (("clustered", "fitted"), ("rank", "fitted"), ("rank", "random"), ("random", "fitted"))

@@ -18,11 +18,11 @@ import numpy as np
 from d2m_jax.config import FluxConfig
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.encoders import Encoders
 from d2m_jax.evaluate.icons import task_of
 from d2m_jax.models.flux import model_of
-from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sparsify.modulation import MODULATIONS, low_rank
-from d2m_jax.weights import model_directory
+from d2m_jax.weights.directory import model_directory
 
 RANKS = (2, 4, 8, 16, 32, 64)
 

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from d2m_jax.config import ModelConfig, MoEConfig
 from d2m_jax.data import icons
 from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.encoders import Encoders
 from d2m_jax.evaluate.icons import task_of
 from d2m_jax.models.flux import model_of
-from d2m_jax.sampling.encoders import Encoders
-from d2m_jax.weights import model_directory
+from d2m_jax.weights.directory import model_directory
 
 TEACHER, TOP_KS, BATCHES = "teachers/icons", (0, 1, 2, 4, 8, 12), 4
 

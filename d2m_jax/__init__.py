@@ -18,7 +18,7 @@ def __getattr__(name: str):
 
         return load_pipeline
     if name == "load_model":
-        from d2m_jax.weights.torch_import import load_model
+        from d2m_jax.weights.torch_files.torch_import import load_model
 
         return load_model
     from d2m_jax.config import suggestion

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from d2m_jax import encoders
 from d2m_jax.config import (
     CacheConfig,
     ConfigError,
@@ -23,7 +24,6 @@ from d2m_jax.data import cache
 from d2m_jax.data.images import Images
 from d2m_jax.data.source import open_data
 from d2m_jax.models.words import Words
-from d2m_jax.sampling import encoders
 from d2m_jax.training import run
 from d2m_jax.weights import convert, load_config
 from tests.sampling.flux_oracle import tiny_pipeline

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from d2m_jax import encoders
 from d2m_jax.config import (
     CacheConfig,
     GroupsConfig,
@@ -18,7 +19,6 @@ from d2m_jax.config import (
 from d2m_jax.data import generate
 from d2m_jax.evaluate import latency
 from d2m_jax.report import write
-from d2m_jax.sampling import encoders
 from d2m_jax.sampling.pipeline import load_pipeline, noise
 from d2m_jax.training import run
 from d2m_jax.weights import convert, load_config

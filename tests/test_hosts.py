@@ -22,9 +22,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, StackConfig
 from d2m_jax.models.flux import abstract
+from d2m_jax.named_arrays import fingerprint, names
 from d2m_jax.training.checkpoint import Checkpoints
-from d2m_jax.weights import model_directory
-from d2m_jax.weights.named_arrays import fingerprint, names
+from d2m_jax.weights.directory import model_directory
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 300  # seconds after which processes that hang are killed; free cores need ten

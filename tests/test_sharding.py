@@ -15,6 +15,7 @@ from d2m_jax import sharding
 from d2m_jax.config import ConfigError, FluxConfig, MeshConfig, MoEConfig, StackConfig
 from d2m_jax.kernels.quantized import quantized
 from d2m_jax.models.flux import abstract
+from d2m_jax.named_arrays import names
 from d2m_jax.sharding import (
     AXES,
     PARAMETERS,
@@ -25,7 +26,6 @@ from d2m_jax.sharding import (
     make_mesh,
     replicated,
 )
-from d2m_jax.weights.named_arrays import names
 
 DEVICES = jax.device_count()
 NAMES = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")

@@ -1,7 +1,7 @@
 """Everything a run needs, as frozen dataclasses: their checks and their JSON form."""
 
 from d2m_jax.config.data import CacheConfig, DataConfig, IconsConfig, ImagesConfig
-from d2m_jax.config.errors import ConfigError, at_path, check, suggestion
+from d2m_jax.config.errors import SHOWN, ConfigError, at_path, check, listed, suggestion
 from d2m_jax.config.json_form import differences, from_json, to_json
 from d2m_jax.config.models import (
     AutoencoderConfig,
@@ -30,6 +30,7 @@ from d2m_jax.config.runs import (
 
 __all__ = [
     "ROOT",
+    "SHOWN",
     "AutoencoderConfig",
     "CLIPConfig",
     "CacheConfig",
@@ -58,6 +59,7 @@ __all__ = [
     "check",
     "differences",
     "from_json",
+    "listed",
     "suggestion",
     "teacher_path",
     "to_json",

@@ -3,8 +3,10 @@
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+SHOWN = 8  # names that `listed` tells
 
 
 class ConfigError(ValueError):
@@ -53,3 +55,9 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """`, did you mean …?` where a known name is near, else the empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return "; ".join(names[:SHOWN]) + more

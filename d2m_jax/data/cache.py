@@ -42,11 +42,11 @@ from d2m_jax.data.images import Example, Images
 from d2m_jax.data.making import Shard, TextFeatures
 from d2m_jax.data.records import BFLOAT16, Record
 from d2m_jax.data.sources.protocol import BadSample
-from d2m_jax.sampling.encoders import Encoders
+from d2m_jax.encoders import Encoders
+from d2m_jax.output import check_writable
 from d2m_jax.sharding import batch_shards, local_mesh
-from d2m_jax.weights import model_directory
-from d2m_jax.weights.hub import check_folder_name
-from d2m_jax.weights.output import check_writable
+from d2m_jax.weights.directory import model_directory
+from d2m_jax.weights.files.hub import check_folder_name
 
 MEGAPIXEL = 2**20  # pixels that each device encodes at once
 MOST = 32  # images that it does

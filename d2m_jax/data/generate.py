@@ -29,13 +29,13 @@ from d2m_jax.data.buckets import Size
 from d2m_jax.data.making import Shard, TextFeatures
 from d2m_jax.data.prompt_files import prompts_of
 from d2m_jax.data.records import BFLOAT16, Record
+from d2m_jax.grid import check_finite
 from d2m_jax.keys import named_generator
-from d2m_jax.sampling.grid import check_finite
+from d2m_jax.named_arrays import fingerprint
+from d2m_jax.output import check_writable
 from d2m_jax.sampling.pipeline import Pipeline, denoise_steps, load_pipeline, noise_of
 from d2m_jax.sharding import batch_shards, local_mesh
-from d2m_jax.weights.hub import check_folder_name
-from d2m_jax.weights.named_arrays import fingerprint
-from d2m_jax.weights.output import check_writable
+from d2m_jax.weights.files.hub import check_folder_name
 
 TOKENS = 4096  # of images that a device samples at once: one of 1024²
 MOST = 32  # images that it does

@@ -17,10 +17,10 @@ from d2m_jax.config import PromptsConfig
 from d2m_jax.data import records
 from d2m_jax.data.buckets import Size
 from d2m_jax.data.records import BFLOAT16, Record, shard_name, write_shard
+from d2m_jax.encoders import Encoders
 from d2m_jax.progress import bar
-from d2m_jax.sampling.encoders import Encoders
-from d2m_jax.sampling.tokenizers import Tokenizers
 from d2m_jax.sharding import batch_shards, local_mesh, put_batch
+from d2m_jax.tokenizers import Tokenizers
 
 # Bytes of a shard, about: what is lost at most when a process is killed takes a minute or two.
 SHARD = 500_000_000

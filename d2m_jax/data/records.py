@@ -21,7 +21,7 @@ import numpy as np
 
 from d2m_jax.config import ConfigError, ModelConfig, PromptsConfig, check, differences, to_json
 from d2m_jax.data.buckets import Size
-from d2m_jax.weights.output import new_file
+from d2m_jax.output import new_file
 
 FILE, EMPTY, SUFFIX = "cache.json", "empty.array_record", ".array_record"
 FORMAT = 1  # of this layout

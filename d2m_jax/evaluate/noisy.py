@@ -18,10 +18,10 @@ from d2m_jax import flow
 from d2m_jax.config import ModelConfig, RunConfig
 from d2m_jax.data.protocol import Data, Split
 from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.encoders import Encoders
 from d2m_jax.keys import named_key
 from d2m_jax.models.flux import model_of
 from d2m_jax.progress import bar
-from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sharding import batch_sharding, batch_shards, constrain, put_batch
 
 MOST = 32  # examples of one forward

@@ -28,6 +28,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.data.source import largest_size
 from d2m_jax.models.flux import abstract
+from d2m_jax.named_arrays import names, restructure
 from d2m_jax.planning import hardware
 from d2m_jax.planning.plan import plan, table
 from d2m_jax.sharding import (
@@ -41,8 +42,7 @@ from d2m_jax.sparsify.student import student_config
 from d2m_jax.training.optimizer import split
 from d2m_jax.training.run import check_stages, models_of, objective
 from d2m_jax.training.step import Step
-from d2m_jax.weights import model_directory
-from d2m_jax.weights.named_arrays import names, restructure
+from d2m_jax.weights.directory import model_directory
 
 
 def dry_run(

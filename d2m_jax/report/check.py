@@ -3,10 +3,10 @@
 from d2m_jax import hosts
 from d2m_jax.config import ModelConfig, RunConfig
 from d2m_jax.data.protocol import Data
+from d2m_jax.encoders import Encoders
 from d2m_jax.evaluate.benchmark import judge_of
 from d2m_jax.evaluate.noisy import examples
 from d2m_jax.report.measure import draws, mesh_of, prompt_counts, splits
-from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.sharding import batch_shards
 
 

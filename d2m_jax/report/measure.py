@@ -26,6 +26,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.data.protocol import Data, Prompt, Split
 from d2m_jax.data.source import open_data
+from d2m_jax.encoders import Encoders
 from d2m_jax.evaluate.benchmark import Judge, judge_of
 from d2m_jax.evaluate.noisy import (
     MOST,
@@ -38,14 +39,13 @@ from d2m_jax.evaluate.noisy import (
     velocities,
 )
 from d2m_jax.evaluate.scores import Score, Scores
+from d2m_jax.grid import to_image
+from d2m_jax.output import new_file
 from d2m_jax.report.rows import Row, Run
-from d2m_jax.sampling.encoders import Encoders
-from d2m_jax.sampling.grid import to_image
 from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.sharding import batch_shards, check_mesh, make_mesh, parameter_sharding
-from d2m_jax.weights import model_directory
-from d2m_jax.weights.encoders import parts
-from d2m_jax.weights.output import new_file
+from d2m_jax.weights.directory import model_directory
+from d2m_jax.weights.torch_files.diffusers_folder import parts
 
 SAMPLES = 12  # images that are kept: two of every category
 FEWEST = 12  # prompts that are scored: two of every category, for a standard error

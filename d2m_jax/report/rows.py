@@ -17,7 +17,7 @@ from d2m_jax.config import (
     from_json,
     teacher_path,
 )
-from d2m_jax.weights import model_directory
+from d2m_jax.weights.directory import model_directory
 
 TEACHER = "teacher"
 

@@ -22,6 +22,8 @@ from d2m_jax.config import (
     WordsConfig,
     check,
 )
+from d2m_jax.encoders import Encoders
+from d2m_jax.grid import Images, check_finite
 from d2m_jax.kernels.quantized import check_kind, quantized
 from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.models.parameters import unstacked
@@ -29,8 +31,6 @@ from d2m_jax.models.size import summary
 from d2m_jax.models.words import Words
 from d2m_jax.progress import bar
 from d2m_jax.sampling.denoise import Text, denoise
-from d2m_jax.sampling.encoders import Encoders
-from d2m_jax.sampling.grid import Images, check_finite
 from d2m_jax.sampling.options import captions_of, check_options, refuse_unknown, several
 from d2m_jax.sampling.pace import Pace
 from d2m_jax.sharding import (
@@ -43,8 +43,10 @@ from d2m_jax.sharding import (
     put_parameters,
     whole,
 )
-from d2m_jax.weights import hub, model_directory, torch_import
-from d2m_jax.weights.encoders import (
+from d2m_jax.weights.directory import model_directory
+from d2m_jax.weights.files import hub
+from d2m_jax.weights.torch_files import torch_import
+from d2m_jax.weights.torch_files.diffusers_folder import (
     FOLDERS,
     is_pipeline,
     model_config,

@@ -14,9 +14,9 @@ from orbax.checkpoint import checkpoint_managers
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, RunConfig, StageConfig, differences, from_json, to_json
+from d2m_jax.named_arrays import fingerprint, names, restructure
 from d2m_jax.training import lock
-from d2m_jax.weights import blocks
-from d2m_jax.weights.named_arrays import fingerprint, names, restructure
+from d2m_jax.weights.directory import orbax_blocks
 
 # What else a run leaves in its directory.
 OWN = {".config.json.new", "tensorboard", "samples", "evaluation", "report"}
@@ -117,7 +117,9 @@ class Checkpoints:
         state, damage = None, None
         try:
             # Not by the manager: it would wait for a process whose part is damaged.
-            state = restructure(like, blocks.read(self.directory / str(step) / "state", target))
+            state = restructure(
+                like, orbax_blocks.read(self.directory / str(step) / "state", target)
+            )
         except Exception as error:  # Orbax and tensorstore each have their own
             damage = _line(error)
         damage = next(filter(None, hosts.gather(damage)), None)

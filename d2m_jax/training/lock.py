@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError
-from d2m_jax.weights.output import check_writable, lives, machine
+from d2m_jax.output import check_writable, lives, machine
 
 try:
     import fcntl

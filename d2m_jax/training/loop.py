@@ -21,11 +21,11 @@ from d2m_jax.distill.fixed_times import OFFSETS, FixedTimes
 from d2m_jax.distill.fixed_times import metrics as at_fixed_times
 from d2m_jax.distill.objective import Objective
 from d2m_jax.keys import named_key
+from d2m_jax.named_arrays import fingerprint, shapes
 from d2m_jax.sharding import batch_shards, make_mesh, put_batch, put_parameters, put_whole
 from d2m_jax.training.checkpoint import Checkpoints
 from d2m_jax.training.metrics import Metrics, Window, matmul_peak
 from d2m_jax.training.step import Step, trained
-from d2m_jax.weights.named_arrays import fingerprint, shapes
 
 Batch = dict[str, Any]  # arrays, or trees of them, with the batch in front
 

@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 from tensorboardX.summary import histogram, image, scalar
 
 from d2m_jax import hosts
-from d2m_jax.weights.output import new_file
+from d2m_jax.output import new_file
 
 # When to warn, by the last part of a metric's name; distill/losses.py, `health`, says what each is.
 COLLAPSE = {

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from d2m_jax.config import ConfigError, OptimizerConfig, suggestion
-from d2m_jax.weights.named_arrays import names, restructure
+from d2m_jax.named_arrays import names, restructure
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from d2m_jax import hosts, progress
+from d2m_jax import grid, hosts, progress
 from d2m_jax.config import (
     ConfigError,
     ModelConfig,
@@ -31,10 +31,10 @@ from d2m_jax.data.source import open_data
 from d2m_jax.distill.fixed_times import fixed_times
 from d2m_jax.distill.objective import Objective
 from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
+from d2m_jax.encoders import Encoders
 from d2m_jax.models.accounting import flops_per_example
 from d2m_jax.models.flux import abstract, initialise
-from d2m_jax.sampling import grid
-from d2m_jax.sampling.encoders import Encoders
+from d2m_jax.named_arrays import names, restructure
 from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.sharding import (
     batch_shards,
@@ -50,9 +50,8 @@ from d2m_jax.sparsify.student import make_student, student_config
 from d2m_jax.training.checkpoint import open_run
 from d2m_jax.training.loop import check_batch, train_stage
 from d2m_jax.training.step import Step
-from d2m_jax.weights import model_directory
-from d2m_jax.weights.encoders import parts
-from d2m_jax.weights.named_arrays import names, restructure
+from d2m_jax.weights.directory import model_directory
+from d2m_jax.weights.torch_files.diffusers_folder import parts
 
 KEPT = "the last whole checkpoint is kept, start again to go on from it"
 

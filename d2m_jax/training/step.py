@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 from d2m_jax.config import StageConfig
 from d2m_jax.distill.fixed_times import TIMES, FixedTimes
 from d2m_jax.distill.objective import Means, Objective, remembered
+from d2m_jax.named_arrays import names, restructure
 from d2m_jax.sharding import parameter_shardings, replicated
 from d2m_jax.training.optimizer import make_optimizer, make_schedule, merge, select, split
-from d2m_jax.weights.named_arrays import names, restructure
 
 Tree = TypeVar("Tree")
 

@@ -9,11 +9,18 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from d2m_jax import hosts
+from d2m_jax import hosts, output
 from d2m_jax.config import ConfigError, ModelConfig, check
+from d2m_jax.named_arrays import names
 from d2m_jax.progress import bar
-from d2m_jax.weights import blocks, hub, lora, model_directory, output, torch_export, torch_import
-from d2m_jax.weights.encoders import (
+from d2m_jax.weights.directory import model_directory, orbax_blocks
+from d2m_jax.weights.directory.model_directory import ENCODERS
+from d2m_jax.weights.files import hub
+from d2m_jax.weights.keys.key_table import Parameter
+from d2m_jax.weights.lora import lora
+from d2m_jax.weights.lora.lora_differences import LowRank
+from d2m_jax.weights.torch_files import torch_export, torch_import
+from d2m_jax.weights.torch_files.diffusers_folder import (
     FOLDERS,
     INDEX,
     copy_encoders,
@@ -23,10 +30,6 @@ from d2m_jax.weights.encoders import (
     pipeline_folder,
     with_encoders,
 )
-from d2m_jax.weights.key_table import Parameter
-from d2m_jax.weights.lora_differences import LowRank
-from d2m_jax.weights.model_directory import ENCODERS
-from d2m_jax.weights.named_arrays import names
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -115,7 +118,7 @@ def _open(
     """Config and parameters by name, to be read block by block."""
     if model_directory.is_model_directory(source):
         config, tree = model_directory.load(source, dtype=dtype and jnp.dtype(dtype))
-        params = {name: blocks.parameter(array) for name, array in names(tree).items()}
+        params = {name: orbax_blocks.parameter(array) for name, array in names(tree).items()}
         exact = {name: param.astype(np.float32) for name, param in params.items()}
     else:
         folder = pipeline_folder(source)

@@ -25,8 +25,8 @@ import resvg_py
 
 from d2m_jax.config import ConfigError, check
 from d2m_jax.keys import named_generator
+from d2m_jax.output import new_file
 from d2m_jax.progress import bar
-from d2m_jax.weights.output import new_file
 
 STYLES = {"fluent-emoji-flat": "fluent", "noto": "noto"}  # an icon set's prefix → in captions
 TONE = re.compile(r"-(light|medium-light|medium|medium-dark|dark)$")

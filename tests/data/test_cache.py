@@ -29,8 +29,8 @@ from d2m_jax.data import cache, making, records
 from d2m_jax.data.cached import packed
 from d2m_jax.data.records import BFLOAT16, Record
 from d2m_jax.data.source import open_data
+from d2m_jax.encoders import Encoders
 from d2m_jax.models.words import Words
-from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.weights import convert, load_config
 from tests.models import toy
 

@@ -24,7 +24,7 @@ from d2m_jax.data.source import largest_size, open_data
 from d2m_jax.models.flux import initialise
 from d2m_jax.models.words import Words
 from d2m_jax.sampling.pipeline import Pipeline
-from d2m_jax.weights import model_directory
+from d2m_jax.weights.directory import model_directory
 from tests.models import toy
 
 MODEL = ModelConfig(

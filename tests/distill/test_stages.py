@@ -18,8 +18,8 @@ from d2m_jax.config import (
     WordsConfig,
 )
 from d2m_jax.distill import stages
+from d2m_jax.encoders import Encoders
 from d2m_jax.models.flux import model_of
-from d2m_jax.sampling.encoders import Encoders
 from tests.models import toy
 from tests.models.oracle import operations
 from tests.seed import generator

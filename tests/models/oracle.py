@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
-from d2m_jax.weights.key_table import check_fit, parameters
-from d2m_jax.weights.named_arrays import names, restructure
+from d2m_jax.named_arrays import names, restructure
+from d2m_jax.weights.keys.key_table import check_fit, parameters
 from tests.seed import SEED
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from d2m_jax.config import AutoencoderConfig, ConfigError
 from d2m_jax.models.autoencoder import Attention, GroupNorm, initialise, model_of, spread
-from d2m_jax.weights import autoencoder_keys
+from d2m_jax.weights.keys import autoencoder_keys
 from tests.models.oracle import imported, operations, relative, shaken, tensors
 from tests.seed import generator
 

@@ -10,7 +10,7 @@ import pytest
 
 from d2m_jax.config import CLIPConfig
 from d2m_jax.models.clip import initialise, model_of
-from d2m_jax.weights.text_encoder_keys import clip_config, clip_keys, clip_tensors
+from d2m_jax.weights.keys.text_encoder_keys import clip_config, clip_keys, clip_tensors
 from tests.models import oracle
 from tests.seed import generator
 

@@ -12,8 +12,9 @@ import pytest
 
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.flux import abstract, model_of
-from d2m_jax.weights import flux_keys, key_table, torch_import
-from d2m_jax.weights.named_arrays import names
+from d2m_jax.named_arrays import names
+from d2m_jax.weights.keys import flux_keys, key_table
+from d2m_jax.weights.torch_files import torch_import
 from tests.models import toy
 from tests.seed import SEED, generator
 

@@ -14,7 +14,7 @@ import pytest
 
 from d2m_jax.config import T5Config
 from d2m_jax.models.t5 import initialise, model_of, position_buckets
-from d2m_jax.weights.text_encoder_keys import t5_config, t5_keys, t5_tensors
+from d2m_jax.weights.keys.text_encoder_keys import t5_config, t5_keys, t5_tensors
 from tests.models import oracle
 from tests.seed import generator
 

@@ -19,8 +19,8 @@ from d2m_jax.config import (
 )
 from d2m_jax.data.protocol import Asked
 from d2m_jax.data.source import open_data
+from d2m_jax.encoders import Encoders
 from d2m_jax.report.check import check_report
-from d2m_jax.sampling.encoders import Encoders
 from d2m_jax.training import run
 from tests.models import toy
 from tests.report import conftest

@@ -18,7 +18,7 @@ from d2m_jax.models.accounting import account
 from d2m_jax.models.flux import model_of
 from d2m_jax.report import findings, rows, write
 from d2m_jax.report.measure import Bench
-from d2m_jax.weights import model_directory
+from d2m_jax.weights.directory import model_directory
 
 ROWS = [
     "teacher",

@@ -12,9 +12,11 @@ import pytest
 from d2m_jax.config import ConfigError, ModelConfig, PromptsConfig
 from d2m_jax.models import flux
 from d2m_jax.sampling.pipeline import load_pipeline, noise
-from d2m_jax.sampling.tokenizers import Tokenizers
-from d2m_jax.weights import convert, model_directory, safetensors
-from d2m_jax.weights.encoders import model_config
+from d2m_jax.tokenizers import Tokenizers
+from d2m_jax.weights import convert
+from d2m_jax.weights.directory import model_directory
+from d2m_jax.weights.files import safetensors
+from d2m_jax.weights.torch_files.diffusers_folder import model_config
 from tests.sampling.flux_oracle import tiny_pipeline
 
 torch = pytest.importorskip("torch")

@@ -12,7 +12,7 @@ from d2m_jax.config import ConfigError, ModelConfig, PixelsConfig, StackConfig, 
 from d2m_jax.models.parameters import is_unstacked
 from d2m_jax.sampling import pace
 from d2m_jax.sampling.pipeline import Pipeline, load_pipeline, noise
-from d2m_jax.weights import model_directory
+from d2m_jax.weights.directory import model_directory
 from tests.models import toy
 
 CONFIG = ModelConfig(

@@ -20,7 +20,7 @@ from d2m_jax.config import FluxConfig, MeshConfig, ModelConfig, MoEConfig, Spars
 from d2m_jax.models.flux import initialise
 from d2m_jax.sharding import make_mesh, put_batch, put_parameters, whole
 from d2m_jax.sparsify import make_student
-from d2m_jax.weights.named_arrays import names
+from d2m_jax.named_arrays import names
 from tests.seed import generator
 from tests.sparsify.conftest import CONFIG, batches, noisy, velocity
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from d2m_jax.config import ConfigError, MeshConfig, OptimizerConfig
 from d2m_jax.distill.objective import Objective
+from d2m_jax.named_arrays import names
 from d2m_jax.sharding import make_mesh, replicated
-from d2m_jax.weights.named_arrays import names
 from tests.training import toy
 
 ROOT = Path(__file__).parents[2]

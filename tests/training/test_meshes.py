@@ -18,7 +18,7 @@ from d2m_jax import hosts
 from d2m_jax.config import MeshConfig, ModelConfig, PixelsConfig, RunConfig, WordsConfig
 from d2m_jax.data import icons
 from d2m_jax.training.run import run
-from d2m_jax.weights import model_directory
+from d2m_jax.weights.directory import model_directory
 from tests.test_hosts import assert_all_ended_well, together
 from tests.training import test_run as tiny
 

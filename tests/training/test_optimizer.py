@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from d2m_jax.config import ConfigError, OptimizerConfig
+from d2m_jax.named_arrays import names
 from d2m_jax.training.optimizer import make_optimizer, make_schedule, merge, split
-from d2m_jax.weights.named_arrays import names
 from tests.training import toy
 
 

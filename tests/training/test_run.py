@@ -25,11 +25,11 @@ from d2m_jax.config import (
     WordsConfig,
 )
 from d2m_jax.data import icons
-from d2m_jax.sampling.grid import GAP
+from d2m_jax.grid import GAP
+from d2m_jax.named_arrays import names
 from d2m_jax.sampling.pipeline import load_pipeline
 from d2m_jax.training.run import run
-from d2m_jax.weights import model_directory
-from d2m_jax.weights.named_arrays import names
+from d2m_jax.weights.directory import model_directory
 
 TRANSFORMER = FluxConfig(
     in_channels=108,

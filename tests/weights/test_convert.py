@@ -10,10 +10,17 @@ import pytest
 import convert_torch_weights
 from d2m_jax import command_line
 from d2m_jax.config import ConfigError
-from d2m_jax.weights import blocks, convert, model_directory, safetensors
-from d2m_jax.weights.encoders import FOLDERS, INDEX, copy_encoders, encoder_files
-from d2m_jax.weights.key_table import Parameter
-from d2m_jax.weights.named_arrays import fingerprint, names
+from d2m_jax.named_arrays import fingerprint, names
+from d2m_jax.weights import convert
+from d2m_jax.weights.directory import model_directory, orbax_blocks
+from d2m_jax.weights.files import safetensors
+from d2m_jax.weights.keys.key_table import Parameter
+from d2m_jax.weights.torch_files.diffusers_folder import (
+    FOLDERS,
+    INDEX,
+    copy_encoders,
+    encoder_files,
+)
 from tests.seed import generator
 from tests.weights import toy
 
@@ -80,8 +87,8 @@ def test_types_and_loras(bfl, tmp_path, capfd):
 
 def test_blocks(tmp_path, monkeypatch):
     """Large arrays go block by block, and the checkpoint is like any other."""
-    monkeypatch.setattr(blocks, "WHOLE", 500)
-    monkeypatch.setattr(blocks, "IN_FLIGHT", 1000)
+    monkeypatch.setattr(orbax_blocks, "WHOLE", 500)
+    monkeypatch.setattr(orbax_blocks, "IN_FLIGHT", 1000)
     rng = generator()
     arrays = {
         "b": rng.normal(size=(3, 2, 8, 5)).astype(np.float32),
@@ -95,7 +102,7 @@ def test_blocks(tmp_path, monkeypatch):
         return arrays["b"][region]
 
     params = arrays | {"b": Parameter((3, 2, 8, 5), np.dtype(np.float32), take)}
-    blocks.save(tmp_path / "params", params, told.append)
+    orbax_blocks.save(tmp_path / "params", params, told.append)
     assert len(asked) == 6 and sum(told) == sum(a.nbytes for a in arrays.values())
     import orbax.checkpoint as ocp
 
@@ -184,7 +191,7 @@ def test_full_disk(bfl, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "save", fail)
+        patch.setattr(orbax_blocks, "save", fail)
         with pytest.raises(ConfigError, match="out: the disk is full; nothing was written"):
             convert.convert(bfl, tmp_path / "out")
     usage = convert.output.shutil.disk_usage(tmp_path)._replace(free=1000)

@@ -10,8 +10,8 @@ import numpy as np
 
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.flux import abstract
-from d2m_jax.weights import flux_keys, key_table
-from d2m_jax.weights.named_arrays import sizes
+from d2m_jax.named_arrays import sizes
+from d2m_jax.weights.keys import flux_keys, key_table
 from tests.seed import SEED, generator
 
 

@@ -21,8 +21,8 @@ from d2m_jax.data.sources.index import (
     name_below,
 )
 from d2m_jax.data.sources.stores import Found, is_remote, look, patiently, store
+from d2m_jax.output import check_writable, new_file
 from d2m_jax.progress import bar
-from d2m_jax.weights.output import check_writable, new_file
 
 try:
     import fcntl

@@ -1,0 +1,162 @@
+"""What surrounds a transformer, as its config names it: captions and images in, images out."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree, UInt8
+
+from d2m_jax import flow
+from d2m_jax.config import AutoencoderConfig, ModelConfig, PixelsConfig, WordsConfig
+from d2m_jax.models import autoencoder, clip, t5
+from d2m_jax.models.words import Words
+from d2m_jax.sharding import local_mesh, spread
+from d2m_jax.tokenizers import Tokenizers
+from d2m_jax.weights.torch_files.diffusers_folder import check_encoder, load_encoder, parts
+from d2m_jax.weights.torch_files.torch_import import dtype_of
+
+
+class Encoders:
+    """The text encoders and the image side of one model, with their parameters.
+
+    Words and pixels have none. T5, CLIP and the autoencoder come from the folder that
+    `config.encoders` names, are shared out over `mesh` (None: this process's devices) and compute
+    in `dtype` (None: bfloat16, on a CPU float32). `tokenizer.ids(captions)` gives what `text`
+    reads; it holds no parameters, so that a data pipeline can carry it. ConfigError where the
+    folder is missing or does not fit the config: at once, or without `load` when they are needed.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: DTypeLike | None = None,
+        mesh: Mesh | None = None,
+        load: bool = True,
+    ):
+        usual = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        self.config, self.dtype = config, dtype_of(usual if dtype is None else dtype)
+        self._place = partial(spread, mesh or local_mesh())
+        self._loaded: dict[str, dict] = {}
+        if load:
+            self._of(*parts(config))
+        if isinstance(config.text, WordsConfig):
+            self.tokenizer = Words(config.text)
+        else:
+            self.tokenizer = Tokenizers(config.encoders or "", config.text)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the parameters that are loaded, on all devices together."""
+        return sum(array.nbytes for array in jax.tree.leaves(self._loaded))
+
+    def release(self) -> None:
+        """Free their memory; they are loaded again when they are needed."""
+        self._loaded.clear()
+
+    def check(self, captions: Sequence[str]) -> None:
+        """Raise ConfigError for what would keep a model from drawing these captions, found without
+        loading anything: an image size that tokens do not divide, words that it does not know,
+        tokenizers and encoders that are not there or do not fit."""
+        self.config.grid()
+        if captions:
+            self.tokenizer.ids(list(captions))
+        for part in parts(self.config):
+            if part not in self._loaded:
+                check_encoder(self.config, part)
+
+    def _of(self, *needed: str) -> dict[str, dict]:
+        """Parameters by part, of those needed that the model has."""
+        mine = [part for part in parts(self.config) if part in needed]
+        for part in mine:
+            if part not in self._loaded:
+                self._loaded[part] = load_encoder(self.config, part, self._place)
+        return {part: self._loaded[part] for part in mine}
+
+    def text(self, ids: PyTree) -> tuple[Float[Array, "b l e"], Float[Array, "b v"]]:
+        """Token features and pooled vector."""
+        return _text(self.config, self.dtype, self._of("t5", "clip"), ids)
+
+    def latents(
+        self, image: UInt8[Array | np.ndarray, "b H W 3"]
+    ) -> Float[Array, "b rows columns k"]:
+        """Packed tokens of images, where they lie: their pixels in [−1, 1], or the autoencoder's
+        mean latents."""
+        return _latents(self.config, self.dtype, self._of("autoencoder"), image)
+
+    def moments(
+        self, image: UInt8[Array | np.ndarray, "b H W 3"]
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+        """Mean and log-variance of the autoencoder's latents, as it gives them."""
+        return _moments(self.config, self.dtype, self._of("autoencoder"), image)
+
+    def encode(self, batch: dict[str, Any]) -> dict[str, Array]:
+        """A raw batch as an encoded one (data/protocol.py, Batches), which is returned as it is."""
+        if "latents" in batch:
+            return batch
+        txt, y = self.text(batch["text"])
+        return {"latents": self.latents(batch["image"]), "txt": txt, "y": y}
+
+    def images(
+        self, latents: Float[Array, "b n c"], height: int, width: int, tile: int | None = None
+    ) -> Float[Array, "b H W 3"]:
+        """Images in [0, 1] of packed tokens; in tiles of `tile` latents a side, where there is an
+        autoencoder, for less memory."""
+        params = self._of("autoencoder")
+        return _images(self.config, self.dtype, (height, width), tile, params, latents)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _text(config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], ids: PyTree):
+    if isinstance(config.text, WordsConfig):
+        return Words(config.text)(ids)
+    txt = t5.model_of(config.text.t5, params["t5"], dtype)(ids["t5"])
+    y = clip.model_of(config.text.clip, params["clip"], dtype)(ids["clip"])
+    return txt, y
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _latents(
+    config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], image: UInt8[Array, "b H W 3"]
+):
+    pixels = image.astype(jnp.float32) / 127.5 - 1
+    if isinstance(config.image, PixelsConfig):
+        tokens = flow.pack(pixels, config.image.patch)
+    else:
+        model = autoencoder.model_of(config.image, params["autoencoder"], dtype)
+        tokens = flow.pack(model.encode(pixels))
+    return tokens.reshape(len(image), *config.grid(*image.shape[1:3]), -1)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _moments(
+    config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], image: UInt8[Array, "b H W 3"]
+):
+    assert isinstance(config.image, AutoencoderConfig)  # who has pixels has no moments
+    model = autoencoder.model_of(config.image, params["autoencoder"], dtype)
+    return model.moments(image.astype(jnp.float32) / 127.5 - 1)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _images(
+    config: ModelConfig,
+    dtype: DTypeLike,
+    size: tuple[int, int],
+    tile: int | None,
+    params: dict[str, dict],
+    latents: Float[Array, "b n c"],
+):
+    if isinstance(config.image, PixelsConfig):
+        pixels = flow.unpack(latents, *size, config.image.patch)
+    else:
+        model = autoencoder.model_of(config.image, params["autoencoder"], dtype)
+        shrink = config.image.stride // 2
+        latents = flow.unpack(latents, *(side // shrink for side in size))
+        pixels = model.decode(latents) if tile is None else model.decode_tiled(latents, tile)
+    # Infinity would become black or white: as NaN it is seen.
+    pixels = jnp.where(jnp.isfinite(pixels), pixels, jnp.nan)
+    return jnp.clip(pixels / 2 + 0.5, 0, 1)

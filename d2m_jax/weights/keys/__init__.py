@@ -1,0 +1,1 @@
+"""Which tensor of which layout is which parameter."""

@@ -1,0 +1,1 @@
+"""LoRA files of all tools, merged into a transformer."""
