@@ -40,6 +40,7 @@ class Cached:
 
     def __init__(self, config: CacheConfig, model: ModelConfig):
         self.config, self.model = config, model
+        self.bad = Bad(config.max_bad, "CacheConfig.max_bad")  # of all its batches together
         self.cache = records.open_cache(Path(config.path))
         _check(self.cache, model)
         names = list(self.cache.counts)
@@ -91,8 +92,7 @@ class Cached:
         make = functools.partial(
             _encoded, self.config, self.model, self.cache.empty if train else None, seed
         )
-        bad = Bad(self.config.max_bad, "CacheConfig.max_bad")
-        source = Batches(Schedule(parts, size, seed, split), rows, self._read, make, bad)
+        source = Batches(Schedule(parts, size, seed, split), rows, self._read, make, self.bad)
         return endless(source, self.config.workers)
 
     def prompts(self, count: int, held_out: bool = False) -> Sequence[Asked]:

@@ -43,6 +43,7 @@ class Images:
 
     def __init__(self, config: ImagesConfig, image: Canvas):
         self.config = config
+        self.bad = Bad(config.max_bad, "ImagesConfig.max_bad")  # of all its batches together
         self.sources: list[Source] = [
             open_source(path, config.index, config.max_bad) for path in config.sources
         ]
@@ -141,8 +142,7 @@ class Images:
             entries > 0, f"ImagesConfig.validation = {entries}: expected at least 1 to validate on"
         )
         make = functools.partial(_raw, self.config, tokenizer, seed, train)
-        bad = Bad(self.config.max_bad, "ImagesConfig.max_bad")
-        source = Batches(Schedule(parts, size, seed, split), rows, self._read, make, bad)
+        source = Batches(Schedule(parts, size, seed, split), rows, self._read, make, self.bad)
         return endless(source, self.config.workers)
 
     def prompts(self, count: int, held_out: bool = False) -> Sequence[Asked]:

@@ -102,7 +102,7 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
         with _caught_signals() as caught, jax.set_mesh(mesh), jax.transfer_guard("disallow"):
             pending, batch, no_signal = None, None, hosts.flags(mesh, 0)
             if start == 0 and validation:
-                batch = put(next(batches))
+                batch = put(clock.waiting(batches))
                 arguments = state, frozen, constants, batch, keys[0], no_signal
                 with _compiling(mesh, train_step, arguments):
                     at_start = validate(trained(state), frozen, constants)
@@ -298,6 +298,8 @@ class _Clock:
         self.peak = matmul_peak(mesh, stage.dtype) if flops_per_example else 0.0
         self._mark: float | None = None
         self._steps, self._since, self._waited = 0, 0.0, 0.0
+        self._sizes: frozenset[tuple] = frozenset()  # that batches had
+        self._compiles = False
 
     def waiting(self, batches: Batches) -> Batch:
         """The next batch, whose time is the input's."""
@@ -305,11 +307,16 @@ class _Clock:
         batch = next(batches)
         if self._mark is not None:
             self._waited += time.perf_counter() - start
+        size = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
+        self._compiles, self._sizes = size not in self._sizes, self._sizes | {size}
         return batch
 
     def tick(self) -> None:
-        """A step is done; the first after a pause only starts the clock."""
+        """A step is done; the first after a pause, or while a program was compiled, only starts the
+        clock."""
         now = time.perf_counter()
+        if self._compiles:  # the program of a size that is new
+            self._mark, self._compiles = None, False
         if self._mark is not None:
             self.seconds += now - self._mark
             self._since += now - self._mark

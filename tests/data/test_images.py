@@ -175,6 +175,8 @@ def test_another_of_its_size_takes_the_place_of_a_bad_one(spoilt, capsys):
     assert 5 not in numbers and len(numbers) >= 36
     told = capsys.readouterr().err
     assert told.count("left out: ") == 2 - (told.count("002") == 0) and "005.jpg: no image" in told
+    taken(data, 14, seed=1)  # other batches of the same data: nothing is told twice
+    assert "005.jpg" not in capsys.readouterr().err
     again = [b["image"] for b in taken(opened(spoilt, validation=1, max_bad=2), 14)]
     for batch, expected in zip(found, again, strict=True):
         np.testing.assert_array_equal(batch["image"], expected)

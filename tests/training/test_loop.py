@@ -295,3 +295,23 @@ def test_mesh_of_several_devices(tmp_path):
     one = toy.run(tmp_path / "one", toy.stage(10))
     expected = float(jnp.abs(one["out"]["kernel"]).sum())
     assert float(done.stdout) == pytest.approx(expected, rel=1e-5)
+
+
+def test_compiling_for_another_size_is_no_part_of_the_rate(tmp_path):
+    """Every size of batches is a program of its own, whose compilation takes seconds."""
+
+    class Sizes(toy.Stream):
+        def __next__(self):
+            batch = super().__next__()
+            small = self.position in (5, 6, 9)
+            return {name: a[:4] if small else a for name, a in batch.items()}
+
+    def slow(params, constants, batch):
+        if batch["x"].shape[0] == 4:
+            time.sleep(0.5)  # while it is traced
+        return toy.means(params, constants, batch)
+
+    loss = replace(toy.loss, means=slow)
+    toy.run(tmp_path, toy.stage(12, log_every=12, evaluate_every=0), loss=loss, batches=Sizes())
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < last["seconds_per_step"] < 0.1 and last["seconds"] < 0.5
