@@ -37,7 +37,7 @@ def low_rank(
         for stack in params[kind].values()
         for name in names
     ]
-    read = sum(_gram(whole(lin["kernel"])) for lin in lins)
+    read = np.sum([_gram(whole(lin["kernel"])) for lin in lins], axis=0)
     basis, back = _regression(np.cov(cond.T, bias=True), read, rank)
     rest = mean - (mean @ basis) @ back
     compared = cond[:: -(-len(cond) // COMPARED)]
