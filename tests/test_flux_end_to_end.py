@@ -1,6 +1,7 @@
 """From a torch FluxPipeline to ours, through all stages of distillation, and back to torch."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from d2m_jax import encoders
 from d2m_jax.config import (
     CacheConfig,
+    ConfigError,
     GroupsConfig,
     IconsConfig,
     LossConfig,
@@ -17,6 +19,7 @@ from d2m_jax.config import (
     StageConfig,
 )
 from d2m_jax.data import generate
+from d2m_jax.encoders import Encoders
 from d2m_jax.evaluate import latency
 from d2m_jax.report import write
 from d2m_jax.sampling.pipeline import load_pipeline, noise
@@ -65,6 +68,26 @@ def test_a_model_directory_can_move(model, images, tmp_path):
         np.testing.assert_array_equal(sample(tmp_path / "moved"), images)
     finally:
         (tmp_path / "moved").rename(model)
+
+
+def test_encoders_are_checked_without_being_loaded(model, tmp_path):
+    config = load_config(model)
+    folder = tmp_path / "encoders"
+    shutil.copytree(str(config.encoders), folder)
+    checked = Encoders(replace(config, encoders=str(folder)), load=False)
+    checked.check(PROMPTS)
+    assert checked.size == 0
+    deeper = replace(config.image, layers_per_block=3)
+    with pytest.raises(ConfigError, match=r"encoders/vae: .* missing: decoder\.up_blocks"):
+        Encoders(replace(config, image=deeper), load=False).check(PROMPTS)
+    for part in ("vae", "text_encoder_2"):
+        shutil.move(folder / part, tmp_path / part)
+        with pytest.raises(ConfigError, match=f"encoders/{part}"):
+            checked.check(PROMPTS)
+        shutil.move(tmp_path / part, folder / part)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(ConfigError, match=r"tokenizer: expected a tokenizer"):
+        Encoders(checked.config, load=False).check(PROMPTS)
 
 
 def test_export_is_a_pipeline_of_diffusers(model, images, tmp_path):
