@@ -89,11 +89,12 @@ def test_encoders_are_asked_for_before_they_draw(tmp_path, capsys):
 
 
 def test_before_anything_trains(make_run, monkeypatch):
-    """By train.py too: a run that will fail in its report says so at once."""
+    """By train.py too: a run that will fail in its report says so at once. Pairs that never train
+    are what it alone draws."""
     directory = make_run()
     teacher = directory.parent / "teacher"
     config = replace(
-        CONFIG, teacher=str(teacher), data=IconsConfig(glyphs=48, train_size=20),
+        CONFIG, teacher=str(teacher), data=IconsConfig(glyphs=8),
         stages={"moe": StageConfig(batch_size=8)},
     )  # fmt: skip
 
@@ -103,7 +104,19 @@ def test_before_anything_trains(make_run, monkeypatch):
     monkeypatch.setattr(run, "make_student", begins)
     monkeypatch.setattr("d2m_jax.cores.use_cores", lambda quick: None)
     monkeypatch.setattr("d2m_jax.command_line.load_config", lambda file: config)
-    with pytest.raises(ConfigError, match="train_size = 20"):
+    with pytest.raises(ConfigError, match="held-out pairs"):
         train.main(["config.py", "--run-dir", str(directory.parent / "new")])
-    with pytest.raises(ConfigError, match="train_size = 20"):
+    with pytest.raises(ConfigError, match="held-out pairs"):
         run.run(config, directory.parent / "another", partial(check_report, config))
+
+
+@pytest.mark.parametrize(
+    "caption, message", [("red ancor", "unknown word 'ancor'"), ("", "the data have no prompts")]
+)
+def test_so_is_what_sample_grids_draw(make_run, monkeypatch, caption, message):
+    directory = make_run().parent
+    stages = {"moe": StageConfig(batch_size=8, sample_every=1)}
+    config = replace(CONFIG, teacher=str(directory / "teacher"), stages=stages)
+    monkeypatch.setattr(run, "open_data", lambda *arguments: Pictures(caption))
+    with pytest.raises(ConfigError, match=message):
+        run.run(config, directory / "new")
