@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> None:
     with hosts.joined(*who):
         hosts.agree({"config": to_json(parsed.config), "output": str(parsed.output)})
         counts = cache(parsed.config, parsed.output, parsed.padding, parsed.all_captions)
-        hosts.say(f"{sum(counts.values())} samples in {parsed.output}: CacheConfig(path=…)")
+        hosts.say(f"{sum(counts.values())} samples: CacheConfig(path={str(parsed.output)!r})")
 
 
 def cache(
@@ -136,9 +136,9 @@ def cache(
     }
 
     def records_of(shard: Shard, advance: Callable[[int], None]) -> Iterator[Record]:
-        for examples in _read_ahead(images, shard, _at_once(shard.size), bad):
+        for examples, read in _read_ahead(images, shard, _at_once(shard.size), bad):
             yield from _encoded(encoders, text, examples, shard.size, all_captions)
-            advance(_at_once(shard.size))
+            advance(read)
 
     counts = making.make(
         folder, made, shards, lambda: Record({}, text([""])[0]), records_of, "encoding"
@@ -160,9 +160,11 @@ def _at_once(size: Size) -> int:
     return each * batch_shards(local_mesh())
 
 
-def _read_ahead(images: Images, shard: Shard, count: int, bad: Bad) -> Iterator[list[Example]]:
-    """The samples of a shard, `count` at a time, without those that are bad; the next ones are
-    decoded while the caller is busy."""
+def _read_ahead(
+    images: Images, shard: Shard, count: int, bad: Bad
+) -> Iterator[tuple[list[Example], int]]:
+    """The samples of a shard, without those that are bad, `count` at a time, and how many these
+    were with them; the next ones are decoded while the caller is busy."""
 
     def read(entry: int) -> Example | None:
         try:
@@ -177,7 +179,7 @@ def _read_ahead(images: Images, shard: Shard, count: int, bad: Bad) -> Iterator[
         while waiting:
             found = [job.result() for job in waiting.pop(0)]
             waiting += [[pool.submit(read, int(e)) for e in p] for p in itertools.islice(parts, 1)]
-            yield [example for example in found if example is not None]
+            yield [example for example in found if example is not None], len(found)
 
 
 def _encoded(

@@ -132,4 +132,4 @@ def tell_bad(folder: Path, lines: Sequence[str]) -> None:
     if lines:
         with (folder / f"left_out.{jax.process_index()}.txt").open("a") as file:
             file.writelines(f"{line}\n" for line in lines)
-        print(f"{len(lines)} samples left out, named in {folder}", file=sys.stderr, flush=True)
+        print(f"left out: {len(lines)}, named in {folder}", file=sys.stderr, flush=True)

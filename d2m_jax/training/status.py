@@ -27,6 +27,7 @@ from d2m_jax.config import ConfigError, RunConfig, StageConfig, check, from_json
 from d2m_jax.training import lock
 from d2m_jax.training.metrics import alarms
 
+ALARMS = 5  # of a stage that are told
 EVERY = 5.0  # seconds between two looks of --watch
 HEAD = re.compile(rb'\{"step": (\d+), "stage": "([^"]+)"')  # of a line of metrics.jsonl
 
@@ -188,8 +189,12 @@ def show(status: Status, console: Console) -> None:
     """The table, and what one should look at."""
     console.print(table(status))
     for stage in status.stages:
-        for said in stage.alarms:
+        if stage.finished:
+            continue
+        for said in stage.alarms[:ALARMS]:
             console.print(f"{stage.model}, {stage.name}: {said}", highlight=False)
+        if (more := len(stage.alarms) - ALARMS) > 0:
+            console.print(f"{stage.model}, {stage.name}: and {more} more", highlight=False)
     if status.report:
         console.print("the report is written: report.html")
 
@@ -211,7 +216,7 @@ def main(arguments: Sequence[str]) -> None:
         description=__doc__ or "",
     )
     console = Console()
-    console = Console(width=max(console.width, 110))  # less would cut the table
+    console = Console(width=max(console.width, 124))  # less would cut the table
     while True:
         status = status_of(parsed.run)
         if parsed.json:

@@ -1,6 +1,7 @@
 """A cache gives what the encoders give, ends with the same bytes however often it was killed, and
 is refused where it does not fit."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -208,10 +209,18 @@ def test_another_model_s_cache_is_refused(folder, tmp_path, change, message):
         open_data(CacheConfig(path=str(tmp_path)), MODEL)
 
 
-def test_bad_images_are_named_and_left_out(folder, tmp_path):
+def test_bad_images_are_named_and_left_out(folder, tmp_path, monkeypatch):
     (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:4000])
+    advanced = []
+
+    @contextlib.contextmanager
+    def bar(total, *others):
+        yield lambda count: advanced.append((count, total))
+
+    monkeypatch.setattr(making, "bar", bar)
     counts = cache.cache(run_of(folder), tmp_path / "cache")
     assert sum(counts.values()) == 21
+    assert sum(count for count, _ in advanced) == 22 == advanced[0][1]  # the bad one is done too
     told = (tmp_path / "cache" / "left_out.0.txt").read_text()
     assert told.count("\n") == 1 and "03.png: no image that can be decoded" in told
     with pytest.raises(ConfigError, match="03.png: no image .*max_bad = 0"):
