@@ -22,10 +22,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from jax.sharding import Mesh
-from timing import machine
+from timing import PACKAGES
 
 from d2m_jax import command_line
 from d2m_jax.config import AutoencoderConfig, MeshConfig, ModelConfig, PromptsConfig
+from d2m_jax.measured_on import measured_on
+from d2m_jax.output import new_file
 from d2m_jax.planning import hardware
 from d2m_jax.planning.dry_run import Lowered, lower
 from d2m_jax.planning.plan import Assumptions, plan
@@ -183,10 +185,9 @@ def main() -> None:
                 f" {point['needed'] / hardware.GIB:6.1f} {s['communication']:9.3f}",
                 flush=True,
             )
-            report = machine() | {"settings": settings, "points": points}
-            new = options.output.with_suffix(".new")
-            new.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-            new.rename(options.output)
+            report = measured_on(PACKAGES) | {"settings": settings, "points": points}
+            with new_file(options.output) as new:
+                new.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
             draw(points, options.output.with_suffix(".png"))
     print(f"assumptions: {Assumptions()}")
 

@@ -2,13 +2,8 @@
 tables, and JSON with what it ran on."""
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from d2m_jax.measured_on import measured_on
+from d2m_jax.output import new_file
 
 PACKAGES = ("jax", "jaxlib", "flax", "tokamax", "libtpu", "torch", "diffusers", "triton")
 
@@ -114,43 +112,7 @@ def finish(options: argparse.Namespace, rows: list[dict], **more) -> None:
     """Write --output: the rows, and what they were measured on and with."""
     if options.output:
         asked = {name: value for name, value in vars(options).items() if name != "output"}
-        report = machine() | more | {"options": asked, "rows": rows}
+        report = measured_on(PACKAGES) | more | {"options": asked, "rows": rows}
         text = json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n"
-        new = options.output.with_name(f".{options.output.name}.new")
-        new.write_text(text)
-        new.rename(options.output)
-
-
-def machine() -> dict:
-    """Device, versions, commit and date."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return {
-        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": _versions(),
-        "commit": commit.stdout.strip(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with new_file(options.output) as new:
+            new.write_text(text)

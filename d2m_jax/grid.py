@@ -10,6 +10,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from d2m_jax.config import check
+from d2m_jax.output import new_file
 
 GAP = 2  # pixels of white between the images of a grid
 VISIBLE = 72  # pixels; smaller images are enlarged in a grid
@@ -87,8 +88,6 @@ def write(images: Float[np.ndarray, "n h w 3"], directory: Path) -> None:
     """Write 0000.png, 0001.png, … and grid.png; each file appears whole."""
     pictures = {f"{i:04}": to_image(image) for i, image in enumerate(images)}
     pictures |= {"grid": grid(images)}
-    directory.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        temporary = directory / f".{name}.png"
-        picture.save(temporary, format="PNG")
-        temporary.replace(directory / f"{name}.png")
+        with new_file(directory / f"{name}.png") as file:
+            picture.save(file, format="PNG")

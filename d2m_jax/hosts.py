@@ -24,7 +24,7 @@ from jax._src import distributed  # its client is public nowhere; Orbax takes it
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
-from d2m_jax.config import ConfigError, check, differences
+from d2m_jax.config import ConfigError, check, differences, first_line
 
 PATIENCE = 6 * 3600  # seconds for which a process waits for one that lives; a dead one ends it
 LEAVING = 10  # seconds for which a process that failed waits whether the others failed like it
@@ -108,9 +108,10 @@ def start(
         # Who has used JAX before, in a notebook or a test, is alone unless he says who else is.
         if missing and "before any JAX calls" in str(error):
             return
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = f" at {coordinator}" if coordinator else ""
-        raise ConfigError(f"cannot join the other processes{where}: {line}") from None
+        raise ConfigError(
+            f"cannot join the other processes{where}: {first_line(error, None)}"
+        ) from None
     finally:
         came.set()
 

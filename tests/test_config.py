@@ -9,6 +9,7 @@ from d2m_jax.config import (
     ROOT,
     AutoencoderConfig,
     ConfigError,
+    FluxConfig,
     IconsConfig,
     LossConfig,
     ModelConfig,
@@ -16,9 +17,11 @@ from d2m_jax.config import (
     PromptsConfig,
     RunConfig,
     SparsifyConfig,
+    StackConfig,
     StageConfig,
     StudentConfig,
     WordsConfig,
+    first_line,
     from_json,
     teacher_path,
     to_json,
@@ -142,3 +145,16 @@ def test_a_field_that_no_longer_means_anything_is_read_past():
     value = to_json(config)
     value["transformer"]["moe"]["implementation"] = "triton"
     assert from_json(ModelConfig, value) == config
+
+
+def test_first_line_of_an_error():
+    assert first_line(ValueError("\n one\ntwo")) == "one"
+    assert first_line(ValueError("  ")) == "ValueError"
+    assert first_line(ValueError("x" * 500)) == "x" * 160
+    assert first_line(ValueError("x" * 500), None) == "x" * 500
+
+
+def test_stacks_by_name():
+    a, b, c = (StackConfig(groups=n) for n in (1, 2, 3))
+    config = FluxConfig(double=(a, b), single=(c,))
+    assert config.named_stacks == [("double", 0, a), ("double", 1, b), ("single", 0, c)]

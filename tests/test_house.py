@@ -24,6 +24,7 @@ FLOORS = {
     "command_line": 1,
     "hosts": 1,
     "kernels": 1,
+    "measured_on": 1,
     "output": 1,
     "sharding": 1,
     "tokenizers": 1,

@@ -1,9 +1,10 @@
 """Everything a run needs, as frozen dataclasses: their checks and their JSON form."""
 
 from d2m_jax.config.data import CacheConfig, DataConfig, IconsConfig, ImagesConfig
-from d2m_jax.config.errors import SHOWN, ConfigError, at_path, check, listed, suggestion
+from d2m_jax.config.errors import SHOWN, ConfigError, at_path, check, first_line, listed, suggestion
 from d2m_jax.config.json_form import differences, from_json, to_json
 from d2m_jax.config.models import (
+    KINDS,
     AutoencoderConfig,
     CLIPConfig,
     FluxConfig,
@@ -29,6 +30,7 @@ from d2m_jax.config.runs import (
 )
 
 __all__ = [
+    "KINDS",
     "ROOT",
     "SHOWN",
     "AutoencoderConfig",
@@ -58,6 +60,7 @@ __all__ = [
     "at_path",
     "check",
     "differences",
+    "first_line",
     "from_json",
     "listed",
     "suggestion",

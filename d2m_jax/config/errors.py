@@ -57,6 +57,11 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
+def first_line(error: BaseException, most: int | None = 160) -> str:
+    """The first line of an error's message, shortened to `most` letters; without one its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 def listed(names: Sequence[str]) -> str:
     """The first few of many names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""

@@ -6,6 +6,8 @@ from typing import Literal
 from d2m_jax.config.errors import check, check_number, check_whole
 from d2m_jax.config.fields import Config
 
+KINDS = ("double", "single")  # of stacks, as the fields of FluxConfig are called
+
 
 @dataclass(frozen=True)
 class StackConfig(Config):
@@ -126,6 +128,11 @@ class FluxConfig(Config):
     @property
     def stacks(self) -> tuple[StackConfig, ...]:
         return self.double + self.single
+
+    @property
+    def named_stacks(self) -> list[tuple[str, int, StackConfig]]:
+        """All stacks with what leads to them: of which kind, and where among those of its kind."""
+        return [(kind, i, s) for kind in KINDS for i, s in enumerate(getattr(self, kind))]
 
     def ffn_width(self, stack: StackConfig) -> int:
         """Hidden neurons of the whole FFN, all experts together."""

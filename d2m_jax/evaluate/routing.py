@@ -133,11 +133,9 @@ def _choices(
 
 def _stacks(config: ModelConfig) -> Iterator[tuple]:
     """Kind, index and first block of every stack, and its config."""
-    for kind in ("double", "single"):
-        block = 0
-        for i, stack in enumerate(getattr(config.transformer, kind)):
-            yield kind, i, block, stack
-            block += stack.depth
+    for kind, i, stack in config.transformer.named_stacks:
+        block = sum(before.depth for before in getattr(config.transformer, kind)[:i])
+        yield kind, i, block, stack
 
 
 def _by_time(values: Float[np.ndarray, "b n"], bins: np.ndarray) -> Float[np.ndarray, "t n"]:

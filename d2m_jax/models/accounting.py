@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from d2m_jax.config import FluxConfig, ModelConfig
+from d2m_jax.config import KINDS, FluxConfig, ModelConfig
 from d2m_jax.models.flux import abstract
 from d2m_jax.models.size import activated_share, amount
 
@@ -153,7 +153,7 @@ def _part(names: list) -> str:
     """Which part of PARTS a parameter belongs to."""
     if "modulation_basis" in names or names[3:4] in (["img_mod"], ["txt_mod"], ["modulation"]):
         return "modulation"
-    if names[0] not in ("double", "single"):
+    if names[0] not in KINDS:
         return "outside"
     if {"router", "gate", "gate_cond"} & set(names):
         return "routers"
@@ -162,7 +162,7 @@ def _part(names: list) -> str:
 
 def _tokens(names: list, image_tokens: int, text_tokens: int) -> int:
     """How many tokens of an example pass a weight; one for what reads the global vector."""
-    if names[0] in ("double", "single"):
+    if names[0] in KINDS:
         if _part(names) == "modulation" or names[2] == "router" or "gate_cond" in names:
             return 1
         if names[0] == "single":

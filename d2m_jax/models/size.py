@@ -7,13 +7,13 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from d2m_jax.config import FluxConfig, StackConfig
+from d2m_jax.config import KINDS, FluxConfig, StackConfig
 from d2m_jax.kernels.quantized import QArray
 
 
 def activated_share(config: FluxConfig, names: list) -> Fraction:
     """The share of a parameter, by the keys that lead to it, that one token of one sample meets."""
-    if names[0] not in ("double", "single") or names[2] == "router":
+    if names[0] not in KINDS or names[2] == "router":
         return Fraction(1)
     stack = getattr(config, names[0])[names[1]]
     share = Fraction(stack.active, stack.blocks)

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from d2m_jax.command_line import load_config
 from d2m_jax.config import (
+    KINDS,
     ROOT,
     AutoencoderConfig,
     ConfigError,
@@ -126,7 +127,7 @@ def lower(config: RunConfig, teacher: ModelConfig | None, mesh: Mesh) -> Iterato
 def _of_any_stack(path: str) -> str:
     """A parameter's name without the number of its stack, which regrouping blocks changes."""
     kind, *rest = path.split(".")
-    return ".".join([kind, *rest[1:]]) if kind in ("double", "single") else path
+    return ".".join([kind, *rest[1:]]) if kind in KINDS else path
 
 
 def _lower(

@@ -1,20 +1,14 @@
 """The report of a distillation run: report.json for programs, report.html and tables for people."""
 
-import datetime
 import io
 import json
-import os
-import platform
-import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from d2m_jax.config import ROOT
+from d2m_jax.measured_on import measured_on
 from d2m_jax.report import pictures, tables
 from d2m_jax.report.findings import Findings, gather, to_json
 from d2m_jax.report.measure import Bench, write_whole
@@ -31,7 +25,7 @@ def write(run_directory: Path | str, command: str | None = None) -> None:
     """
     directory = Path(run_directory)
     run = read(directory)
-    about = _environment() | {
+    about = measured_on(("jax", "flax", "numpy")) | {
         "name": run.config.name,
         "seed": run.config.seed,
         "command": command,
@@ -55,41 +49,6 @@ def write(run_directory: Path | str, command: str | None = None) -> None:
 
 def _main_tables(findings: Findings) -> list[Table | None]:
     return [tables.costs(findings), tables.worth(findings), tables.against(findings)]
-
-
-def _environment() -> dict[str, Any]:
-    """Where and with what the numbers were taken."""
-    devices = jax.devices()
-    affinity = getattr(os, "sched_getaffinity", None)
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "device": f"{len(devices)} × {devices[0].device_kind}",
-        "processor": _processor(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("jax", "flax", "numpy")},
-        },
-    }
-
-
-def _commit() -> str | None:
-    """The repository's, where there is one and git to ask."""
-    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return told.stdout.strip() or None
-
-
-def _processor() -> str:
-    """The name of the processor, where the system tells it."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _draw(findings: Findings) -> dict[str, Picture]:

@@ -46,7 +46,7 @@ def denoise(
         text = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text, negative)
     txt, y = text
     img_ids, txt_ids = flow.image_ids(*grid), flow.text_ids(txt.shape[1])
-    strength = jnp.broadcast_to(guidance, len(txt)) if model.config.guidance_embed else None
+    strength = jnp.broadcast_to(guidance, len(txt))
 
     def velocity(
         k: int | None,

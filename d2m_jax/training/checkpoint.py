@@ -13,13 +13,24 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from d2m_jax import hosts
-from d2m_jax.config import ConfigError, RunConfig, StageConfig, differences, from_json, to_json
+from d2m_jax.config import (
+    ConfigError,
+    RunConfig,
+    StageConfig,
+    differences,
+    first_line,
+    from_json,
+    to_json,
+)
 from d2m_jax.named_arrays import fingerprint, names, restructure
+from d2m_jax.output import new_file
 from d2m_jax.training import lock
 from d2m_jax.weights.directory import orbax_blocks
 
 # What else a run leaves in its directory.
-OWN = {".config.json.new", "tensorboard", "samples", "evaluation", "report"}
+OWN = {"tensorboard", "samples", "evaluation", "report"}
+# Starts of names that a process that died may leave: config.json half-written, the lock.
+LEFT = (".config.json.", lock.FILE)
 # What a run directory holds once something was made in it.
 BEGUN = ("checkpoints", "metrics.jsonl", "models", "rivals", "model")
 
@@ -102,7 +113,7 @@ class Checkpoints:
             if content.pop("checksum", None) != _checksum(content):
                 raise ValueError("run/metadata is not what was saved")
         except Exception as error:  # of files and JSON; damage can look like anything
-            return None, _line(error)
+            return None, first_line(error)
         identity = content["identity"]
         if "stage" in identity:  # as this version has it
             identity["stage"] = to_json(from_json(StageConfig, identity["stage"]))
@@ -121,7 +132,7 @@ class Checkpoints:
                 like, orbax_blocks.read(self.directory / str(step) / "state", target)
             )
         except Exception as error:  # Orbax and tensorstore each have their own
-            damage = _line(error)
+            damage = first_line(error)
         damage = next(filter(None, hosts.gather(damage)), None)
         if damage is None:
             try:
@@ -154,11 +165,6 @@ class Checkpoints:
         """Wait until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error's message, shortened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def _checksum(content: dict[str, Any]) -> int:
@@ -219,10 +225,8 @@ def _open_run(directory: Path, config: RunConfig) -> Path:
         raise ConfigError(
             f"{directory}: holds a run without config.json; expected a free directory"
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(".config.json.new")
-    new.write_text(json.dumps(mine, indent=1) + "\n")
-    new.rename(file)
+    with new_file(file) as new:
+        new.write_text(json.dumps(mine, indent=1) + "\n")
     return directory
 
 
@@ -230,7 +234,7 @@ def _others(directory: Path) -> list[str]:
     """Names in a directory that no run makes."""
     found = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     mine = OWN.union(BEGUN)
-    return sorted(n for n in found if n not in mine and not n.startswith(lock.FILE))
+    return sorted(n for n in found if n not in mine and not n.startswith(LEFT))
 
 
 def refuse_other(where: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, StageConfig
+from d2m_jax.output import machine
 from d2m_jax.training.checkpoint import Checkpoints, open_run
 from tests.training import toy
 
@@ -173,6 +174,16 @@ def test_a_folder_of_other_things(tmp_path):
     with pytest.raises(ConfigError, match="holds other things .notes.txt., expected a free direct"):
         open_run(tmp_path, run_config())
     assert not (tmp_path / "config.json").exists()
+
+
+def test_what_a_killed_process_left_is_not_another_s(tmp_path):
+    (tmp_path / f".config.json.{machine()}.999999999.new").write_text('{"name": ')
+    (tmp_path / ".config.json.elsewhere.7.new").write_text("")  # of a process that may still live
+    open_run(tmp_path, run_config())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".config.json.elsewhere.7.new",
+        "config.json",
+    ]
 
 
 def test_damaged_run_config(tmp_path):

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
 from d2m_jax import hosts
-from d2m_jax.config import ConfigError, ModelConfig, from_json, to_json
+from d2m_jax.config import ConfigError, ModelConfig, first_line, from_json, to_json
 from d2m_jax.models.flux import abstract
 from d2m_jax.named_arrays import fingerprint, names, restructure
 from d2m_jax.output import new_directory
@@ -183,7 +183,7 @@ def _told_by_all(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax, tensorstore and JSON each have their own
-        said = _line(error)
+        said = first_line(error)
     said = next(filter(None, hosts.gather(said)), None)
     if said is not None:
         raise ConfigError(f"{directory}: damaged, cannot be read ({said})")
@@ -200,8 +200,3 @@ def _check_fit(path: Path | str, stored: dict[str, tuple], expected: dict) -> No
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ConfigError(f"{path}: params/ does not fit config.json: {wrong[0]}{more}")
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error's message, shortened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -12,7 +12,7 @@ import huggingface_hub
 from huggingface_hub import errors
 from huggingface_hub.utils import logging
 
-from d2m_jax.config import ConfigError, check, listed
+from d2m_jax.config import ConfigError, check, first_line, listed
 
 # OWNER/NAME, then perhaps @REVISION and the path of a file.
 REPOSITORY = re.compile(
@@ -219,8 +219,7 @@ def _told(name: str, error: Exception) -> str:
             f"{nowhere} which is not in its cache, and only that is asked while there is no"
             " connection or HF_HUB_OFFLINE is set"
         )
-    said = getattr(error, "server_message", None) or str(error).strip().splitlines()
-    line = (said if isinstance(said, str) else (said or [type(error).__name__])[0])[:160]
+    line = (getattr(error, "server_message", None) or first_line(error))[:160]
     if isinstance(error, errors.DisabledRepoError):
         return f"the repository {page} is disabled"
     if status is not None and status not in (401, 403):

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from d2m_jax.config import ConfigError, suggestion
+from d2m_jax.config import ConfigError, first_line, suggestion
 from d2m_jax.output import check_space, new_file
 from d2m_jax.weights.files import first_bytes
 
@@ -128,7 +128,7 @@ def _header(path: Path, file: io.BufferedReader, size: int) -> tuple[dict[str, A
     try:
         header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        refuse(f"its header is no JSON ({_first_line(error)})")
+        refuse(f"its header is no JSON ({first_line(error)})")
     if not isinstance(header, dict):
         refuse("its header is no JSON object")
     metadata = header.get("__metadata__", {})
@@ -145,10 +145,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name[:100]!r} is there twice")
         found[name] = value
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def _specs(
@@ -237,7 +233,7 @@ def _places(index: Path) -> dict[str, str]:
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{index}: damaged, expected JSON with weight_map, from tensors to files"
-            f" ({_first_line(error)})"
+            f" ({first_line(error)})"
         ) from None
     names = sorted(set(places.values()))
     for name in names:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from d2m_jax.config import SHOWN, ConfigError, FluxConfig, StackConfig, check, listed
+from d2m_jax.config import KINDS, SHOWN, ConfigError, FluxConfig, StackConfig, check, listed
 from d2m_jax.weights.keys.key_table import Entry, Part
 
 Layout = Literal["bfl", "diffusers"]
@@ -25,19 +25,19 @@ def keys(layout: Layout, config: FluxConfig) -> list[Entry]:
         "diffusers": (_diffusers_top, _diffusers_double, _diffusers_single),
     }[layout]
     entries = list(top(config))
-    for stack, i, start, index in numbered_blocks(config.double, "double"):
+    for stack, i, start, index in numbered_blocks(config, "double"):
         entries += double(config, stack, i, start, index)
-    for stack, i, start, index in numbered_blocks(config.single, "single"):
+    for stack, i, start, index in numbered_blocks(config, "single"):
         entries += single(config, stack, i, start, index)
     return entries
 
 
 def numbered_blocks(
-    stacks: tuple[StackConfig, ...], kind: str
+    config: FluxConfig, kind: Literal["double", "single"]
 ) -> Iterator[tuple[StackConfig, int, str, tuple[int, int]]]:
     """Every block's stack, number, start of our names, and index in their leading axes."""
     i = 0
-    for n, stack in enumerate(stacks):
+    for n, stack in enumerate(getattr(config, kind)):
         for group in range(stack.groups):
             for block in range(stack.blocks):
                 yield stack, i, f"{kind}.{n}.block", (group, block)
@@ -222,7 +222,7 @@ def config_of(
     for the variants of FLUX.1 that read more than the noisy image.
     """
     called = SHAPES[layout]
-    depths = {kind: _depth(where, called[kind], tensors) for kind in ("double", "single")}
+    depths = {kind: _depth(where, called[kind], tensors) for kind in KINDS}
     needed = ["img_in", "txt_in", "vector_in", "final_layer"]
     needed += [f"{kind} {what}" for kind in depths for what in ("norm", "mlp") if depths[kind]]
     ranks = {n: 1 if " " in n else 2 for n in needed}

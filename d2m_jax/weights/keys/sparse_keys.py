@@ -5,7 +5,7 @@ They are BFL's but where a block is sparse or split in our tree: nothing is stac
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.weights.keys.flux_keys import (
@@ -23,12 +23,12 @@ def keys(config: FluxConfig) -> list[Entry]:
     entries = list(bfl_top(config))
     if config.modulation_rank is not None:
         entries += _weight("modulation_basis", "modulation_basis")
-    for stack, i, start, index in numbered_blocks(config.double, "double"):
+    for stack, i, start, index in numbered_blocks(config, "double"):
         entries += bfl_double_attention(i, start, index)
         for stream in ("img", "txt"):
             theirs, ours = f"double_blocks.{i}.{stream}_mlp", f"{start}.{stream}_mlp"
             entries += _ffn(config, stack, theirs, ours, index)
-    for stack, i, start, index in numbered_blocks(config.single, "single"):
+    for stack, i, start, index in numbered_blocks(config, "single"):
         theirs = f"single_blocks.{i}"
         for name in ("modulation.lin", "qkv", "attn_out"):
             entries += linear(f"{theirs}.{name}", f"{start}.{name}", index)
@@ -38,9 +38,7 @@ def keys(config: FluxConfig) -> list[Entry]:
         # attn_out owns the bias of the FFN's output.
         owned = (f"{start}.mlp.out_layer.bias", f"{start}.mlp.shared.out_layer.bias")
         entries += [entry for entry in found if entry.ours not in owned]
-    return (
-        entries + list(_routers("double", config.double)) + list(_routers("single", config.single))
-    )
+    return [*entries, *_routers(config, "double"), *_routers(config, "single")]
 
 
 def _ffn(
@@ -61,8 +59,8 @@ def _ffn(
         yield Entry(f"{expert}.2.weight", f"{ours}.experts.out_kernel", "linear", at)
 
 
-def _routers(kind: str, stacks: tuple[StackConfig, ...]) -> Iterator[Entry]:
-    for stack, i, start, (group, block) in numbered_blocks(stacks, kind):
+def _routers(config: FluxConfig, kind: Literal["double", "single"]) -> Iterator[Entry]:
+    for stack, i, start, (group, block) in numbered_blocks(config, kind):
         if stack.mixes and block == 0:
             theirs, ours = f"{kind}_routers.{i}", start.removesuffix("block") + "router"
             yield from linear(f"{theirs}.features", f"{ours}.features", (group,))
@@ -125,10 +123,9 @@ def describe(config: FluxConfig, tensors: Mapping[str, Any]) -> str:
         f"| `{pattern}` | {_ranges(sorted(blocks))} | {shape} | {dtype} | {meaning(pattern)} |"
         for (pattern, shape, dtype), blocks in rows.items()
     ]
-    stacks = [("double", s) for s in config.double] + [("single", s) for s in config.single]
     groups = [
         f"- {kind}: {s.groups} times {s.active} of {s.blocks} blocks run; {s.ffn} FFN"
-        for kind, s in stacks
+        for kind, _, s in config.named_stacks
     ]
     return KEYS.format(groups="\n".join(groups), rows="\n".join(table), last=config.moe.experts - 1)
 
