@@ -30,7 +30,7 @@ except ImportError:  # on Windows: two that build at once both do, and the last 
     fcntl = None
 
 THREADS = 16  # parts that are read at once
-WORTH_PROCESSES = 2**30  # bytes of parts from which it pays to start processes
+WORTH_PROCESSES = 2**32  # bytes of parts from which it pays to start processes
 SAVED = 300.0  # seconds after which what was found so far is written, for whoever comes after
 
 SUFFIX = ".d2m_jax_index"

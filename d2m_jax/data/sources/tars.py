@@ -151,7 +151,7 @@ class _Headers:
             self.path = content.rstrip(b"\0")
         elif kind not in MORE:
             self.path, self.size = b"", None
-        elif kind == EXTENDED and (b" path=" in content or b" size=" in content):
+        elif kind == EXTENDED:
             known = _extended(content)
             self.path = known.get(b"path", self.path)
             self.size = int(known[b"size"]) if b"size" in known else None
@@ -192,6 +192,7 @@ def _walk(file: Found, window: Window, problems: Problems, careful: bool) -> _He
     the next one behind damage.
     """
     found = _Headers()
+    blocks = found.blocks
     at, low, data = 0, 0, b""
     while True:
         offset = at - low
@@ -209,18 +210,28 @@ def _walk(file: Found, window: Window, problems: Problems, careful: bool) -> _He
                 if at == 0:
                     return found
                 continue
-        kind, size = header[156], _number(header[124:136])
+        kind = header[156]
+        try:
+            size = int(header[124:135], 8)
+        except ValueError:
+            size = -1
+        size = size if size >= 0 else _number(header[124:136])
         if kind in FILES:
             head = data[offset + BLOCK : offset + BLOCK + AT_HAND] if size > AT_HAND else b""
             size = found.add(at + BLOCK, size, head)
-        else:
+        elif kind != EXTENDED or not _of_times(data[offset + BLOCK : offset + BLOCK + size], size):
             found.pass_over(kind, window.read(at + BLOCK, size) if kind in MORE else b"")
-        found.blocks += header
+        blocks += header
         at += (size + 2 * BLOCK - 1) // BLOCK * BLOCK
     if not careful:
         found.check()
     _check_end(file, at, len(header) < BLOCK, problems)
     return found
+
+
+def _of_times(content: bytes, size: int) -> bool:
+    """Whether something told about the next file is at hand, and is neither its path nor size."""
+    return len(content) == size and b" path=" not in content and b" size=" not in content
 
 
 def _check_end(file: Found, at: int, missing: bool, problems: Problems) -> None:

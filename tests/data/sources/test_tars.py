@@ -296,3 +296,17 @@ def test_a_size_beyond_octal(tmp_path):
         source = open_source(str(path))
         assert source[0].captions == ("caption of 2",), form
         assert path.stat().st_size > end
+
+
+@pytest.mark.parametrize("right_sum", [True, False])
+def test_a_negative_size_does_not_turn_back(tmp_path, right_sum):
+    path = tar(tmp_path / "a.tar", members(["1", "2"]))
+    at, data = place(path, "1.txt"), bytearray(path.read_bytes())
+    data[at + 124 : at + 136] = b"-0000002000\0"
+    if right_sum:
+        data[at + 148 : at + 156] = b" " * 8
+        data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    path.write_bytes(data)
+    message, source = refused(tmp_path, 1)
+    assert f"damaged from byte {at}" in message
+    assert [source[i].captions for i in range(2)] == [(), ("caption of 2",)]
