@@ -78,6 +78,7 @@ def test_metadata_of_an_imagefolder(tmp_path):
                 {"file_name": "train/a.jpg", "caption": ["one", "two"]},
                 {"file_name": "./train/b.jpg", "text": "of the top"},
                 {"file_name": "csv/1.png", "text": "of the top"},
+                {"file_name": "csv/2.png", "text": "of the top"},
             ),
             "top.jpg": image,
             "train/a.jpg": image,
@@ -86,6 +87,7 @@ def test_metadata_of_an_imagefolder(tmp_path):
             "csv/metadata.csv": "\ufeff" + table.getvalue(),
             "csv/0.png": image,
             "csv/1.png": image,
+            "csv/2.png": image,
             "csv/none.png": image,
         },
     )
@@ -93,6 +95,7 @@ def test_metadata_of_an_imagefolder(tmp_path):
         "top.jpg": ("of the top",),
         "csv/0.png": ('of "CSV", quoted\nin two lines',),
         "csv/1.png": ("x",),
+        "csv/2.png": ("of the top",),
         "csv/none.png": (),
         "train/a.jpg": ("one", "two"),
         "train/b.jpg": ("beside it",),
@@ -155,6 +158,8 @@ def test_only_folders_that_changed_are_read_again(tmp_path, monkeypatch):
     write(tmp_path, {"metadata.jsonl": lines({"file_name": "a/3.jpg", "text": "new"})})
     write(tmp_path, {"a/3.jpg": encoded()})
     assert captions(open_source(str(tmp_path)))["a/3.jpg"] == ("new",)
+    write(tmp_path, {"metadata.jsonl": lines({"file_name": "a/3.jpg", "text": "newer"})})
+    assert captions(open_source(str(tmp_path)))["a/3.jpg"] == ("newer",)
 
 
 def test_changed_while_it_is_read(tmp_path):

@@ -80,3 +80,11 @@ def test_reads_a_header_and_not_the_image():
 
     assert image_size(data[:40], peek) == (300, 400)
     assert sum(read) < 1000
+
+
+def test_a_table_of_huffman_codes_is_no_frame():
+    """It may stand before the frame, and its marker is among those of frames."""
+    data = encoded(size=(30, 20))
+    at = data.index(b"\xff\xc4")
+    table = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]
+    assert size_of(data[:2] + table + data[2:]) == (20, 30)

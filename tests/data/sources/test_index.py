@@ -1,7 +1,9 @@
+import io
 import multiprocessing
 import os
 import pickle
 import stat
+import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -90,7 +92,17 @@ def test_a_touched_shard_is_read_again_and_is_the_same(shards, scanned):
 def test_fingerprint_of_other_contents(shards):
     first = open_source(str(shards))
     tar(shards / "0.tar", [("00.jpg", encoded(9)), ("00.txt", b"caption of 00")])
-    assert open_source(str(shards)).fingerprint() != first.fingerprint()
+    second = open_source(str(shards)).fingerprint()
+    assert second != first.fingerprint()
+    # Of the same sizes and names, written at another time.
+    content = (shards / "0.tar").read_bytes()
+    with tarfile.open(shards / "0.tar", "w") as out:
+        for name, data in (("00.jpg", encoded(9)), ("00.txt", b"Caption of 00")):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1
+            out.addfile(info, io.BytesIO(data))
+    assert len(content) == (shards / "0.tar").stat().st_size
+    assert open_source(str(shards)).fingerprint() != second
 
 
 def test_sizes_are_mapped_and_pickles_are_small(shards):

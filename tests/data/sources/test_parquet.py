@@ -68,7 +68,9 @@ def test_columns_with_sizes_spare_reading_the_images(tmp_path, monkeypatch):
 
 
 def test_columns_with_some_sizes_do_not(tmp_path):
-    write(tmp_path / "a.parquet", image=nested(), text=TEXTS, height=[None] * 7, width=[0] * 7)
+    write(
+        tmp_path / "a.parquet", image=nested(), text=TEXTS, height=[9, *[None] * 6], width=[0] * 7
+    )
     assert open_source(str(tmp_path)).sizes().tolist() == [[10, 20 + i] for i in range(7)]
 
 

@@ -96,10 +96,14 @@ def test_captions(tmp_path):
     }
 
 
-def test_members_that_lie_far_apart(tmp_path):
+def test_members_that_lie_far_apart(tmp_path, monkeypatch):
     """They are read one by one; near ones in one go."""
     tar(tmp_path / "a.tar", [("1.jpg", encoded()), ("big.bin", b"x" * 2**20), ("1.txt", b"far")])
-    assert open_source(str(tmp_path))[0].captions == ("far",)
+    source, read = open_source(str(tmp_path)), []
+    true = source.reader.read
+    monkeypatch.setattr(source.reader, "read", lambda *of: (read.append(of[2]), true(*of))[1])
+    assert source[0].captions == ("far",)
+    assert read == [len(encoded()), 3]
 
 
 @pytest.mark.parametrize(
