@@ -42,8 +42,9 @@ def open_source(path: str, index: str | None = None, max_bad: int = 100) -> Sour
     path = _normal(path)
     index = _normal(index) if index is not None else None
     # The others wait, and find the index where the disk is shared.
-    hosts.by_first(lambda: _open(path, index) and None)
-    source = _open(path, index)
+    opened: list[Indexed] = []
+    hosts.by_first(lambda: opened.append(_open(path, index)))
+    source = opened[0] if opened else _open(path, index)
     _tell(path, source.index, max_bad)
     return source
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from d2m_jax.config import ConfigError
-from d2m_jax.data.sources import build, helpers, tars
+from d2m_jax.data.sources import build, helpers, stores, tars
 from d2m_jax.data.sources.index import Index, Part, Problems, Scanned, header, pack
 from d2m_jax.data.sources.open import open_source
 from tests.data.sources.making import encoded, members, tar
@@ -79,6 +79,15 @@ def test_made_once_and_for_changed_shards_alone(shards, scanned, capsys):
     assert fresh.fingerprint() == now.fingerprint()
     for name, column in fresh.index.columns.items():
         assert np.array_equal(column, now.index.columns[name])
+
+
+def test_files_are_looked_up_once(shards, monkeypatch):
+    """Many take a while."""
+    looked, true = [], stores.listed
+    monkeypatch.setattr(stores, "listed", lambda folder: (looked.append(folder), true(folder))[1])
+    open_source(str(shards))
+    open_source(str(shards))
+    assert looked == [str(shards)] * 2
 
 
 def test_a_touched_shard_is_read_again_and_is_the_same(shards, scanned):
