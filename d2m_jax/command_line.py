@@ -30,7 +30,7 @@ NO_BACKEND = (
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """The exit code of main(arguments): 2 after one line for a ConfigError or where JAX cannot
-    start, 130 if interrupted."""
+    start, 130 if interrupted, 141 if what it prints has no reader any more."""
     # Where a file is damaged, Orbax and its tasks would tell so beside our one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -47,9 +47,25 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _nobody_reads("\n"):  # but of another connection
+            raise
+        return 141  # as shells count what SIGPIPE ends
     finally:
+        _nobody_reads()
         sys.unraisablehook = before
     return 0
+
+
+def _nobody_reads(more: str = "") -> bool:
+    """Whether the reader of what is printed has gone, as in `train.py --help | head -1`; then
+    neither we nor Python, which prints the rest at its end, say more."""
+    try:
+        print(more, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _check_environment() -> None:

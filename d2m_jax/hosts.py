@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # its client is public nowhere; Orbax takes it from here too
+from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
@@ -29,6 +29,8 @@ from d2m_jax.config import ConfigError, check, differences, first_line
 PATIENCE = 6 * 3600  # seconds for which a process waits for one that lives; a dead one ends it
 LEAVING = 10  # seconds for which a process that failed waits whether the others failed like it
 GRACE = 3  # seconds for which others stay, so that process 0 can count them
+# What JAX says where nothing names the other processes, and where it was used before it was told.
+UNDEFINED, TOO_LATE = "should be defined", "before any JAX calls"
 NOTICED = 20  # seconds after which the others end whom it did not wait for
 _calls = itertools.count()  # the same on all processes, for all make the same calls in one order
 _acting = False  # whether the first process does something alone, in by_first
@@ -52,7 +54,7 @@ def joined(
         barrier("end")
         jax.distributed.shutdown()
     except BaseException as error:
-        if distributed.global_state.client is None:
+        if _jax().client is None:
             raise
         _leave(error)
 
@@ -102,11 +104,11 @@ def start(
             shutdown_timeout_seconds=NOTICED,
         )
     except ValueError as error:
-        if not missing or "should be defined" not in str(error):
+        if not missing or UNDEFINED not in str(error):
             raise
     except Exception as error:  # of Kubernetes, of metadata servers, of sockets
         # Who has used JAX before, in a notebook or a test, is alone unless he says who else is.
-        if missing and "before any JAX calls" in str(error):
+        if missing and TOO_LATE in str(error):
             return
         where = f" at {coordinator}" if coordinator else ""
         raise ConfigError(
@@ -147,7 +149,7 @@ def _watch(came: threading.Event, timeout: float) -> None:
     told to stop."""
     if came.wait(timeout):
         return
-    state = distributed.global_state
+    state = _jax()
     address = state.coordinator_address
     if address is None:
         said = f"waited {timeout:g} s to learn who the other processes are"
@@ -181,14 +183,20 @@ def _connections(port: int) -> int | None:
     return sum(f[1].endswith(f":{here}") and f[3] == established for f in lines) or None
 
 
+def _jax() -> Any:
+    """What JAX knows of the processes and holds to reach them; private, for its client is public
+    nowhere. Orbax takes it from here too."""
+    return distributed.global_state
+
+
 def count() -> int:
     """How many processes work on this run; 1 inside by_first."""
-    return 1 if _acting else distributed.global_state.num_processes
+    return 1 if _acting else _jax().num_processes
 
 
 def first() -> bool:
     """Whether this is the process that writes what is written once."""
-    return distributed.global_state.process_id == 0
+    return _jax().process_id == 0
 
 
 def say(line: str) -> None:
@@ -200,7 +208,7 @@ def say(line: str) -> None:
 
 def _client() -> Any:
     """JAX's line between the processes, of a type that JAX does not hand out."""
-    return distributed.global_state.client
+    return _jax().client
 
 
 def barrier(name: str, timeout: float = PATIENCE) -> None:
@@ -214,7 +222,7 @@ def gather(value: Any) -> list[Any]:
     if count() == 1:
         return [value]
     client, key = _client(), f"d2m_jax/{next(_calls)}"
-    client.key_value_set(f"{key}/{distributed.global_state.process_id}", json.dumps(value))
+    client.key_value_set(f"{key}/{_jax().process_id}", json.dumps(value))
     barrier(key)
     values = {int(name.rsplit("/", 1)[1]): text for name, text in client.key_value_dir_get(key)}
     return [json.loads(values[process]) for process in range(count())]
@@ -306,7 +314,7 @@ def _leave(error: BaseException) -> None:
         code = 130
     else:
         traceback.print_exception(error)
-        mine = distributed.global_state.process_id
+        mine = _jax().process_id
         print(
             f"process {mine} ends; of a lost connection another's log knows more", file=sys.stderr
         )

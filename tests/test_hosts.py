@@ -182,6 +182,18 @@ def test_a_plain_machine_starts_alone(monkeypatch):
     hosts.agree({"config": 1})
 
 
+def test_what_jax_says_and_holds_is_known_still():
+    """Private or without a promise: where this fails, hosts.py has to follow a newer JAX."""
+    with pytest.raises(RuntimeError, match=hosts.TOO_LATE):
+        jax.devices()
+        jax.distributed.initialize("localhost:1", 1, 0)
+    alone = "import jax; jax.distributed.initialize()"
+    told = subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True)
+    assert told.returncode and f"ValueError: coordinator_address {hosts.UNDEFINED}" in told.stderr
+    held = {"client", "service", "coordinator_address", "process_id", "num_processes"}
+    assert held <= set(dir(hosts._jax()))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

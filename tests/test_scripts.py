@@ -230,6 +230,17 @@ def test_a_script_exits_with_its_code(name):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_help_whose_reader_has_gone(name):
+    """As `--help | head -1`: not a word more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, ROOT / f"{name}.py", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=120)
+    os.close(writer)
+    assert done.stderr == b"" and done.returncode in (0, 141)
+
+
 @pytest.mark.parametrize("name", ["train", "sample", "evaluate", "convert_torch_weights"])
 def test_without_an_environment_a_script_says_what_to_do(name):
     command = [sys.executable, "-S", ROOT / f"{name}.py", "--help"]  # without site-packages

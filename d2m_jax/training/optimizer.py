@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from d2m_jax.config import ConfigError, OptimizerConfig, suggestion
 from d2m_jax.named_arrays import names, restructure
@@ -15,19 +14,14 @@ from d2m_jax.named_arrays import names, restructure
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate of step 0, 1, …: linear warm-up over `warmup` steps, then the schedule."""
-
-    def schedule(step: ArrayLike):
-        warm = jnp.minimum(1.0, (step + 1) / max(config.warmup, 1))
-        progress = jnp.clip((step - config.warmup) / max(steps - config.warmup, 1), 0.0, 1.0)
-        if config.schedule == "cosine":
-            left = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        elif config.schedule == "linear":
-            left = 1 - progress
-        else:
-            left = 1.0
-        return config.learning_rate * warm * (config.final_rate + (1 - config.final_rate) * left)
-
-    return schedule
+    peak, decay = config.learning_rate, max(steps - config.warmup, 1)
+    warm = optax.linear_schedule(peak / max(config.warmup, 1), peak, config.warmup - 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, peak * config.final_rate, decay),
+        "cosine": optax.cosine_decay_schedule(peak, decay, config.final_rate),
+    }
+    return optax.join_schedules([warm, after[config.schedule]], [config.warmup])
 
 
 def make_optimizer(
