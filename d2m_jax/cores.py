@@ -1,4 +1,4 @@
-"""The cores of a CPU as devices, and its memory as training needs it."""
+"""Settings of JAX and of the C library that make training on a CPU faster."""
 
 import contextlib
 import ctypes

@@ -15,7 +15,7 @@ from d2m_jax import flow
 from d2m_jax.config import AutoencoderConfig, ModelConfig, PixelsConfig, WordsConfig
 from d2m_jax.models import autoencoder, clip, t5
 from d2m_jax.models.words import Words
-from d2m_jax.sharding import local_mesh, spread
+from d2m_jax.sharding import local_mesh, over_all_devices
 from d2m_jax.tokenizers import Tokenizers
 from d2m_jax.weights.torch_files.diffusers_folder import check_encoder, load_encoder, parts
 from d2m_jax.weights.torch_files.torch_import import dtype_of
@@ -40,7 +40,7 @@ class Encoders:
     ):
         usual = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         self.config, self.dtype = config, dtype_of(usual if dtype is None else dtype)
-        self._place = partial(spread, mesh or local_mesh())
+        self._place = partial(over_all_devices, mesh or local_mesh())
         self._loaded: dict[str, dict] = {}
         if load:
             self._of(*parts(config))

@@ -1,4 +1,4 @@
-"""Imported before anything that an environment brings: says in one line where there is none."""
+"""Imported first: where the packages are not installed, one line says so, and Python ends."""
 
 import importlib.util
 import sys

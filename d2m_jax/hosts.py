@@ -319,8 +319,9 @@ def _leave(error: BaseException) -> None:
             f"process {mine} ends; of a lost connection another's log knows more", file=sys.stderr
         )
         code = 1
-    # Where all failed alike, all come to JAX's own end, and part in peace. Else this one does not
-    # wait with them, and its coming too early ends the others, whatever they wait for.
+    # JAX's shutdown waits until all processes have called it. Where all failed alike they all do,
+    # and end together. Where only this one failed it waits for LEAVING seconds and exits; JAX then
+    # ends the others too (NOTICED), even those that wait inside a collective.
     end = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     end.start()
     end.join(LEAVING)

@@ -117,9 +117,11 @@ def _finite(words: np.ndarray, dtype: Any) -> bool:
     return bool(np.isfinite(words.view(dtype)).all())
 
 
-# The sum, modulo 2^32, of mix(bits) times an odd number that the element's place decides. Sums can
-# be split over blocks and devices. One changed element always shows, for mix is a bijection and
-# what is odd has an inverse; several, or elements in each other's places, but for one in 2^32.
+# An array's part of the fingerprint is the sum, modulo 2^32, of mix(bits) · factor over its
+# elements, where `factor` is an odd number that follows from the element's place. So it can be
+# summed up over blocks and devices in any order. Where one element changes, the sum changes for
+# certain: mix is a bijection, and what is multiplied by an odd number can be divided again. Where
+# several change, or two change places, it stays by chance: once in 2^32.
 
 
 Words = TypeVar("Words", Array, np.ndarray)

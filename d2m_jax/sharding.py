@@ -31,14 +31,16 @@ RULES: dict[str | None, tuple[str, ...]] = {
     # Rows of matrices, where they are stored.
     "rows": ("fsdp", "expert"),
     "expert_rows": ("fsdp",),
-    # Rows that stay cut over `tensor` while they are used. Queries, keys and values lie side by
-    # side in one matrix, whose columns cannot be cut by heads: layers.heads exchanges its rows.
+    # Rows of matrices that `tensor` cuts too, in storage and in use. (Of queries, keys and values,
+    # side by side in one matrix, no cut of columns is one by heads: layers.heads exchanges rows.)
     "inner_rows": ("tensor", "fsdp", "expert"),
     "expert_inner_rows": ("tensor", "fsdp"),
     "expert": ("expert",),
     "inner": ("tensor",),  # heads, neurons of an FFN, outputs of a modulation
 }
-# How stored parameters are cut for the time of a block, and inside `on_own_part`.
+# Logical axes of a stored parameter → those that it has while a block uses it: what only storage
+# cuts (fsdp, expert) is gathered, the cut by `tensor` stays. OWN: the same inside `on_own_part`,
+# where normal experts stay cut by `expert`.
 USED: dict[str | None, str | None] = {"rows": None, "inner_rows": "inner"}
 OWN = USED | {"expert_rows": None, "expert_inner_rows": "inner"}
 BY_NAME = "by name"  # in the place of logical axes: parameters, every device wants all of them
@@ -387,8 +389,8 @@ def whole(array: Array | np.ndarray) -> np.ndarray:
     return np.asarray(array)
 
 
-def spread(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Of a frozen array that all devices share, cut along the last axis that they divide."""
+def over_all_devices(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where a frozen array is stored: cut over all devices, along the last axis they divide."""
     for axis in reversed(range(len(shape))):
         if mesh.size > 1 and shape[axis] % mesh.size == 0:
             return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))

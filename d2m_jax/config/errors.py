@@ -1,4 +1,4 @@
-"""What is told to the person who must mend it."""
+"""Errors that a user can mend, the checks that raise them, and the words of their messages."""
 
 import difflib
 import math

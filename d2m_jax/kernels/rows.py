@@ -1,9 +1,12 @@
-"""Tokens to rows of their experts and back: gathers, whose gradients gather too, where JAX's would
-scatter.
+"""Moves tokens to the rows of their experts, and what came of them back.
 
-A choice is token · k + its place among the token's k. `choice` names that of each row, one past the
-last where the row is empty; `row` names the row of each choice, one past the last where it has
-none. Either way zeros are read.
+Every token chose k experts. Choice number token · k + i is its i-th, and every choice has a row of
+its own; rows are in the order of experts. Two arrays say which belongs to which: `choice` holds for
+each row the number of its choice, `row` for each token and i the row. A number one past the last
+stands for none (a row that is empty, a choice without a row), of which zeros are read.
+
+All is done by gathers. The gradient of each of the two functions is the other, which gathers too,
+where JAX would scatter.
 """
 
 import jax

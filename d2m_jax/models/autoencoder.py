@@ -247,7 +247,7 @@ class Autoencoder(nnx.Module):
         check(tile >= 4, f"tile = {tile}: expected at least 4 latents a side")
         factor = self.config.stride // 2  # pixels per latent
         batch, *sides, channels = latents.shape
-        (rows, row_shares), (columns, column_shares) = (spread(n, tile, factor) for n in sides)
+        (rows, row_shares), (columns, column_shares) = (tiles_of(n, tile, factor) for n in sides)
         tile_sides = [min(n, tile) for n in sides]
 
         def add(image: Float[Array, "b H W 3"], place: tuple):
@@ -266,7 +266,7 @@ class Autoencoder(nnx.Module):
         return jax.lax.scan(add, image, places)[0]
 
 
-def spread(
+def tiles_of(
     length: int, tile: int, factor: int
 ) -> tuple[np.ndarray, Float[np.ndarray, "tiles pixels"]]:
     """Where the tiles of one side start, evenly, and the share of each tile in its pixels.

@@ -239,6 +239,7 @@ class Flux(nnx.Module):
             if kind == "single":
                 streams = join(streams)
             for i, stack in enumerate(getattr(self, kind)):
+                # All that is known of this stack, in one.
                 mine = reduce(or_, (body[kind][i] for body in known), NOTHING)
                 streams, of_stack = stack(streams, context, mine, remat=remat)
                 report[kind].append(of_stack)

@@ -1,4 +1,4 @@
-"""Steps in parts of one program, between which it is told how far it is."""
+"""Denoising steps a few at a time, all by one compiled program, so that a bar can move between."""
 
 import time
 from collections.abc import Callable

@@ -24,8 +24,10 @@ Tree = TypeVar("Tree")
 class Step:
     """The programs of a stage, for parameters and constants that may be abstract.
 
-    They are given a state, `frozen` and the constants. A frozen array that is among the constants
-    too (the same object: a teacher's) is given once, so `frozen` lacks it; `whole` has it again.
+    Each takes three trees: the state (what trains, and what the optimizer keeps of it), `frozen`
+    (parameters that do not train) and the constants (what the loss needs besides: a teacher). What
+    a student has in common with its teacher is one and the same array, and is given once: among the
+    constants. `frozen` leaves it out, and `whole` puts it back.
     """
 
     def __init__(

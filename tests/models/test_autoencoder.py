@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from d2m_jax.config import AutoencoderConfig, ConfigError
-from d2m_jax.models.autoencoder import Attention, GroupNorm, initialise, model_of, spread
+from d2m_jax.models.autoencoder import Attention, GroupNorm, initialise, model_of, tiles_of
 from d2m_jax.weights.keys import autoencoder_keys
 from tests.models.oracle import imported, operations, relative, shaken, tensors
 from tests.seed import generator
@@ -163,7 +163,7 @@ def test_tiles_are_blended_as_in_diffusers(theirs, params):
 
 @pytest.mark.parametrize("length", [1, 3, 12, 13, 17, 21, 22, 64, 100])
 def test_shares_of_tiles(length):
-    starts, shares = spread(length, 12, 4)
+    starts, shares = tiles_of(length, 12, 4)
     tile = min(length, 12)
     assert starts[0] == 0 and starts[-1] == length - tile
     assert (np.diff(starts) <= 9).all() and (np.diff(starts) > 0).all()

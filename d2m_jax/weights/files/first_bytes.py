@@ -1,4 +1,4 @@
-"""What a file is that should be a safetensors file and is none, by how it begins."""
+"""What a file really is that was taken for safetensors: its first bytes tell."""
 
 import re
 
