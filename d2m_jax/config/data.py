@@ -85,6 +85,7 @@ class CacheConfig(Config):
     max_bad: int = 100  # samples that one process may leave out before it stops
     validation: int = 256  # samples that never train
     prompts: str | None = None  # a file of prompts for sample grids; None: captions of validation
+    index: str | None = None  # folder for what is known of NVIDIA's tars; None: beside them
     workers: int = 0  # grain worker processes; 0 reads in threads of this process
     kind: Literal["cache"] = "cache"
 

@@ -1,7 +1,6 @@
 """A cache of encoded samples as data: nothing of it needs text encoders or an autoencoder."""
 
 import functools
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from d2m_jax.config import (
     PixelsConfig,
     check,
 )
-from d2m_jax.data import records
+from d2m_jax.data import preprocessed, records
 from d2m_jax.data.batches import Bad, Batches, endless, held_out
 from d2m_jax.data.buckets import Part, Rows, Schedule, Size
+from d2m_jax.data.preprocessed import Preprocessed
 from d2m_jax.data.prompt_files import prompts_of
 from d2m_jax.data.protocol import Asked, Split, Tokenizer
-from d2m_jax.data.records import BFLOAT16, Record, Shards
+from d2m_jax.data.records import BFLOAT16, Cache, Record
 from d2m_jax.data.sources.protocol import BadSample
 from d2m_jax.keys import named_generator
 
@@ -33,7 +33,7 @@ class Cached:
     """The data of a CacheConfig (data/protocol.py, Data).
 
     ConfigError where its folder is no cache, is not finished, or was made by other encoders than
-    this model's.
+    this model's; and where it holds other people's samples, of which this model reads none.
     """
 
     encoded = True
@@ -41,18 +41,17 @@ class Cached:
     def __init__(self, config: CacheConfig, model: ModelConfig):
         self.config, self.model = config, model
         self.bad = Bad(config.max_bad, "CacheConfig.max_bad")  # of all its batches together
-        self.cache = records.open_cache(Path(config.path))
-        _check(self.cache, model)
-        names = list(self.cache.counts)
-        self.shards = Shards([self.cache.folder / name for name in names])
-        self.buckets: tuple[Size, ...] = tuple(sorted({records.size_of(n) for n in names}))
-        starts = np.cumsum([0, *self.cache.counts.values()])
-        self._bucket_of = np.zeros(int(starts[-1]), np.int16)
-        for name, (start, end) in zip(names, itertools.pairwise(starts), strict=True):
-            self._bucket_of[start:end] = self.buckets.index(records.size_of(name))
+        self.cache = stored(config, model)
+        if isinstance(self.cache, Cache):
+            _check(self.cache, model, config)
+        if config.caption_dropout:
+            _ = self.cache.empty  # told now where it is not there
+        self.shards = self.cache.samples
+        runs = self.cache.runs
+        self.buckets: tuple[Size, ...] = tuple(sorted({size for size, _ in runs}))
+        numbers = [self.buckets.index(size) for size, _ in runs]
+        self._bucket_of = np.repeat(np.array(numbers, np.int16), [count for _, count in runs])
         count = len(self._bucket_of)
-        whole = count == 0 or config.latents == "mean" or "logvar" in self.shards[0].arrays
-        check(whole, f"CacheConfig.latents = sampled: {config.path} has means alone")
         check(
             count > config.validation,
             f"{config.path}: found {count} samples, expected more than the {config.validation} of"
@@ -72,7 +71,8 @@ class Cached:
 
     def vocabulary(self) -> tuple[str, ...]:
         """Every word of its captions."""
-        words = {w for i in range(len(self)) for w in self.shards[i].facts["caption"].split()}
+        captions = (self.shards[i].facts.get("caption", "") for i in range(len(self)))
+        words = {word for caption in captions for word in caption.split()}
         return tuple(sorted(words))
 
     def batches(
@@ -89,17 +89,17 @@ class Cached:
         check(
             entries > 0, f"CacheConfig.validation = {entries}: expected at least 1 to validate on"
         )
-        make = functools.partial(
-            _encoded, self.config, self.model, self.cache.empty if train else None, seed
-        )
+        empty = self.cache.empty if train and self.config.caption_dropout else None
+        make = functools.partial(_encoded, self.config, self.model, empty, seed)
         source = Batches(Schedule(parts, size, seed, split), rows, self._read, make, self.bad)
         return endless(source, self.config.workers)
 
     def prompts(self, count: int, held_out: bool = False) -> Sequence[Asked]:
-        """Those of the file, or captions of what never trains."""
+        """Those of the file, or captions of what never trains, if it has any."""
         if self.config.prompts is not None:
             return [Asked(prompt) for prompt in prompts_of(Path(self.config.prompts))[:count]]
-        return [Asked(self.shards[int(i)].facts["caption"]) for i in self._held_out[:count]]
+        facts = (self.shards[int(i)].facts for i in self._held_out[:count])
+        return [Asked(one["caption"]) for one in facts if "caption" in one]
 
     def _read(self, entry: int, bucket: int) -> Record:
         try:
@@ -115,7 +115,20 @@ class Cached:
         return [[Part(entries)] if len(entries) else [] for entries in found]
 
 
-def _check(cache: records.Cache, model: ModelConfig) -> None:
+def is_there(folder: Path) -> bool:
+    """Whether a folder has samples already."""
+    return (folder / records.FILE).is_file() or preprocessed.is_there(folder)
+
+
+def stored(config: CacheConfig, model: ModelConfig) -> Cache | Preprocessed:
+    """The samples in a folder, of a kind that is recognised by what is there."""
+    folder = Path(config.path)
+    if not (folder / records.FILE).is_file() and preprocessed.is_there(folder):
+        return Preprocessed(config, model)
+    return records.open_cache(folder)
+
+
+def _check(cache: Cache, model: ModelConfig, config: CacheConfig) -> None:
     made, mine = cache.made, records.model_facts(model)
     if mine["encoders"] is None:  # a transformer alone: sizes must fit
         mine["encoders"] = made["encoders"]
@@ -128,6 +141,9 @@ def _check(cache: records.Cache, model: ModelConfig) -> None:
         f"{cache.folder / records.FILE}: text_length = {length}, the model reads"
         f" {model.text.length}",
     )
+    if config.latents == "sampled" and len(cache.samples):
+        whole = "logvar" in cache.samples[0].arrays
+        check(whole, f"CacheConfig.latents = sampled: {config.path} has means alone")
 
 
 def _encoded(
@@ -142,8 +158,8 @@ def _encoded(
     made: dict[str, list[np.ndarray]] = {}
     for record, position in zip(samples, rows.positions, strict=True):
         draw = named_generator(seed, f"cached/{position}")
-        dropped = draw.random() < config.caption_dropout and empty is not None
-        text = empty.arrays if dropped and empty is not None else record.arrays
+        dropped = draw.random() < config.caption_dropout
+        text = (empty if dropped and empty is not None else record).arrays
         values: dict[str, Any] = {
             "latents": _latents(config, model, record, draw),
             "txt": _padded(text["txt"], model.text.length),
@@ -154,6 +170,8 @@ def _encoded(
             values["noisy"] = record.arrays["noisy"][point].astype(np.float32)
             values["time"] = record.arrays["time"][point]
             values["guidance"] = np.float32(record.facts["guidance"])
+        if "eighth" in record.facts:  # of the way to noise, at which it validates
+            values["eighth"] = np.int32(record.facts["eighth"])
         for name, value in values.items():
             made.setdefault(name, []).append(np.asarray(value))
     return {name: np.stack(values) for name, values in made.items()}

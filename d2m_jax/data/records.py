@@ -119,6 +119,16 @@ class Cache:
     counts: dict[str, int]  # records by shard
 
     @cached_property
+    def samples(self) -> Shards:
+        """Samples by number."""
+        return Shards([self.folder / name for name in self.counts])
+
+    @property
+    def runs(self) -> list[tuple[Size, int]]:
+        """Height and width in pixels of so many samples, one after the other."""
+        return [(size_of(name), count) for name, count in self.counts.items()]
+
+    @cached_property
     def empty(self) -> Record:
         """The features of the empty caption."""
         return Shards([self.folder / EMPTY])[0]

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from d2m_jax.config import CacheConfig, DataConfig, IconsConfig, ImagesConfig, ModelConfig
 from d2m_jax.data.buckets import Size, bucket_sizes
-from d2m_jax.data.cached import Cached
+from d2m_jax.data.cached import Cached, is_there, stored
 from d2m_jax.data.icons import Icons
 from d2m_jax.data.images import Images
 from d2m_jax.data.protocol import Data
-from d2m_jax.data.records import FILE, open_cache, size_of
 
 
 def open_data(config: DataConfig, model: ModelConfig) -> Data:
@@ -28,8 +27,8 @@ def largest_size(config: DataConfig, model: ModelConfig) -> Size:
     if isinstance(config, ImagesConfig):
         stride = model.image.stride
         sizes = bucket_sizes(max(config.resolutions), config.aspect_ratio, stride)
-    elif isinstance(config, CacheConfig) and (Path(config.path) / FILE).is_file():
-        sizes = tuple(map(size_of, open_cache(Path(config.path)).counts))
+    elif isinstance(config, CacheConfig) and is_there(Path(config.path)):
+        sizes = tuple(size for size, _ in stored(config, model).runs)
     else:
         return model.image.height, model.image.width
     return max(sizes, key=math.prod)

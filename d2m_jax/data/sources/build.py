@@ -197,8 +197,8 @@ def _check_place(path: str) -> None:
     except (ConfigError, OSError, NotImplementedError) as error:
         said = str(error).removeprefix(f"{path}: ") or type(error).__name__
         raise ConfigError(
-            f"{path}: {said}: the index of the images goes there; ImagesConfig.index = FOLDER names"
-            " another place"
+            f"{path}: {said}: the index of the data goes there; index = FOLDER in their config"
+            " names another place"
         ) from None
 
 

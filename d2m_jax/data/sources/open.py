@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, check
@@ -29,6 +30,8 @@ EXPECTED = "expected .tar, .parquet or .array_record files, or a folder with the
 MOST = 1_000_000  # names that braces may stand for
 THREADS = 32  # files that are asked for at once
 
+T = TypeVar("T", bound=Indexed)
+
 
 def open_source(path: str, index: str | None = None, max_bad: int = 100) -> Source:
     """The captioned images at a path: a file, a folder, a pattern with * or {00000..00099}, on disk
@@ -41,12 +44,17 @@ def open_source(path: str, index: str | None = None, max_bad: int = 100) -> Sour
     """
     path = _normal(path)
     index = _normal(index) if index is not None else None
-    # The others wait, and find the index where the disk is shared.
-    opened: list[Indexed] = []
-    hosts.by_first(lambda: opened.append(_open(path, index)))
-    source = opened[0] if opened else _open(path, index)
-    _tell(path, source.index, max_bad)
+    source = by_first_first(lambda: _open(path, index))
+    tell_left_out(path, source.index, max_bad, "image")
     return source
+
+
+def by_first_first(open_it: Callable[[], T]) -> T:
+    """What it gives: the other processes wait for the first, and find the index that it made where
+    the disk is shared."""
+    opened: list[T] = []
+    hosts.by_first(lambda: opened.append(open_it()))
+    return opened[0] if opened else open_it()
 
 
 def _open(path: str, where: str | None) -> Indexed:
@@ -162,7 +170,8 @@ def _normal(path: str) -> str:
     return os.path.abspath(Path(path).expanduser())
 
 
-def _tell(path: str, index: Index, max_bad: int) -> None:
+def tell_left_out(path: str, index: Index, max_bad: int, what: str) -> None:
+    """Say which samples cannot be used. ConfigError where they are more than `max_bad`, or all."""
     left_out = sum(part.left_out for part in index.parts)
     said = [problem for part in index.parts for problem in part.problems]
     words = "; ".join(said[:3]) + (f"; and {len(said) - 3} more" if len(said) > 3 else "")
@@ -170,6 +179,6 @@ def _tell(path: str, index: Index, max_bad: int) -> None:
         raise ConfigError(
             f"{path}: {left_out} samples cannot be used, more than max_bad = {max_bad}: {words}"
         )
-    check(len(index) > 0, f"{path}: found no image that can be used{': ' * bool(said)}{words}")
+    check(len(index) > 0, f"{path}: found no {what} that can be used{': ' * bool(said)}{words}")
     if said:
         hosts.say(f"{path}: {len(index)} samples, {left_out} left out: {words}")

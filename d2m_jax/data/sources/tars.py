@@ -28,25 +28,34 @@ FILES = b"0\0007"  # kinds of members that are files
 MORE = b"LKxg"  # that tell more about the next one, a name that is too long for a header
 
 
-class Tars(Indexed):
-    """Samples of many tars. The columns "block" and "bytes", uint32 [n, 3], are block and size of
-    image, text and JSON; a size of 0 is one that is not there."""
+class Members(Indexed):
+    """Samples of many tars. The columns "block" and "bytes", uint32 [n, roles], are block and size
+    of what plays each role in a sample; a size of 0 is one that is not there."""
 
-    def __getitem__(self, index: int) -> Sample:
-        key = self.key(index)
-        file = self.files[self.index.part(index)]
+    def members(self, index: int) -> dict[int, memoryview]:
+        """Role → bytes. BadSample where they cannot be read."""
+        key, file = self.key(index), self.files[self.index.part(index)]
         starts = [BLOCK * int(block) for block in self.index.columns["block"][index]]
         sizes = self.index.columns["bytes"][index].tolist()
-        captions.check_length(key, sizes[TEXT])
-        captions.check_length(key, sizes[JSON], captions.LONGEST_JSON)
-        there = [role for role in (IMAGE, TEXT, JSON) if sizes[role]]
+        there = [role for role, size in enumerate(sizes) if size]
         first = min(starts[role] for role in there)
         end = max(starts[role] + sizes[role] for role in there)
         if end - first <= sum(sizes) + NEAR:
-            data = self.read(key, file, first, end - first)
-            members = {r: data[starts[r] - first : starts[r] - first + sizes[r]] for r in there}
-        else:
-            members = {r: self.read(key, file, starts[r], sizes[r]) for r in there}
+            data = memoryview(self.read(key, file, first, end - first))
+            begins = [start - first for start in starts]
+            return {role: data[begins[role] : begins[role] + sizes[role]] for role in there}
+        return {r: memoryview(self.read(key, file, starts[r], sizes[r])) for r in there}
+
+
+class Tars(Members):
+    """Captioned images: IMAGE, TEXT and JSON are the roles."""
+
+    def __getitem__(self, index: int) -> Sample:
+        key = self.key(index)
+        sizes = self.index.columns["bytes"][index].tolist()
+        captions.check_length(key, sizes[TEXT])
+        captions.check_length(key, sizes[JSON], captions.LONGEST_JSON)
+        members = {role: bytes(data) for role, data in self.members(index).items()}
         found = captions.from_text(key, members.get(TEXT, b""))
         if not found and JSON in members:
             found = captions.from_json(key, members[JSON])
@@ -60,11 +69,8 @@ def scan(file: Found) -> Scanned:
     try:
         with reading(file) as read:
             window = Window(read, IN_STORE if is_remote(file.path) else ON_DISK)
-            try:
-                headers = _walk(file, window, problems, careful=False)
-            except ValueError:
-                headers = _walk(file, window, problems, careful=True)
-            checked = zlib.crc32(headers.blocks).to_bytes(4, "big")
+            headers = headers_of(file, window, problems)
+            checked = headers.checksum
             rows = _rows(file, window, headers, problems)
     except (Changed, OSError, ValueError) as error:
         problems.add(f"{file.path}: cannot be read to its end: {error}")
@@ -80,8 +86,16 @@ def scan(file: Found) -> Scanned:
     return Scanned(columns, {"name": names}, problems, checked)
 
 
+def headers_of(file: Found, window: Window, problems: Problems) -> "Headers":
+    """Those of all files in a tar. ValueError where it cannot be read to its end."""
+    try:
+        return _walk(file, window, problems, careful=False)
+    except ValueError:
+        return _walk(file, window, problems, careful=True)
+
+
 def _rows(
-    file: Found, window: Window, headers: "_Headers", problems: Problems
+    file: Found, window: Window, headers: "Headers", problems: Problems
 ) -> dict[bytes, list[int]]:
     """Name of a sample → block of image, text, JSON; bytes of them; height, width."""
     rows: dict[bytes, list[int]] = {}
@@ -107,12 +121,12 @@ def _rows(
             if role == IMAGE:
                 row[6:] = image_size(head[:size], functools.partial(_peek, window, start, size))
             continue
-        problems.add(f"{_in(file, path)}: {wrong}", int(role == IMAGE))
+        problems.add(f"{told(file, path)}: {wrong}", int(role == IMAGE))
         if role == IMAGE and not row[3]:
             broken.add(name)
     for name, row in rows.items():
         if not row[3] and name not in broken:
-            problems.add(f"{_in(file, name)}: has no image")
+            problems.add(f"{told(file, name)}: has no image")
     return rows
 
 
@@ -121,7 +135,7 @@ def _peek(window: Window, start: int, size: int, at: int, count: int) -> bytes:
 
 
 @dataclass
-class _Headers:
+class Headers:
     """Those of files in a tar, in their order, and what stands behind them."""
 
     blocks: bytearray = field(default_factory=bytearray)  # with those about other headers
@@ -156,6 +170,11 @@ class _Headers:
             self.path = known.get(b"path", self.path)
             self.size = int(known[b"size"]) if b"size" in known else None
 
+    @property
+    def checksum(self) -> bytes:
+        """Another one when files are others, or stored otherwise."""
+        return zlib.crc32(self.blocks).to_bytes(4, "big")
+
     def files(self) -> Iterator[tuple[bytes, int, int, bytes]]:
         """Path, first byte, size and beginning of each."""
         blocks = self.array[self.which]
@@ -184,14 +203,14 @@ class _Headers:
         return np.frombuffer(self.blocks, np.uint8).reshape(-1, BLOCK)
 
 
-def _walk(file: Found, window: Window, problems: Problems, careful: bool) -> _Headers:
+def _walk(file: Found, window: Window, problems: Problems, careful: bool) -> Headers:
     """All headers of a tar.
 
     This loop runs ten million times for some millions of samples. So at first headers are taken as
     they come, and checked together: ValueError where one is odd. `careful` checks each, and finds
     the next one behind damage.
     """
-    found = _Headers()
+    found = Headers()
     blocks = found.blocks
     at, low, data = 0, 0, b""
     while True:
@@ -254,7 +273,8 @@ def _behind_damage(file: Found, window: Window, at: int, problems: Problems) -> 
     return found
 
 
-def _in(file: Found, path: bytes) -> str:
+def told(file: Found, path: bytes) -> str:
+    """A file in a tar, for a message."""
     return f"{file.path}: {path.decode(errors='replace')}"
 
 

@@ -163,7 +163,7 @@ def test_a_folder_for_indexes(shards, tmp_path):
 def test_a_folder_that_cannot_be_written_is_told_first(shards, scanned):
     (shards / "file").write_text("")
     with pytest.raises(
-        ConfigError, match=r"cannot be written.*ImagesConfig.index = FOLDER names another"
+        ConfigError, match=r"cannot be written.*index = FOLDER in their config names another"
     ):
         open_source(str(shards), str(shards / "file" / "below"))
     assert not scanned
