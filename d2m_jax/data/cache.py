@@ -139,11 +139,13 @@ def cache(
         for examples, read in _read_ahead(images, shard, _at_once(shard.size), bad):
             yield from _encoded(encoders, text, examples, shard.size, all_captions)
             advance(read)
+        making.name_bad(folder, bad.told)  # before the shard is there: who is killed loses no name
 
     counts = making.make(
         folder, made, shards, lambda: Record({}, text([""])[0]), records_of, "encoding"
     )
-    making.tell_bad(folder, bad.told)
+    if count := making.name_bad(folder, bad.told):
+        print(f"left out: {count}, named in {folder}", file=sys.stderr, flush=True)
     return counts
 
 

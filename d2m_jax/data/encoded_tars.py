@@ -12,7 +12,7 @@ import numpy as np
 
 from d2m_jax.data.sources.build import indexed, place
 from d2m_jax.data.sources.index import Problems, Scanned, pack
-from d2m_jax.data.sources.open import by_first_first, tell_left_out
+from d2m_jax.data.sources.open import first_then_all, tell_left_out
 from d2m_jax.data.sources.stores import Changed, Found, Window, look, reading
 from d2m_jax.data.sources.tars import BLOCK, Members, headers_of, told
 
@@ -58,7 +58,7 @@ def open_tars(folder: Path, index: str | None, max_bad: int) -> EncodedTars:
         path = place(f"{base}/*.tar", base, where, KIND)
         return EncodedTars(indexed(KIND, files, base, path, scan, pure=False), base)
 
-    tars = by_first_first(opened)
+    tars = first_then_all(opened)
     tell_left_out(base, tars.index, max_bad, "sample")
     return tars
 

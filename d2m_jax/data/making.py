@@ -1,7 +1,6 @@
 """How a cache is made: shard after shard, by all processes, from where an earlier start stopped."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,14 @@ from d2m_jax.data import records
 from d2m_jax.data.buckets import Size
 from d2m_jax.data.records import BFLOAT16, Record, shard_name, write_shard
 from d2m_jax.encoders import Encoders
+from d2m_jax.output import full_disk
 from d2m_jax.progress import bar
 from d2m_jax.sharding import batch_shards, local_mesh, put_batch
 from d2m_jax.tokenizers import Tokenizers
 
 # Bytes of a shard, about: what is lost at most when a process is killed takes a minute or two.
 SHARD = 500_000_000
+KEPT = "the shards that were finished are kept, and the same command goes on from there"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def make(
     """Make the shards that are not there yet, this process every n-th of them; records by shard.
 
     `records_of(shard, advance)` gives the records of one, and tells `advance` how many of its items
-    are done. ConfigError where the folder holds something else (records.begin).
+    are done. ConfigError where the folder holds something else (records.begin), and where the disk
+    fills.
     """
     hosts.by_first(lambda: records.begin(folder, made))
     if hosts.first() and not (folder / records.EMPTY).exists():
@@ -66,7 +68,8 @@ def make(
     total = sum(len(shard.items) for shard in left)
     if len(left) < len(mine):
         hosts.say(f"{folder}: {len(mine) - len(left)} of {len(mine)} shards are there already")
-    with bar(total, what, "images", "compiling …") if total else _nothing() as advance:
+    progress = bar(total, what, "images", "compiling …") if total else _nothing()
+    with full_disk(folder, KEPT), progress as advance:
         for shard in left:
             write_shard(folder / shard.name, records_of(shard, advance))
     hosts.barrier("cache")
@@ -127,9 +130,13 @@ class TextFeatures:
         return 2 * (kept * transformer.context_in_dim + transformer.vec_in_dim)
 
 
-def tell_bad(folder: Path, lines: Sequence[str]) -> None:
-    """Name what was left out, in a file beside the shards."""
-    if lines:
-        with (folder / f"left_out.{jax.process_index()}.txt").open("a") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        print(f"left out: {len(lines)}, named in {folder}", file=sys.stderr, flush=True)
+def name_bad(folder: Path, lines: Sequence[str]) -> int:
+    """Name what was left out, in a file of this process beside the shards, each once; how many it
+    names, of earlier starts too."""
+    file = folder / f"left_out.{jax.process_index()}.txt"
+    known = file.read_text().splitlines() if file.exists() else []
+    new = [line for line in lines if line not in known]
+    if new:
+        with file.open("a") as opened:
+            opened.writelines(f"{line}\n" for line in new)
+    return len(known) + len(new)

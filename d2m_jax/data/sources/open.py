@@ -44,12 +44,12 @@ def open_source(path: str, index: str | None = None, max_bad: int = 100) -> Sour
     """
     path = _normal(path)
     index = _normal(index) if index is not None else None
-    source = by_first_first(lambda: _open(path, index))
+    source = first_then_all(lambda: _open(path, index))
     tell_left_out(path, source.index, max_bad, "image")
     return source
 
 
-def by_first_first(open_it: Callable[[], T]) -> T:
+def first_then_all(open_it: Callable[[], T]) -> T:
     """What it gives: the other processes wait for the first, and find the index that it made where
     the disk is shared."""
     opened: list[T] = []
