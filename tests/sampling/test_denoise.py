@@ -1,7 +1,6 @@
 """The denoising loop."""
 
 import itertools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,8 @@ from tests.seed import generator
 class Recorder(Flux, pytree=False):
     """Stands for a model: a velocity of its own, and it shows what it was given."""
 
-    def __init__(self, velocity, guidance_embed=True, adds=False):
+    def __init__(self, velocity, adds=False):
         self.velocity, self.adds, self.seen, self.ks = velocity, adds, {}, set()
-        self.config = SimpleNamespace(guidance_embed=guidance_embed)
 
     def embed(self, img, img_ids, txt, txt_ids, timesteps, y, guidance, top_k, keep_routed):
         self.seen.update(img_ids=img_ids, txt_ids=txt_ids, guidance=guidance)
@@ -73,9 +71,9 @@ def test_what_the_model_gets():
     sample(model, [1.0, 0.0], top_k=(3,))
     assert model.seen["img_ids"].shape == (1, 6, 3) and model.seen["txt_ids"].shape == (1, 4, 3)
     assert model.seen["guidance"].shape == (2,) and model.ks == {3}
-    model = Recorder(lambda x, t, txt, k: x, guidance_embed=False)
+    model = Recorder(lambda x, t, txt, k: x)
     sample(model, [1.0, 0.0])
-    assert model.seen["guidance"] is None and model.ks == {None}
+    assert model.ks == {None}
 
 
 def test_experts_per_token_follow_the_schedule():
