@@ -62,7 +62,7 @@ def get_config() -> RunConfig:
         data=emoji(caption_dropout=0.1),  # for --true_cfg
         stages={
             "flow": StageConfig(
-                steps=10_000,
+                steps=6_000,
                 batch_size=64,
                 optimizer=OptimizerConfig(
                     learning_rate=1e-3, warmup=200, ema=0.999, final_rate=0.01
