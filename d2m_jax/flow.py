@@ -1,6 +1,5 @@
 """Rectified flow: noisy input, velocity target, schedule, packing into tokens, position ids."""
 
-import math
 from typing import TypeVar
 
 import jax.numpy as jnp
@@ -24,20 +23,18 @@ def velocity(data: Float[Array, "b n c"], noise: Float[Array, "b n c"]) -> Float
     return noise - data
 
 
-def shift(t: Float[Times, " s"], factor: float | None, image_tokens: int) -> Float[Times, " s"]:
+def shift(t: Float[Times, " s"], factor: float) -> Float[Times, " s"]:
     """s·t / (1 + (s − 1)·t): more times near 1, where an image's layout is decided.
 
-    A factor s of 1 leaves times as they are (FLUX.1 [schnell]), 3 is usual (SD3); None is FLUX.1
-    [dev]'s by length, s = exp(mu) (BFL sampling.time_shift).
+    A factor s of 1 leaves times as they are (FLUX.1 [schnell]), 3 is usual (SD3); FLUX.1 [dev]'s
+    is ModelConfig.shift_at (BFL sampling.time_shift).
     """
-    if factor is None:
-        factor = math.exp(0.5 + (image_tokens - 256) * 0.65 / 3840)
     return factor * t / (1 + (factor - 1) * t)
 
 
-def schedule(steps: int, image_tokens: int, factor: float | None) -> Float[np.ndarray, " s"]:
+def schedule(steps: int, factor: float) -> Float[np.ndarray, " s"]:
     """`steps` + 1 shifted times from 1 to 0 (BFL sampling.get_schedule)."""
-    return shift(np.linspace(1, 0, steps + 1), factor, image_tokens).astype(np.float32)
+    return shift(np.linspace(1, 0, steps + 1), factor).astype(np.float32)
 
 
 def pack(image: Float[Array, "b H W c"], patch: int = 2) -> Float[Array, "b n k"]:

@@ -6,6 +6,7 @@ import pytest
 from einops import rearrange
 
 from d2m_jax import flow
+from d2m_jax.config import ModelConfig
 from tests.seed import generator
 
 
@@ -22,12 +23,12 @@ def test_path_runs_from_data_to_noise_at_the_velocity():
 
 
 def test_unshifted_schedule_is_even():
-    np.testing.assert_allclose(flow.schedule(4, 4096, 1.0), [1, 0.75, 0.5, 0.25, 0])
+    np.testing.assert_allclose(flow.schedule(4, 1.0), [1, 0.75, 0.5, 0.25, 0])
 
 
 @pytest.mark.parametrize(("tokens", "mu"), [(256, 0.5), (1024, 0.63), (4096, 1.15)])
 def test_shift_by_length_is_that_of_flux_dev(tokens, mu):
-    times = flow.schedule(28, tokens, None)
+    times = flow.schedule(28, ModelConfig(shift=None).shift_at(tokens))
     assert times.dtype == np.float32 and times.shape == (29,)
     assert times[0] == 1 and times[-1] == 0 and (np.diff(times) < 0).all()
     # at σ = 1/2 the shifted time is the logistic of mu
@@ -39,12 +40,12 @@ def test_shift_by_length_is_that_of_flux_dev(tokens, mu):
 
 def test_shift_by_a_factor():
     t = np.linspace(0, 1, 11)
-    shifted = flow.shift(t, 3.0, 16)
+    shifted = flow.shift(t, 3.0)
     assert shifted[0] == 0 and shifted[-1] == 1
     # signal to noise (1 − t) / t falls by the factor
     np.testing.assert_allclose(1 / shifted[1:] - 1, (1 / t[1:] - 1) / 3, atol=1e-12)
-    np.testing.assert_array_equal(flow.shift(t, 1.0, 16), t)
-    np.testing.assert_allclose(flow.schedule(10, 16, 3.0), shifted[::-1], rtol=1e-6)
+    np.testing.assert_array_equal(flow.shift(t, 1.0), t)
+    np.testing.assert_allclose(flow.schedule(10, 3.0), shifted[::-1], rtol=1e-6)
 
 
 def test_pack_has_bfl_layout_and_unpack_undoes_it():

@@ -1,5 +1,6 @@
 """A model: its transformer, its text encoders, its image side."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -279,6 +280,33 @@ class PixelsConfig(Config):
 
 
 @dataclass(frozen=True)
+class ShiftConfig(Config):
+    """The shift of times by an image's length: exp of what lies on the line through two points
+    (diffusers' names); the defaults are FLUX.1 [dev]'s."""
+
+    base_image_seq_len: int = 256  # tokens of the image
+    max_image_seq_len: int = 4096
+    base_shift: float = 0.5  # the logarithm of the shift there
+    max_shift: float = 1.15
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_whole(self, 1, "base_image_seq_len")
+        check_whole(self, self.base_image_seq_len + 1, "max_image_seq_len")
+        for name in ("base_shift", "max_shift"):
+            value = getattr(self, name)
+            message = f"ShiftConfig.{name} = {value}: expected a number between -100 and 100"
+            check(abs(value) < 100, message)  # exp of it is a number too
+
+    def at(self, image_tokens: int) -> float:
+        """The factor for an image of so many tokens."""
+        slope = self.max_shift - self.base_shift
+        beyond = image_tokens - self.base_image_seq_len
+        length = self.max_image_seq_len - self.base_image_seq_len
+        return math.exp(self.base_shift + beyond * slope / length)
+
+
+@dataclass(frozen=True)
 class ModelConfig(Config):
     """What config.json of a model directory holds: the transformer and its encoders."""
 
@@ -288,7 +316,8 @@ class ModelConfig(Config):
     # Folder of text encoders, tokenizers and autoencoder as in a diffusers FluxPipeline; a relative
     # one starts at the model directory. None where words and pixels need none.
     encoders: str | None = None
-    shift: float | None = 1.0  # of times, in sampling and training; None: by length (flow.shift)
+    shift: float | None = 1.0  # of times (flow.shift), in sampling and training; None: by length
+    shift_by_length: ShiftConfig = ShiftConfig()
     sample_steps: int = 20
     guidance: float = 3.5  # used where the transformer has guidance_embed
 
@@ -296,6 +325,10 @@ class ModelConfig(Config):
         super().__post_init__()
         check_whole(self, 1, "sample_steps")
         check_number(self, "guidance", *([] if self.shift is None else ["shift"]))
+
+    def shift_at(self, image_tokens: int) -> float:
+        """The factor by which times are shifted for an image of so many tokens."""
+        return self.shift_by_length.at(image_tokens) if self.shift is None else self.shift
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of tokens of an image, by default of the model's own size.

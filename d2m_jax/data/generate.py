@@ -232,7 +232,7 @@ def _sample(
     channels = pipe.config.transformer.in_channels
     noise = noise_of(seed, numbers, grid[0] * grid[1], channels)
     ids = pipe.encoders.tokenizer.ids(captions)
-    times = flow.schedule(steps, grid[0] * grid[1], pipe.config.shift)
+    times = flow.schedule(steps, pipe.config.shift_at(grid[0] * grid[1]))
     ends = [*points, steps]
     kept, x, start = [], making.placed(pipe.mesh, np.asarray(noise)), 0
     with jax.set_mesh(pipe.mesh):

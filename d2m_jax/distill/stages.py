@@ -110,7 +110,7 @@ def with_noise(
     if "noisy" not in batch:
         t = times(timesteps, time_key, data.shape[0])
         drawn["noise"] = jax.random.normal(noise_key, data.shape)
-        drawn["time"] = flow.shift(t, config.shift, data.shape[1])
+        drawn["time"] = flow.shift(t, config.shift_at(data.shape[1]))
     if config.transformer.guidance_embed and "guidance" not in batch:
         least, most = guidance or (config.guidance, config.guidance)
         share = jax.random.uniform(inner_key(key, "guidance"), data.shape[:1])

@@ -158,7 +158,7 @@ class Pipeline:
         self._tell(guidance, true_cfg, negative_prompts is not None)
         ids = [self._ids(name, texts, max_sequence_length) for name, texts in lists.items()]
         guidance = float(config.guidance if guidance is None else guidance)
-        times = flow.schedule(steps, tokens, config.shift)
+        times = flow.schedule(steps, config.shift_at(tokens))
         times = np.pad(times, (0, -steps % STEPS))
         images, batches = [], _batches(count, self._batch_size(count, tokens, batch_size))
         fixed = config, self.encoders.dtype, grid, top_k, reuse

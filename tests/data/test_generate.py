@@ -73,7 +73,7 @@ def test_sizes_guidance_and_points_on_the_way(pipe, tmp_path):
     assert data.sizes == ((12, 20), (16, 16)) and len(data) == 15
     guidance = [data.shards[i].facts["guidance"] for i in range(15)]
     assert min(guidance) < 2 and max(guidance) > 4 and len(set(guidance)) == 15
-    times = {size: flow.schedule(3, size[0] * size[1] // 16, None) for size in SIZES}
+    times = {size: flow.schedule(3, MODEL.shift_at(size[0] * size[1] // 16)) for size in SIZES}
     stream = data.batches(Words(MODEL.text), 4)
     seen = set()
     for _ in range(20):

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from d2m_jax.config import ConfigError, ModelConfig, PromptsConfig
+from d2m_jax import flow
+from d2m_jax.config import ConfigError, ModelConfig, PromptsConfig, from_json, to_json
 from d2m_jax.models import flux
 from d2m_jax.sampling.pipeline import load_pipeline, noise
 from d2m_jax.tokenizers import Tokenizers
@@ -22,6 +23,10 @@ from tests.sampling.flux_oracle import tiny_pipeline
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from diffusers import FlowMatchEulerDiscreteScheduler  # noqa: E402
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # noqa: E402
+
+CALCULATED = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
 PROMPTS = ["red anchor left of blue earth", "blue earth and a red thing"]
 
 
@@ -167,27 +172,42 @@ def test_what_would_change_the_images_is_refused(both, tmp_path, file, field, va
 
 
 def test_settings_of_schedulers(both, tmp_path):
-    """A shift is honoured, what says nothing is as if absent, and a shift by length is [dev]'s."""
+    """A shift is honoured, one by length gives the times of diffusers' pipeline at every length,
+    and what says nothing is as if absent."""
     file = "scheduler/scheduler_config.json"
     plain = {"use_dynamic_shifting": False, "use_karras_sigmas": None, "shift_terminal": 0}
 
-    def shift(**fields):
+    def read(**fields):
         folder = edited(both[1].config.encoders, tmp_path / "a", file, **plain | fields)
-        return model_config(both[1].config.transformer, folder).shift
+        return model_config(both[1].config.transformer, folder)
+
+    def shift(**fields):
+        return read(**fields).shift
 
     assert shift(shift=3.0) == 3.0 and shift(shift=2) == 2.0
-    assert shift(use_dynamic_shifting=True, shift=3.0) is None
+    sloped = {"base_shift": 0.3, "max_shift": 1.6, "base_image_seq_len": 64}
     level = {"base_shift": math.log(3), "max_shift": math.log(3), "max_image_seq_len": 8192}
-    assert math.isclose(shift(use_dynamic_shifting=True, **level), 3.0)
-    with pytest.raises(ConfigError, match="base_shift = '1', expected a number"):
-        shift(use_dynamic_shifting=True, base_shift="1", max_shift="1")
+    for line in ({"shift": 3.0}, sloped, level):
+        config = read(use_dynamic_shifting=True, **line)
+        assert config.shift is None and from_json(ModelConfig, to_json(config)) == config
+        theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **line)
+        for tokens in (16, 256, 1000, 9000):
+            mu = calculate_shift(tokens, *map(theirs.config.get, CALCULATED))
+            theirs.set_timesteps(sigmas=np.linspace(1, 1 / 7, 7), mu=mu)
+            ours = flow.schedule(7, config.shift_at(tokens))
+            np.testing.assert_allclose(ours, theirs.sigmas, rtol=1e-6)
+    for line, message in (
+        ({"base_shift": "1"}, "base_shift = '1': expected a number"),
+        ({"max_shift": 1e4}, "max_shift = 10000.0: expected a number between -100 and 100"),
+        ({"max_image_seq_len": 256}, "max_image_seq_len = 256: expected a whole number, at least"),
+    ):
+        with pytest.raises(ConfigError, match=f"scheduler_config.json: {message}"):
+            shift(use_dynamic_shifting=True, **line)
     for bad in (0, -1.0, None, "3"):
         with pytest.raises(ConfigError, match="shift = .*, expected a number above 0"):
             shift(shift=bad)
     with pytest.raises(ConfigError, match="time_shift_type = 'linear', expected 'exponential'"):
         shift(use_dynamic_shifting=True, time_shift_type="linear")
-    with pytest.raises(ConfigError, match="max_shift = 1.2, expected 1.15"):
-        shift(use_dynamic_shifting=True, max_shift=1.2)
 
 
 def test_tokenizers_without_their_settings(both, tmp_path):

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from d2m_jax.config import (
     FluxConfig,
     ModelConfig,
     PromptsConfig,
+    ShiftConfig,
     check,
 )
 from d2m_jax.models import autoencoder, clip, t5
@@ -38,14 +39,6 @@ PLAIN = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
     "stochastic_sampling": False,
-}
-# diffusers' shift by length that is FLUX.1 [dev]'s, flow.shift's None
-DYNAMIC = {
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "time_shift_type": "exponential",
 }
 
 
@@ -85,7 +78,7 @@ def model_config(transformer: FluxConfig, folder: Path | None = None) -> ModelCo
         ),
         image=autoencoder_keys.autoencoder_config(_json(image_file), str(image_file)),
         encoders=str(folder.resolve()),
-        shift=_shift(folder / "scheduler" / "scheduler_config.json"),
+        **_shift(folder / "scheduler" / "scheduler_config.json"),
     )
 
 
@@ -123,31 +116,27 @@ def copy_encoders(folder: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.relative_to(folder))
 
 
-def _shift(file: Path) -> float | None:
-    """The shift of a scheduler. ConfigError for settings that would make other images."""
+def _shift(file: Path) -> dict[str, Any]:
+    """The fields of a ModelConfig that say a scheduler's shift. ConfigError for settings that would
+    make other images."""
     value = _json(file)
-    dynamic = bool(value.get("use_dynamic_shifting", False))
-    stated = DYNAMIC | value
-    # By length in name only: one shift for every length.
-    level = dynamic and stated["base_shift"] == stated["max_shift"]
-    needed = PLAIN | (DYNAMIC if dynamic else {})
+    dynamic = value.get("use_dynamic_shifting", False)
+    needed = PLAIN | ({"time_shift_type": "exponential"} if dynamic else {})
     for name, expected in needed.items():
-        if level and name in DYNAMIC and name != "time_shift_type":
-            continue
         found = value.get(name, expected)
         same = found == expected or not (found or expected)  # null and 0 say False
         check(same, f"{file}: {name} = {found!r}, expected {expected!r}")
-    if level:
-        shift = stated["base_shift"]
-        number = isinstance(shift, (int, float)) and abs(shift) < 100  # exp of it is a number too
-        check(number, f"{file}: base_shift = {shift!r}, expected a number")
-        return math.exp(shift)
     if dynamic:
-        return None
+        stated = {field.name for field in fields(ShiftConfig)} & value.keys()
+        try:
+            line = ShiftConfig(**{name: value[name] for name in stated})
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {str(error).removeprefix('ShiftConfig.')}") from None
+        return {"shift": None, "shift_by_length": line}
     shift = value.get("shift", 1.0)
     number = isinstance(shift, (int, float)) and 0 < shift < math.inf
     check(number, f"{file}: shift = {shift!r}, expected a number above 0")
-    return float(shift)
+    return {"shift": float(shift)}
 
 
 def _json(file: Path) -> dict[str, Any]:
