@@ -69,6 +69,8 @@ class Pipeline:
     Activations are in `dtype` (None: bfloat16, on a CPU float32). Encoders that are loaded already
     can be handed in. `mesh` says where it runs (None: this process's devices, each with images of
     its own). `quantize`, "int8" or "fp8", makes the large matrices of blocks that: half of bf16.
+    `unrolled`: a program that has no loop over blocks (load_pipeline says when). With `release` the
+    parameters given are used up, so that no more than one of their arrays is there twice.
     """
 
     def __init__(
@@ -79,12 +81,16 @@ class Pipeline:
         encoders: Encoders | None = None,
         mesh: Mesh | None = None,
         quantize: str | None = None,
+        unrolled: bool = False,
+        release: bool = False,
     ):
         self.config, self.mesh = config, mesh or local_mesh()
         check_mesh(self.mesh, config.transformer)
         self.params = put_parameters(self.mesh, params)
         if quantize is not None:
-            self.params = quantized(self.params, quantize)
+            self.params = quantized(self.params, quantize, release)
+        if unrolled:
+            self.params = unstacked(self.params, release)
         self.encoders = encoders or Encoders(config, dtype, self.mesh)
 
     def __repr__(self) -> str:
@@ -363,15 +369,10 @@ def load_pipeline(
         config = source.model or model_config(source.config, whole)
         config = _with_encoders(path, config, encoders)
         params = torch_import.load(source.parameters(), abstract(source.config), place)
-    if quantize is not None:
-        params = quantized(params, quantize, release=True)
-    pipe = Pipeline(config, params, dtype, mesh=mesh)
     if unrolled is None:
         mixes = any(stack.mixes for stack in config.transformer.stacks)
         unrolled = mixes or jax.default_backend() == "gpu"
-    if unrolled:
-        pipe.params = unstacked(pipe.params, release=True)
-    return pipe
+    return Pipeline(config, params, dtype, None, mesh, quantize, unrolled, release=True)
 
 
 def _with_encoders(

@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from d2m_jax.config import ConfigError, ModelConfig, PixelsConfig, StackConfig, 
 from d2m_jax.models.parameters import is_unstacked
 from d2m_jax.sampling import pace
 from d2m_jax.sampling.pipeline import Pipeline, load_pipeline, noise
+from d2m_jax.sharding import local_mesh, put_parameters
 from d2m_jax.weights.directory import model_directory
 from tests.models import toy
 
@@ -256,5 +258,9 @@ def test_quantised_once_and_near(tmp_path, params, images):
     assert 1e-4 < np.abs(found - images).mean() < 0.02
     small = Pipeline(CONFIG, params, quantize="int8")  # the caller's parameters stay as they are
     np.testing.assert_array_equal(small(PROMPTS, seed=3), found)
+    mine = put_parameters(local_mesh(), jax.tree.map(jnp.array, params))
+    block = mine["single"][0]["block"]["qkv"]
+    Pipeline(CONFIG, mine, quantize="int8", unrolled=True, release=True)
+    assert block["kernel"].is_deleted() and block["bias"].is_deleted()
     with pytest.raises(ConfigError, match="quantize = int3: expected int8 or fp8, or None"):
         load_pipeline(tmp_path / "model", quantize="int3")
