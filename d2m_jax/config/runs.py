@@ -178,6 +178,7 @@ class RunConfig(Config):
     rivals: Mapping[str, StudentConfig] = field(default_factory=dict)  # trained for the report
     mesh: MeshConfig = MeshConfig()
     keep_checkpoints: int = 2
+    wandb: str | None = None  # a project of Weights & Biases, to which metrics and samples go
     sampled_prompts: int = 36  # of the grids that a stage draws (StageConfig.sample_every)
     # Prompts that the report draws of every model; at most 12 where nobody judges images.
     evaluate_prompts: int = 600

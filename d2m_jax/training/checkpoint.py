@@ -28,7 +28,7 @@ from d2m_jax.training import lock
 from d2m_jax.weights.directory import orbax_blocks
 
 # What else a run leaves in its directory.
-OWN = {"tensorboard", "samples", "evaluation", "report"}
+OWN = {"tensorboard", "samples", "evaluation", "report", "wandb", "wandb.json"}
 # Starts of names that a process that died may leave: config.json half-written, the lock.
 LEFT = (".config.json.", lock.FILE)
 # What a run directory holds once something was made in it.
@@ -174,8 +174,8 @@ def _checksum(content: dict[str, Any]) -> int:
 def open_run(directory: Path | str, config: RunConfig) -> Path:
     """The run directory of this config, made where it is new.
 
-    Raises ConfigError where it holds a run of another config (mesh and keep_checkpoints may
-    differ), and where not all processes see it.
+    Raises ConfigError where it holds a run of another config (mesh, keep_checkpoints
+    and wandb may differ), and where not all processes see it.
     """
     directory = Path(hosts.by_first(lambda: str(_open_run(Path(directory), config))))
     blind = [
@@ -214,7 +214,7 @@ def _open_run(directory: Path, config: RunConfig) -> Path:
             raise ConfigError(message) from None
         # A run that failed before its first training left nothing that another would spoil.
         if begun:
-            free = ("mesh", "keep_checkpoints")
+            free = ("mesh", "keep_checkpoints", "wandb")
             both = ({k: v for k, v in c.items() if k not in free} for c in (theirs, mine))
             refuse_other(file, *both)
     elif others := _others(directory):

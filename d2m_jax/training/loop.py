@@ -24,7 +24,7 @@ from d2m_jax.keys import named_key
 from d2m_jax.named_arrays import fingerprint, shapes
 from d2m_jax.sharding import batch_shards, make_mesh, put_batch, put_parameters, put_whole
 from d2m_jax.training.checkpoint import Checkpoints
-from d2m_jax.training.metrics import Metrics, Window, matmul_peak
+from d2m_jax.training.metrics import Board, Metrics, Window, matmul_peak
 from d2m_jax.training.step import Step, trained
 
 Batch = dict[str, Any]  # arrays, or trees of them, with the batch in front
@@ -45,6 +45,7 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     seed: int = 0,
     flops_per_example: float = 0.0,
     sample: Callable[[dict, int], Path] | None = None,
+    boards: Sequence[Board] = (),
     keep: int = 2,
     mesh: Mesh | None = None,
 ) -> dict:
@@ -95,7 +96,7 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     train_step = program.train()
     validate = _Validation(program, [put(batch) for batch in validation], keys[1], fixed)
     clock = _Clock(progress.get("seconds", 0.0), stage, flops_per_example, mesh)
-    metrics = Metrics(run_directory, name, stage.steps, start)
+    metrics = Metrics(run_directory, name, stage.steps, start, boards)
     journal = _Journal(name, stage, checkpoints, metrics, clock, Window(progress.get("window")))
     try:
         # Inside, what crosses between host and devices is said to: anything else is a mistake.

@@ -3,10 +3,10 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +51,21 @@ class Window:
         return {"count": self.count, "sums": {n: v.tolist() for n, v in self.sums.items()}}
 
 
+@runtime_checkable
+class Board(Protocol):
+    """What draws curves."""
+
+    def write(self, step: int, values: dict[str, Any]) -> None: ...
+    def picture(self, step: int, file: Path) -> None: ...
+
+
 class Metrics:
     """The metrics of one stage, from the step it starts or resumes at; of many processes the first
     writes them."""
 
-    def __init__(self, run_directory: Path, stage: str, steps: int, start: int):
+    def __init__(
+        self, run_directory: Path, stage: str, steps: int, start: int, boards: Sequence[Board] = ()
+    ):
         self.stage, self.steps = stage, steps
         self._bar, self._writes = None, hosts.first()
         if not self._writes:
@@ -64,6 +74,7 @@ class Metrics:
         _drop_after(self._file, stage, start)
         self._lines = self._file.open("a")
         self._board = _Board(run_directory / "tensorboard" / stage, start)
+        self._boards = (self._board, *boards)
         self._warned: set[str] = set()
         self._printed = 0.0
         console = Console(stderr=True)
@@ -92,14 +103,16 @@ class Metrics:
         values = {name: _rounded(value) for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, "stage": self.stage} | values) + "\n")
         self._lines.flush()
-        self._board.write(step, values)
+        for board in self._boards:
+            board.write(step, values)
         self._warn_of_collapse(step, values)
         self._show(step, values)
 
     def picture(self, step: int, file: Path) -> None:
         """A picture that was drawn at this step."""
         if self._writes:
-            self._board.picture(step, file)
+            for board in self._boards:
+                board.picture(step, file)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
         shown = f"loss {values['loss']:.4g}"
@@ -149,6 +162,13 @@ def alarms(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield layer, f"routing of {layer} collapses: {words.format(x)}"
 
 
+def curves(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Name and value of each curve: one per value, or per layer."""
+    for name, value in values.items():
+        for i, x in enumerate(np.ravel(value)):
+            yield f"{name}/{i:02d}" if np.ndim(value) else name, float(x)
+
+
 class _Board:
     """Curves for TensorBoard.
 
@@ -172,9 +192,8 @@ class _Board:
                 self._write(
                     step=step, summary=histogram(f"layers/{name}", np.asarray(value), "auto")
                 )
-            for i, x in enumerate(np.ravel(value)):
-                tag = f"{name}/{i:02d}" if np.ndim(value) else name
-                self._write(step=step, summary=scalar(tag, x))
+        for tag, value in curves(values):
+            self._write(step=step, summary=scalar(tag, value))
         self._events.flush()
 
     def picture(self, step: int, file: Path) -> None:

@@ -50,6 +50,7 @@ from d2m_jax.sparsify.student import make_student, student_config
 from d2m_jax.training.checkpoint import open_run
 from d2m_jax.training.loop import check_batch, train_stage
 from d2m_jax.training.step import Step
+from d2m_jax.training.tracking import Tracker, tracked
 from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.torch_files.diffusers_folder import parts
 
@@ -65,6 +66,7 @@ class _Work:
     encoders: Encoders
     data: Data
     validation: Data  # the same, or the data that the config names
+    tracker: Tracker | None
     noisy: Noisy | None = None  # for calibration; one object, so that it is compiled once
 
     def load(self, path: Path | str) -> tuple[ModelConfig, dict]:
@@ -78,7 +80,13 @@ class _Work:
         return data.batches(self.encoders.tokenizer, size, self.config.seed, split, rows)
 
 
-def _open(config: RunConfig, mesh: Mesh, model: ModelConfig, noisy: Noisy | None = None) -> _Work:
+def _open(
+    config: RunConfig,
+    mesh: Mesh,
+    model: ModelConfig,
+    tracker: Tracker | None,
+    noisy: Noisy | None = None,
+) -> _Work:
     """The data, and the encoders where these are not encoded already. ConfigError for data that
     cannot be had, or that this model does not read."""
     data = open_data(config.data, model)
@@ -101,7 +109,7 @@ def _open(config: RunConfig, mesh: Mesh, model: ModelConfig, noisy: Noisy | None
         prompts = data.prompts(config.sampled_prompts)
         check(len(prompts) > 0, "sample_every: the data have no prompts, expected at least one")
         encoders.check([prompt.caption for prompt in prompts])
-    return _Work(config, mesh, encoders, data, validation, noisy)
+    return _Work(config, mesh, encoders, data, validation, tracker, noisy)
 
 
 # What is asked of a run with a teacher before it trains, given the teacher's config, the data, the
@@ -117,6 +125,13 @@ def run(config: RunConfig, run_directory: Path | str, ahead: Ahead | None = None
     too, before anything trains.
     """
     run_directory = open_run(run_directory, config)
+    with tracked(config, run_directory) as tracker:
+        _run(config, run_directory, tracker, ahead)
+
+
+def _run(
+    config: RunConfig, run_directory: Path, tracker: Tracker | None, ahead: Ahead | None
+) -> None:
     mesh = make_mesh(config.mesh)
     if config.teacher is None:
         model = config.model
@@ -125,14 +140,15 @@ def run(config: RunConfig, run_directory: Path | str, ahead: Ahead | None = None
             vocabulary = open_data(config.data, model).vocabulary()
             model = replace(model, text=replace(model.text, vocabulary=vocabulary))
         check_stages("", config.stages, model, mesh, config.timesteps)
-        work, params = _open(config, mesh, model), initialise(model.transformer, config.seed)
+        work = _open(config, mesh, model, tracker)
+        params = initialise(model.transformer, config.seed)
         _train(work, run_directory, (model, params), config.stages)
         return
     path = teacher_path(config.teacher)
     model = model_directory.load_config(path)
     _check_students(config, model, mesh)
     noisy = partial(noisy_inputs, model, config.timesteps, guidance=config.guidance)
-    work = _open(config, mesh, model, noisy)
+    work = _open(config, mesh, model, tracker, noisy)
     if ahead is not None:
         ahead(model, work.data, work.validation, work.encoders)
     teacher = work.load(path)
@@ -286,6 +302,7 @@ def _train_stage(
         seed=work.config.seed,
         flops_per_example=flops,
         sample=_Sampler(work, model, directory / "samples", name, teacher),
+        boards=() if work.tracker is None else (work.tracker.stage(directory, name),),
         keep=work.config.keep_checkpoints,
         mesh=work.mesh,
     )
