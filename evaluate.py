@@ -2,9 +2,11 @@
 
 python evaluate.py account CONFIG_OR_MODEL [--json]   parameters and FLOPs, beside the paper's
 python evaluate.py icons MODEL … [--prompts N]        scores on the embedded task
+python evaluate.py export SCORER MODEL --prompts FILE --output FOLDER
+                              images in the folders that an official scorer reads
 
-CONFIG is a Python file with get_config(), MODEL a model directory; `account --help` and
-`icons --help` list all options.
+CONFIG is a Python file with get_config(), MODEL a model directory; `account --help` and so on list
+all options.
 """
 
 import json
@@ -20,6 +22,7 @@ from d2m_jax import command_line  # first, for it tells where there is no enviro
 import tyro
 
 from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, RunConfig, check, suggestion
+from d2m_jax.evaluate.arguments import Export
 from d2m_jax.sampling.options import check_options
 
 
@@ -108,7 +111,26 @@ def icons(arguments: Sequence[str]) -> None:
         first = first or mine
 
 
-COMMANDS = {"account": account, "icons": icons}
+def export(arguments: Sequence[str]) -> None:
+    """Images for an official scorer."""
+    parsed = command_line.parse(
+        Export,
+        arguments,
+        usage="evaluate.py export",
+        description="Images of a benchmark's prompts in the folders that its official scorer"
+        " reads. Killed at any moment and started again, it goes on; many processes share it.",
+    )
+    check_options(**parsed.numbers)
+    from d2m_jax.evaluate.export import run
+
+    run(parsed)
+
+
+COMMANDS = {
+    "account": account,
+    "icons": icons,
+    "export": export,
+}
 
 
 def main(arguments: Sequence[str]) -> None:

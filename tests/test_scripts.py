@@ -292,6 +292,9 @@ def test_evaluate_answers_bad_input(script, error_of, model, tmp_path):
     # All are looked at before the first is scored.
     assert "absent: expected a model" in error_of("evaluate", "icons", model, tmp_path / "absent")
     assert "account CONFIG_OR_MODEL" in script("evaluate", "--help").stdout
+    there = "--prompts", tmp_path / "none", "--output", tmp_path / "out"
+    assert "did you mean geneval?" in error_of("evaluate", "export", "genevall", model, *there)
+    assert "expected geneval's prompts" in error_of("evaluate", "export", "geneval", model, *there)
 
 
 def test_sample_writes_images_and_a_grid(script, model, tmp_path):

@@ -120,6 +120,7 @@ class Pipeline:
         batch_size: int | None = None,
         tile: int | None = None,
         progress: bool = False,
+        tell: bool = True,
         **unknown: Any,
     ) -> Images:
         """Images in [0, 1], float32 [b, H, W, 3], b = 1 for one string. What is None comes from the
@@ -131,9 +132,9 @@ class Pipeline:
         them. `tile`, in latents, makes an autoencoder decode in tiles of that side. `progress` is
         told on stderr. The noise of prompt i depends on the seed and i alone, and a batch never
         changes a sample. What is cut off a prompt, or ignored by this model, is told in a line on
-        stderr. ConfigError for unknown words or options, sizes that tokens do not divide, latents
-        of another shape, top_k outside 0 to n, reuse without MoE layers, whatever check_options
-        finds, and images of NaN.
+        stderr, unless `tell` is False. ConfigError for unknown words or options, sizes that tokens
+        do not divide, latents of another shape, top_k outside 0 to n, reuse without MoE layers,
+        whatever check_options finds, and images of NaN.
         """
         config = self.config
         top_k = several(top_k)
@@ -141,8 +142,8 @@ class Pipeline:
         options = {"height": height, "width": width, "steps": steps, "guidance": guidance}
         options |= {"seed": seed, "top_k": top_k, "reuse": reuse, "true_cfg": true_cfg}
         options |= {"batch_size": batch_size, "tile": tile}
-        named = ("prompts", "latents", "negative_prompts", "max_sequence_length", "progress")
-        refuse_unknown(unknown, (*options, *named))
+        named = "prompts", "latents", "negative_prompts", "max_sequence_length"
+        refuse_unknown(unknown, (*options, *named, "progress", "tell"))
         check_options(**options, max_sequence_length=max_sequence_length)
         self._check(top_k, reuse, max_sequence_length, tile)
         steps, seed = int(steps), int(seed)
@@ -161,12 +162,13 @@ class Pipeline:
             check(found == count, f"negative_prompts: found {found}, expected {count}, as many")
             if true_cfg > 1:
                 lists["negative_prompts"] = negative
-        self._tell(guidance, true_cfg, negative_prompts is not None)
-        ids = [self._ids(name, texts, max_sequence_length) for name, texts in lists.items()]
+        if tell:
+            self.tell(lists, guidance, negative_prompts is not None, true_cfg, max_sequence_length)
+        ids = [self._ids(texts, max_sequence_length) for texts in lists.values()]
         guidance = float(config.guidance if guidance is None else guidance)
         times = flow.schedule(steps, config.shift_at(tokens))
         times = np.pad(times, (0, -steps % STEPS))
-        images, batches = [], _batches(count, self._batch_size(count, tokens, batch_size))
+        images, batches = [], _batches(count, self.batch_size(count, tokens, batch_size))
         fixed = config, self.encoders.dtype, grid, top_k, reuse
         call, numbers = partial(_denoise, *fixed, self.params), (guidance, float(true_cfg))
         watched = progress and hosts.first()
@@ -185,8 +187,9 @@ class Pipeline:
                 check_finite(images[-1], f"; has the model such weights? It ran in {fixed[1]}")
         return np.concatenate(images)[:count].view(Images)
 
-    def _batch_size(self, count: int, tokens: int, batch_size: int | None) -> int:
-        """Images at a time, so that one compiled program serves many numbers of prompts."""
+    def batch_size(self, count: int, tokens: int, batch_size: int | None = None) -> int:
+        """How many of `count` images of so many tokens go together, at most `batch_size` where it
+        is given: one compiled program serves many numbers of prompts."""
         # Batches are equal, and filled up: to a power of two, above 8 to a multiple of 8, never
         # above what goes together. Images that fill up take time, another program takes more.
         # FLUX.1's full size goes one by one, and nothing is filled.
@@ -196,14 +199,13 @@ class Pipeline:
         shards = batch_shards(self.mesh)  # each device has samples
         return -(-size // shards) * shards
 
-    def _ids(self, name: str, captions: list[str], length: int | None):
+    def _ids(self, captions: list[str], length: int | None):
         tokenizer = self.encoders.tokenizer
         if isinstance(tokenizer, Words):
             try:
                 return tokenizer.ids(captions)
             except ConfigError as error:
                 raise ConfigError(f"{error}{_example(tokenizer.config)}") from None
-        _tell_lost(name, tokenizer.lost(captions, length), tokenizer.config, length)
         return tokenizer.ids(captions, length)
 
     def _check(
@@ -225,16 +227,26 @@ class Pipeline:
                 expected = f"expected 0 to {experts}, the number of normal experts"
                 check(k <= experts, f"top_k = {k}: {expected}")
 
-    def _tell(self, guidance: float | None, true_cfg: float, negative: bool) -> None:
-        """Of options that change nothing, one line each."""
+    def tell(
+        self,
+        lists: dict[str, list[str]],
+        guidance: float | None = None,
+        negative: bool = False,
+        true_cfg: float = 1.0,
+        length: int | None = None,
+    ) -> None:
+        """A line each of what is cut off lists of prompts, and of options that change nothing."""
         if guidance is not None and not self.config.transformer.guidance_embed:
             hosts.say(f"guidance = {guidance}: ignored, this model has no guidance embedding")
         if negative and true_cfg <= 1:
             hosts.say(f"negative_prompts: ignored, expected true_cfg above 1, found {true_cfg}")
         if not negative and true_cfg > 1:
-            hosts.say(
-                f"true_cfg = {true_cfg}: ignored, expected negative_prompts (one may be empty)"
-            )
+            expected = "expected negative_prompts (one may be empty)"
+            hosts.say(f"true_cfg = {true_cfg}: ignored, {expected}")
+        tokenizer = self.encoders.tokenizer
+        if not isinstance(tokenizer, Words):
+            for name, captions in lists.items():
+                _tell_lost(name, tokenizer.lost(captions, length), tokenizer.config, length)
 
 
 def _example(text: WordsConfig) -> str:

@@ -1,0 +1,80 @@
+"""What the commands of evaluate.py are given that draw images; without jax, for --help."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+# Of Sampled, what Pipeline takes under the same name.
+OPTIONS = (
+    *("height", "width", "steps", "guidance", "seed", "top_k", "reuse", "true_cfg"),
+    *("max_sequence_length", "tile"),
+)
+Model = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What is drawn of a model, and by which processes."""
+
+    height: int | None = None  # pixels; what is None here is the model's own
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0  # of the noise: image i has the noise of number i, whatever is drawn with it
+    max_sequence_length: int | None = None  # tokens of T5
+    batch_size: int | None = None  # images at a time; changes none
+    dtype: Literal["bfloat16", "float32"] | None = None  # None: bfloat16, on a CPU float32
+    encoders: str | None = None  # a FluxPipeline, for a model that has none
+    # Of many processes, where the environment does not tell (SLURM, Kubernetes, TPU pods do):
+    coordinator: str | None = None  # HOST:PORT of process 0
+    processes: int | None = None  # how many there are
+    process: int | None = None  # number of this one
+    host_timeout: float = 300.0  # seconds that all may take to come
+
+    @property
+    def who(self) -> tuple[str | None, int | None, int | None, float]:
+        """What hosts.joined is given."""
+        return self.coordinator, self.processes, self.process, self.host_timeout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(Drawn):
+    """How images are drawn that somebody will judge."""
+
+    # Normal experts per token, several for shares of the steps; default: the model's own.
+    top_k: tuple[int, ...] | None = None
+    reuse: int = 1  # compute the normal experts in every so many-th step only
+    negative_prompt: str | None = None  # counts where true_cfg > 1
+    true_cfg: float = 1.0  # strength of classifier-free guidance, at twice the time
+    tile: int | None = None  # decode in tiles of so many latents a side, for large images
+    quantize: Literal["int8", "fp8"] | None = None  # the large matrices of blocks
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Those of Pipeline that options.check_options reads."""
+        return {name: getattr(self, name) for name in (*OPTIONS, "batch_size")}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of Pipeline that change images."""
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return options | {"negative_prompts": self.negative_prompt}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Sampled):
+    """Images of a benchmark's prompts, in the folders that its scorer reads."""
+
+    scorer: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(metavar="geneval|dpg|t2i-compbench|hpsv2|imagereward"),
+    ]
+    model: Model  # a model directory, a FluxPipeline's folder or its Hugging Face repository
+    # The scorer's own: evaluation_metadata.jsonl; dpg_bench/prompts; examples/dataset or one of its
+    # files; the folder of anime.json, … or one of them; benchmark-prompts.json.
+    prompts: Path
+    output: Path  # OUTPUT/images is for the scorer
+    images_per_prompt: int | None = None  # default: 4, 4, 10, 1, 10
+    name: str | None = None  # ImageReward's for the model; default: the last part of MODEL
