@@ -4,6 +4,8 @@ python evaluate.py account CONFIG_OR_MODEL [--json]   parameters and FLOPs, besi
 python evaluate.py icons MODEL … [--prompts N]        scores on the embedded task
 python evaluate.py export SCORER MODEL --prompts FILE --output FOLDER
                               images in the folders that an official scorer reads
+python evaluate.py clip MODEL --clip FOLDER --prompts FILE --output FOLDER [--teacher MODEL]
+                              CLIP score, and the distance of features from a teacher's images
 
 CONFIG is a Python file with get_config(), MODEL a model directory; `account --help` and so on list
 all options.
@@ -22,7 +24,7 @@ from d2m_jax import command_line  # first, for it tells where there is no enviro
 import tyro
 
 from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, RunConfig, check, suggestion
-from d2m_jax.evaluate.arguments import Export
+from d2m_jax.evaluate.arguments import Clip, Export
 from d2m_jax.sampling.options import check_options
 
 
@@ -126,10 +128,29 @@ def export(arguments: Sequence[str]) -> None:
     run(parsed)
 
 
+def clip(arguments: Sequence[str]) -> None:
+    """CLIP's scores."""
+    parsed = command_line.parse(
+        Clip,
+        arguments,
+        usage="evaluate.py clip",
+        description="CLIP score of a model's images of some prompts, and how far they are from a"
+        " teacher's of the same noise. Killed at any moment and started again, it goes on; many"
+        " processes share it.",
+    )
+    check_options(**parsed.numbers)
+    from d2m_jax.evaluate.clip_score import run
+
+    result = run(parsed)
+    if result is not None:
+        print(json.dumps(result.to_json(), indent=1) if parsed.json else "\n".join(result.lines()))
+
+
 COMMANDS = {
     "account": account,
     "icons": icons,
     "export": export,
+    "clip": clip,
 }
 
 

@@ -74,6 +74,13 @@ class Tokenizers:
         return self.config.length if length is None else length
 
 
+def clip_tokenizer(folder: Path) -> Any:
+    """That of a CLIPModel's folder. ConfigError where it cannot be read."""
+    from transformers import CLIPTokenizer
+
+    return _load(CLIPTokenizer, folder)
+
+
 def _load(kind: Any, folder: Path) -> Any:
     files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     whole = any(names <= files for names in VOCABULARIES)

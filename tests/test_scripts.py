@@ -295,6 +295,8 @@ def test_evaluate_answers_bad_input(script, error_of, model, tmp_path):
     there = "--prompts", tmp_path / "none", "--output", tmp_path / "out"
     assert "did you mean geneval?" in error_of("evaluate", "export", "genevall", model, *there)
     assert "expected geneval's prompts" in error_of("evaluate", "export", "geneval", model, *there)
+    said = error_of("evaluate", "clip", model, "--clip", tmp_path, *there, "--seed", "-1")
+    assert "seed = -1: expected" in said
 
 
 def test_sample_writes_images_and_a_grid(script, model, tmp_path):

@@ -217,6 +217,41 @@ class CLIPConfig(Config):
 
 
 @dataclass(frozen=True)
+class CLIPVisionConfig(Config):
+    """CLIP's vision tower, which scores images; the defaults are ViT-L/14's (transformers'
+    names)."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 224  # pixels of either side
+    patch_size: int = 14
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, of in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
+            value, divisor = getattr(self, name), getattr(self, of)
+            check(
+                divisor >= 1 and value >= 1 and value % divisor == 0,
+                f"CLIPVisionConfig.{name} = {value}: expected a multiple of {of} = {divisor}",
+            )
+
+
+@dataclass(frozen=True)
+class CLIPModelConfig(Config):
+    """Both of CLIP's towers, and the width of the features in which they meet."""
+
+    text: CLIPConfig = CLIPConfig()
+    vision: CLIPVisionConfig = CLIPVisionConfig()
+    projection_dim: int = 768
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_whole(self, 1, "projection_dim")
+
+
+@dataclass(frozen=True)
 class PromptsConfig(Config):
     """The text encoders of FLUX.1: T5 for the tokens, CLIP for the pooled vector."""
 

@@ -78,3 +78,18 @@ class Export(Sampled):
     output: Path  # OUTPUT/images is for the scorer
     images_per_prompt: int | None = None  # default: 4, 4, 10, 1, 10
     name: str | None = None  # ImageReward's for the model; default: the last part of MODEL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip(Sampled):
+    """CLIP's scores of a model's images, and their distance from a teacher's."""
+
+    model: Model  # a model directory, a FluxPipeline's folder or its Hugging Face repository
+    # A CLIPModel's folder as transformers saves it, that of openai/clip-vit-large-patch14 say.
+    clip: Path
+    prompts: Path  # .txt: one a line; .jsonl, .csv, .tsv, .parquet
+    output: Path  # where the images are kept: given again, the same command goes on
+    teacher: str | None = None  # another model, whose images of the same noise are compared
+    column: str | None = None  # of the prompts; default: prompt, caption or text
+    images_per_prompt: int = 1
+    json: bool = False  # print JSON instead of lines

@@ -1,4 +1,5 @@
-"""CLIP's text encoder (transformers' modeling_clip.py), which turns token ids into FLUX.1's `y`."""
+"""CLIP's text encoder (transformers' modeling_clip.py), which turns token ids into FLUX.1's `y`;
+its layers are the vision tower's too (clip_vision.py)."""
 
 from functools import partial
 
@@ -8,38 +9,40 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from d2m_jax.config import CLIPConfig
+from d2m_jax.config import CLIPConfig, CLIPVisionConfig
 from d2m_jax.models import parameters
 from d2m_jax.models.layers import Linear
+
+Sizes = CLIPConfig | CLIPVisionConfig  # of either tower's layers
 
 # flax's faster variance loses digits where the mean is large
 LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False)
 
 
 class Attention(nnx.Module):
-    """Attention of every token to itself and those before it."""
+    """Attention of every token to all, or where `causal` to itself and those before it."""
 
-    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Sizes, causal: bool, *, rngs: nnx.Rngs):
         dim = config.hidden_size
         self.q_proj = Linear(dim, dim, rngs=rngs)
         self.k_proj = Linear(dim, dim, rngs=rngs)
         self.v_proj = Linear(dim, dim, rngs=rngs)
         self.out_proj = Linear(dim, dim, rngs=rngs)
-        self.num_heads = config.num_attention_heads
+        self.num_heads, self.causal = config.num_attention_heads, causal
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         q, k, v = (
             linear(x).reshape(*x.shape[:2], self.num_heads, -1)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal, implementation="xla")
         return self.out_proj(y.reshape(x.shape))
 
 
 class MLP(nnx.Module):
     """Linear, quick GELU (x · sigmoid(1.702 x)), Linear."""
 
-    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Sizes, *, rngs: nnx.Rngs):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
 
@@ -51,15 +54,31 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP beside a stream that stays float32."""
 
-    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Sizes, causal: bool, *, rngs: nnx.Rngs):
         self.layer_norm1 = LayerNorm(config.hidden_size, rngs=rngs)
-        self.self_attn = Attention(config, rngs=rngs)
+        self.self_attn = Attention(config, causal, rngs=rngs)
         self.layer_norm2 = LayerNorm(config.hidden_size, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b l d"], dtype: DTypeLike) -> Float[Array, "b l d"]:
         x = x + self.self_attn(self.layer_norm1(x).astype(dtype))
         return x + self.mlp(self.layer_norm2(x).astype(dtype))
+
+
+def stack(config: Sizes, causal: bool, rngs: nnx.Rngs) -> Layer:
+    """All layers as one, their parameters with the leading axis (num_hidden_layers,)."""
+    keys = rngs.split(config.num_hidden_layers)
+    return nnx.vmap(lambda rngs: Layer(config, causal, rngs=rngs))(keys)
+
+
+def run(layers: Layer, x: Float[Array, "b l d"], dtype: DTypeLike) -> Float[Array, "b l d"]:
+    """The stream after all layers."""
+    graph, params = nnx.split(layers)
+
+    def body(x: Float[Array, "b l d"], params: PyTree):
+        return nnx.merge(graph, params)(x, dtype), None
+
+    return jax.lax.scan(body, x, params)[0]
 
 
 class CLIPText(nnx.Module):
@@ -70,8 +89,7 @@ class CLIPText(nnx.Module):
         self.config, self.dtype, dim = config, dtype, config.hidden_size
         self.token_embedding = nnx.Embed(config.vocab_size, dim, rngs=rngs)
         self.position_embedding = nnx.Embed(config.max_position_embeddings, dim, rngs=rngs)
-        keys = rngs.split(config.num_hidden_layers)
-        self.layers = nnx.vmap(lambda rngs: Layer(config, rngs=rngs))(keys)
+        self.layers = stack(config, True, rngs)
         self.final_layer_norm = LayerNorm(dim, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b d"]:
@@ -84,12 +102,7 @@ class CLIPText(nnx.Module):
             raise ValueError(f"ids: {length} tokens, expected at most {positions}")
         x = self.token_embedding(ids).astype(jnp.float32)
         x = x + self.position_embedding(jnp.arange(length)).astype(jnp.float32)
-        graph, params = nnx.split(self.layers)
-
-        def body(x: Float[Array, "b l d"], params: PyTree):
-            return nnx.merge(graph, params)(x, self.dtype), None
-
-        x, _ = jax.lax.scan(body, x, params)
+        x = run(self.layers, x, self.dtype)
         # Configs that say 2 (FLUX.1's does) are older than transformers' field; theirs is the
         # largest id, as it was in CLIP's own code.
         end = ids if self.config.eos_token_id == 2 else ids == self.config.eos_token_id
