@@ -11,6 +11,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
+from d2m_jax import hosts
 from d2m_jax.config import ConfigError
 from d2m_jax.data.buckets import Rows, Schedule
 from d2m_jax.data.sources.protocol import BadSample
@@ -103,7 +104,36 @@ class Batches(Generic[T]):
         raise ConfigError(f"of {TRIES} samples in the place of a bad one none can be used")
 
 
-def endless(source: Batches, workers: int) -> grain.DatasetIterator:
+class Endless:
+    """Batches made ahead (data/protocol.py, Batches). Their state knows the data: where they go on
+    in others, that is told, as the batches that follow are others too."""
+
+    def __init__(self, batches: grain.DatasetIterator, fingerprint: str):
+        self._batches, self._fingerprint = batches, fingerprint
+
+    def __iter__(self) -> "Endless":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where it is, and in what data."""
+        return {"position": self._batches.get_state(), "data": self._fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        if "position" not in state:  # of a checkpoint from before data were named
+            state = {"position": state, "data": self._fingerprint}
+        if state["data"] != self._fingerprint:
+            hosts.say(
+                "the data are not those of the last start (samples came, went, or were written"
+                " again): training goes on, its next batches are others than they would have been"
+            )
+        self._batches.set_state(state["position"])
+
+
+def endless(source: Batches, workers: int, fingerprint: str) -> Endless:
     """Its batches, made ahead: by threads, or by so many processes."""
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=READ_AHEAD)
     elements: Any = source
@@ -111,7 +141,7 @@ def endless(source: Batches, workers: int) -> grain.DatasetIterator:
     if workers:
         flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for absl's flags
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(dataset)
+    return Endless(iter(dataset), fingerprint)
 
 
 def held_out(

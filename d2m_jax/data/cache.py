@@ -41,6 +41,7 @@ from d2m_jax.data.buckets import Size
 from d2m_jax.data.images import Example, Images
 from d2m_jax.data.making import Shard, TextFeatures
 from d2m_jax.data.records import BFLOAT16, Record
+from d2m_jax.data.source import with_vocabulary
 from d2m_jax.data.sources.protocol import BadSample
 from d2m_jax.encoders import Encoders
 from d2m_jax.output import check_writable
@@ -153,7 +154,7 @@ def _model(config: RunConfig) -> ModelConfig:
     if config.teacher is not None:
         return model_directory.load_config(teacher_path(config.teacher))
     assert config.model is not None  # RunConfig has one of the two
-    return config.model
+    return with_vocabulary(config.data, config.model)
 
 
 def _at_once(size: Size) -> int:

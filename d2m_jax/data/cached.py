@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import grain.python as grain
 import numpy as np
 from jaxtyping import Float
 
@@ -17,7 +16,7 @@ from d2m_jax.config import (
     check,
 )
 from d2m_jax.data import preprocessed, records
-from d2m_jax.data.batches import Bad, Batches, endless, held_out
+from d2m_jax.data.batches import Bad, Batches, Endless, endless, held_out
 from d2m_jax.data.buckets import Part, Rows, Schedule, Size
 from d2m_jax.data.preprocessed import Preprocessed
 from d2m_jax.data.prompt_files import prompts_of
@@ -69,6 +68,10 @@ class Cached:
         """Those that it holds."""
         return self.buckets
 
+    def fingerprint(self) -> str:
+        """Another one when the samples are others."""
+        return self.cache.fingerprint
+
     def vocabulary(self) -> tuple[str, ...]:
         """Every word of its captions."""
         captions = (self.shards[i].facts.get("caption", "") for i in range(len(self)))
@@ -82,7 +85,7 @@ class Cached:
         seed: int = 0,
         split: Split = "train",
         rows: slice = slice(None),
-    ) -> grain.DatasetIterator:
+    ) -> Endless:
         """Endless encoded batches, each of one height and width; the tokenizer is not asked."""
         parts, train = self._parts(split), split == "train"
         entries = sum(len(part.entries) for mine in parts for part in mine)
@@ -92,7 +95,7 @@ class Cached:
         empty = self.cache.empty if train and self.config.caption_dropout else None
         make = functools.partial(_encoded, self.config, self.model, empty, seed)
         source = Batches(Schedule(parts, size, seed, split), rows, self._read, make, self.bad)
-        return endless(source, self.config.workers)
+        return endless(source, self.config.workers, self.fingerprint())
 
     def prompts(self, count: int, held_out: bool = False) -> Sequence[Asked]:
         """Those of the file, or captions of what never trains, if it has any."""

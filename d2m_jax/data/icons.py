@@ -107,6 +107,10 @@ class Icons:
         """That of the canvas."""
         return ((self.image.height, self.image.width),)
 
+    def fingerprint(self) -> str:
+        """None: what it draws follows from its config."""
+        return ""
+
     def vocabulary(self) -> tuple[str, ...]:
         """Every word of its captions."""
         return vocabulary(self.config, self.image)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grain.python as grain
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from d2m_jax.config import ImagesConfig, check
-from d2m_jax.data.batches import Bad, Batches, endless, held_out
+from d2m_jax.data.batches import Bad, Batches, Endless, endless, held_out
 from d2m_jax.data.buckets import Part, Rows, Schedule, Size, assign, bucket_sizes
 from d2m_jax.data.decode import Crop, Undecodable, decode
 from d2m_jax.data.prompt_files import prompts_of
@@ -133,7 +132,7 @@ class Images:
         seed: int = 0,
         split: Split = "train",
         rows: slice = slice(None),
-    ) -> grain.DatasetIterator:
+    ) -> Endless:
         """Endless batches, each of one bucket. Captions of several are drawn, and left out as
         often as the config says; those that never train are always the first, and whole."""
         parts, train = self._parts(split), split == "train"
@@ -143,7 +142,7 @@ class Images:
         )
         make = functools.partial(_raw, self.config, tokenizer, seed, train)
         source = Batches(Schedule(parts, size, seed, split), rows, self._read, make, self.bad)
-        return endless(source, self.config.workers)
+        return endless(source, self.config.workers, self.fingerprint())
 
     def prompts(self, count: int, held_out: bool = False) -> Sequence[Asked]:
         """Those of the file, or captions of what never trains."""

@@ -30,7 +30,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.data import arrow, encoded_tars
 from d2m_jax.data.buckets import Size
-from d2m_jax.data.records import BFLOAT16, Record
+from d2m_jax.data.records import BFLOAT16, Record, digest
 from d2m_jax.data.sources.protocol import BadSample
 
 AXES = {"t5_encodings": 2, "clip_encodings": 1, "mean": 3, "logvar": 3}  # of the arrays
@@ -86,6 +86,11 @@ class Preprocessed:
     def runs(self) -> list[tuple[Size, int]]:
         """Height and width in pixels of so many samples, one after the other."""
         return [(self.size, len(self))]
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of how many there are, and of what shapes."""
+        return digest([len(self), {name: list(shape) for name, shape in self.shapes.items()}])
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -74,6 +74,10 @@ class Data(Protocol):
         program of its own."""
         ...
 
+    def fingerprint(self) -> str:
+        """Another one when the samples are others, though the config is the same."""
+        ...
+
     def vocabulary(self) -> tuple[str, ...]:
         """Every word of its captions, for a model that reads words."""
         ...

@@ -128,10 +128,20 @@ class Cache:
         """Height and width in pixels of so many samples, one after the other."""
         return [(size_of(name), count) for name, count in self.counts.items()]
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what they were made of, and how they lie in shards."""
+        return digest([self.made, self.counts])
+
     @cached_property
     def empty(self) -> Record:
         """The features of the empty caption."""
         return Shards([self.folder / EMPTY])[0]
+
+
+def digest(value: Any) -> str:
+    """A short name of what JSON can say."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
 def open_cache(folder: Path) -> Cache:

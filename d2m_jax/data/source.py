@@ -2,9 +2,17 @@
 benchmark of a task, knows which data it has."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
-from d2m_jax.config import CacheConfig, DataConfig, IconsConfig, ImagesConfig, ModelConfig
+from d2m_jax.config import (
+    CacheConfig,
+    DataConfig,
+    IconsConfig,
+    ImagesConfig,
+    ModelConfig,
+    WordsConfig,
+)
 from d2m_jax.data.buckets import Size, bucket_sizes
 from d2m_jax.data.cached import Cached, is_there, stored
 from d2m_jax.data.icons import Icons
@@ -19,6 +27,14 @@ def open_data(config: DataConfig, model: ModelConfig) -> Data:
     if isinstance(config, ImagesConfig):
         return Images(config, model.image)
     return Cached(config, model)
+
+
+def with_vocabulary(config: DataConfig, model: ModelConfig) -> ModelConfig:
+    """The model, which knows the words of these data where it reads words and has none yet."""
+    if not isinstance(model.text, WordsConfig) or model.text.vocabulary:
+        return model
+    vocabulary = open_data(config, model).vocabulary()
+    return replace(model, text=replace(model.text, vocabulary=vocabulary))
 
 
 def largest_size(config: DataConfig, model: ModelConfig) -> Size:

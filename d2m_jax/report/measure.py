@@ -187,6 +187,7 @@ class Bench:
             "teacher": self._stored(self.run.teacher.path)[2],
             "data": to_json(self.run.config.data),
             "validation": to_json(self.run.config.validation),
+            "samples": [self.data.fingerprint(), self.validation.fingerprint()],
             "seed": self.run.config.seed,
             "prompts": {pairs: [one.caption for one in mine] for pairs, mine in asked.items()},
             "held_out_batches": self.run.config.held_out_batches,

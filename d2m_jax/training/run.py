@@ -21,13 +21,12 @@ from d2m_jax.config import (
     StageConfig,
     StudentConfig,
     Timesteps,
-    WordsConfig,
     at_path,
     check,
     teacher_path,
 )
 from d2m_jax.data.protocol import Batches, Data, Split
-from d2m_jax.data.source import open_data
+from d2m_jax.data.source import open_data, with_vocabulary
 from d2m_jax.distill.fixed_times import fixed_times
 from d2m_jax.distill.objective import Objective
 from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
@@ -134,11 +133,8 @@ def _run(
 ) -> None:
     mesh = make_mesh(config.mesh)
     if config.teacher is None:
-        model = config.model
-        assert model is not None  # RunConfig has one of the two
-        if isinstance(model.text, WordsConfig) and not model.text.vocabulary:
-            vocabulary = open_data(config.data, model).vocabulary()
-            model = replace(model, text=replace(model.text, vocabulary=vocabulary))
+        assert config.model is not None  # RunConfig has one of the two
+        model = with_vocabulary(config.data, config.model)
         check_stages("", config.stages, model, mesh, config.timesteps)
         work = _open(config, mesh, model, tracker)
         params = initialise(model.transformer, config.seed)

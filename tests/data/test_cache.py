@@ -173,6 +173,10 @@ def test_goes_on_and_is_never_changed_into_another(folder, tmp_path, monkeypatch
         open_data(CacheConfig(path=str(part), validation=2), MODEL)
     cache.cache(run_of(folder), part)
     assert content(part) == expected
+    known = records.open_cache(part).fingerprint
+    assert known == records.open_cache(whole).fingerprint
+    cache.cache(run_of(folder, resolution=48), tmp_path / "larger")
+    assert records.open_cache(tmp_path / "larger").fingerprint != known
     with pytest.raises(
         ConfigError, match=r"cache.json: sizes\S* = .* expected the same, or another"
     ):

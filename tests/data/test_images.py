@@ -94,6 +94,21 @@ def test_the_same_from_any_state_and_in_parts(folder):
                for a, b in zip(whole, other, strict=True))  # fmt: skip
 
 
+def test_other_data_than_those_of_the_last_start_are_told(folder, capsys):
+    stream = opened(folder).batches(Captions(), 6)
+    next(stream)
+    state = stream.get_state()
+    opened(folder).batches(Captions(), 6).set_state(state)
+    opened(folder).batches(Captions(), 6).set_state(state["position"])  # of an older checkpoint
+    assert "the data are not those of the last start" not in capsys.readouterr().err
+    picture(40, 40, 60).save(folder / "040.png")
+    (folder / "040.txt").write_text("image 40")
+    again = opened(folder).batches(Captions(), 6)
+    again.set_state(state)
+    assert "the data are not those of the last start" in capsys.readouterr().err
+    assert next(again)["image"].shape[0] == 6
+
+
 def test_captions(folder):
     data = opened(folder, template="a drawing of {caption}", caption_dropout=0.5)
     captions = [c for batch in taken(data, 40) for c in batch["text"]]

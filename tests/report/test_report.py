@@ -13,6 +13,7 @@ from PIL import Image
 
 from d2m_jax import flow, weights
 from d2m_jax.config import MeshConfig
+from d2m_jax.data.icons import Icons
 from d2m_jax.evaluate import latency
 from d2m_jax.models.accounting import account
 from d2m_jax.models.flux import model_of
@@ -141,6 +142,16 @@ def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch):
     assert len(measured) == 2
     assert scores_of(directory)[:-1] == uninterrupted[:-1]
     assert scores_of(directory)[-1] != uninterrupted[-1]
+
+    # other data behind the same config are measured again
+    def refuses(self, row, config, prompts):
+        raise Killed
+
+    monkeypatch.setattr(Bench, "_measure", refuses)
+    write.write(directory)
+    monkeypatch.setattr(Icons, "fingerprint", lambda self: "others")
+    with pytest.raises(Killed):
+        write.write(directory)
 
 
 def test_a_run_that_tries_no_other_numbers_of_experts_has_no_sweep(make_run, tmp_path):

@@ -13,10 +13,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from d2m_jax import hosts
-from d2m_jax.config import MeshConfig, ModelConfig, PixelsConfig, RunConfig, WordsConfig
+from d2m_jax.config import (
+    CacheConfig,
+    ImagesConfig,
+    MeshConfig,
+    ModelConfig,
+    PixelsConfig,
+    RunConfig,
+    WordsConfig,
+)
 from d2m_jax.data import icons
+from d2m_jax.data.cache import cache
 from d2m_jax.training.run import run
 from d2m_jax.weights.directory import model_directory
 from tests.test_hosts import assert_all_ended_well, together
@@ -131,3 +141,52 @@ def test_two_processes_distil_as_one(alone, tmp_path):
     assert (two / "samples" / "mob_000002.png").is_file()
     config, _ = model_directory.load(two / "model")
     assert config.transformer.single[1].mixes
+
+
+def pictures(folder: Path) -> Path:
+    """Captioned drawings of the embedded task, half of them cropped to another shape."""
+    scenes = icons.prompts(tiny.DATA, PixelsConfig(24, 24, 6), 60)
+    drawn = icons.render(scenes, icons.lexicon_for(tiny.DATA, PixelsConfig(24, 24, 6)))
+    folder.mkdir()
+    for i, (scene, image) in enumerate(zip(scenes, drawn, strict=True)):
+        Image.fromarray(image[:16] if i % 2 else image).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(scene.caption)
+    return folder
+
+
+def images(folder: str, mesh: MeshConfig) -> RunConfig:
+    """A dense model of these drawings from scratch, in batches of two sizes."""
+    data = ImagesConfig(
+        sources={f"{folder}/images": 1.0}, resolutions=(24,), aspect_ratio=1.5, validation=12
+    )
+    return replace(scratch(mesh), data=data)
+
+
+def of_cache(folder: str, mesh: MeshConfig) -> RunConfig:
+    """A student of that model, on what is encoded."""
+    return tiny.student(
+        f"{folder}/one/teacher/model",
+        rivals={},
+        stages={"moe": replace(tiny.STAGE, sample_every=0)},
+        mesh=mesh,
+        data=CacheConfig(f"{folder}/cache", validation=12),
+    )
+
+
+def train_on_images(folder: str, name: str, sizes: tuple[int, ...]) -> None:
+    """Both runs."""
+    with hosts.joined():
+        run(images(folder, MeshConfig(*sizes)), f"{folder}/{name}/teacher")
+        if name == "one":
+            cache(images(folder, MeshConfig()), Path(folder) / "cache")
+        run(of_cache(folder, MeshConfig(*sizes)), f"{folder}/{name}/student")
+
+
+def test_images_and_caches_train_alike(tmp_path):
+    """On one device, and on eight in two processes."""
+    pictures(tmp_path / "images")
+    train_on_images(str(tmp_path), "one", (1, 1, 1, 1))
+    work = train_on_images, str(tmp_path), "eight", (2, 2, 1, 2)
+    assert_all_ended_well(together(*work, processes=2, devices=4))
+    for model, tolerance in (("teacher", 1e-4), ("student", 1e-3)):
+        assert_same(tmp_path / "eight" / model, tmp_path / "one" / model, tolerance)
