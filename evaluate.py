@@ -6,6 +6,8 @@ python evaluate.py export SCORER MODEL --prompts FILE --output FOLDER
                               images in the folders that an official scorer reads
 python evaluate.py clip MODEL --clip FOLDER --prompts FILE --output FOLDER [--teacher MODEL]
                               CLIP score, and the distance of features from a teacher's images
+python evaluate.py routing MODEL --output FOLDER [--prompts FILE]
+                              where tokens and samples go while it draws: arrays, pictures
 
 CONFIG is a Python file with get_config(), MODEL a model directory; `account --help` and so on list
 all options.
@@ -24,7 +26,7 @@ from d2m_jax import command_line  # first, for it tells where there is no enviro
 import tyro
 
 from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, RunConfig, check, suggestion
-from d2m_jax.evaluate.arguments import Clip, Export
+from d2m_jax.evaluate.arguments import Clip, Export, Routing
 from d2m_jax.sampling.options import check_options
 
 
@@ -146,11 +148,30 @@ def clip(arguments: Sequence[str]) -> None:
         print(json.dumps(result.to_json(), indent=1) if parsed.json else "\n".join(result.lines()))
 
 
+def routing(arguments: Sequence[str]) -> None:
+    """Inside the routing."""
+    parsed = command_line.parse(
+        Routing,
+        arguments,
+        usage="evaluate.py routing",
+        description="Which experts and blocks a model chooses while it draws, by place, time and"
+        " group of prompts, and how much each block changes: arrays, pictures, a summary. Many"
+        " processes share the prompts.",
+    )
+    check_options(**parsed.numbers)
+    from d2m_jax.evaluate.watch_run import lines, run
+
+    found = run(parsed)
+    if found is not None:
+        print("\n".join([*lines(found), f"arrays, pictures and summary.json in {parsed.output}"]))
+
+
 COMMANDS = {
     "account": account,
     "icons": icons,
     "export": export,
     "clip": clip,
+    "routing": routing,
 }
 
 

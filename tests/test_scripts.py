@@ -297,6 +297,7 @@ def test_evaluate_answers_bad_input(script, error_of, model, tmp_path):
     assert "expected geneval's prompts" in error_of("evaluate", "export", "geneval", model, *there)
     said = error_of("evaluate", "clip", model, "--clip", tmp_path, *there, "--seed", "-1")
     assert "seed = -1: expected" in said
+    assert "no such file" in error_of("evaluate", "routing", model, *there)
 
 
 def test_sample_writes_images_and_a_grid(script, model, tmp_path):

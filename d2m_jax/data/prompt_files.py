@@ -16,20 +16,36 @@ def prompts_of(file: Path, column: str | None = None) -> list[str]:
 
     ConfigError that names the file, and the line or the columns that were found.
     """
+    return [prompt for prompt, _ in grouped_prompts_of(file, column)]
+
+
+def grouped_prompts_of(
+    file: Path, column: str | None = None, group: str | None = None
+) -> list[tuple[str, str]]:
+    """The same, each with what its field or column `group` says; without one that is empty."""
     check(file.is_file(), f"{file}: no such file, expected one of prompts")
+    found = _column_of(file, column)
+    groups = [""] * len(found) if group is None else _column_of(file, group)
+    pairs = [
+        (prompt.strip(), of.strip())
+        for prompt, of in zip(found, groups, strict=True)
+        if prompt.strip()
+    ]
+    check(len(pairs) > 0, f"{file}: expected at least one prompt, found none")
+    return pairs
+
+
+def _column_of(file: Path, column: str | None) -> list[str]:
+    """All of a column, that of prompts by default, with what is blank."""
     kind = file.suffix.lower()
     if kind in (".jsonl", ".ndjson"):
-        found = _lines(file, column)
-    elif kind in (".csv", ".tsv"):
-        found = _table(file, column, "\t" if kind == ".tsv" else ",")
-    elif kind == ".parquet":
-        found = _parquet(file, column)
-    else:
-        check(column is None, f"{file}: a text file has no column {column!r}, expected none")
-        found = read_prompts(file)
-    found = [prompt.strip() for prompt in found if prompt.strip()]
-    check(len(found) > 0, f"{file}: expected at least one prompt, found none")
-    return found
+        return _lines(file, column)
+    if kind in (".csv", ".tsv"):
+        return _table(file, column, "\t" if kind == ".tsv" else ",")
+    if kind == ".parquet":
+        return _parquet(file, column)
+    check(column is None, f"{file}: a text file has no column {column!r}, expected none")
+    return read_prompts(file)
 
 
 def _lines(file: Path, column: str | None) -> list[str]:
@@ -43,6 +59,7 @@ def _lines(file: Path, column: str | None) -> list[str]:
         except ValueError as error:
             raise ConfigError(f"{where}: expected JSON ({error})") from None
         if isinstance(value, str):
+            check(column is None, f"{where}: found a string, expected an object with {column!r}")
             found.append(value)
             continue
         check(isinstance(value, dict), f"{where}: expected an object or a string")

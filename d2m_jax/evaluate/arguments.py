@@ -93,3 +93,25 @@ class Clip(Sampled):
     column: str | None = None  # of the prompts; default: prompt, caption or text
     images_per_prompt: int = 1
     json: bool = False  # print JSON instead of lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing(Drawn):
+    """Where tokens and samples go while a model draws."""
+
+    model: Model  # a model directory, a FluxPipeline's folder or its Hugging Face repository
+    output: Path  # folder for routing.npz, summary.json and pictures
+    prompts: Path | None = None  # .txt, .jsonl, .csv, .tsv, .parquet; default: the embedded task's
+    column: str | None = None  # of the prompts; default: prompt, caption or text
+    group: str | None = None  # another column, by which prompts are told apart: GenEval's tag
+    count: int = 120  # prompts at most
+    bins: int = 8  # of the steps, in time
+    places: int = 32  # cells of a map, either way, at most
+    top_k: int | None = None  # normal experts per token; default: the model's own
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Those of Pipeline that options.check_options reads."""
+        names = ("height", "width", "steps", "guidance", "seed", "max_sequence_length")
+        found = {name: getattr(self, name) for name in (*names, "batch_size", "top_k")}
+        return found

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Array, Float
 
-from d2m_jax.config import ConfigError
+from d2m_jax.config import ConfigError, ModelConfig
 from d2m_jax.data.icons import Icons
 from d2m_jax.data.protocol import Data, Prompt
 from d2m_jax.data.source import open_data
@@ -37,11 +37,15 @@ def evaluate(
     """Score a model directory on so many prompts of either kind; a seed fixes the noise, `options`
     are those of Pipeline."""
     pipe = load_pipeline(path, quantize=quantize)
+    return scores_of(pipe, data_of(path, pipe.config), prompts, seed, **options)
+
+
+def data_of(path: Path | str, config: ModelConfig) -> Data:
+    """The embedded task that a model was made for. ConfigError for a model of anything else."""
     try:
-        task = icons.task_of(pipe.config)
+        return open_data(icons.task_of(config), config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return scores_of(pipe, open_data(task, pipe.config), prompts, seed, **options)
 
 
 def scores_of(pipe: Pipeline, data: Data, prompts: int, seed: int = 0, **options: Any) -> Scores:

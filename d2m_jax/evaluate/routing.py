@@ -1,6 +1,5 @@
 """Where tokens and samples go: loads of experts and use of blocks, by timestep and by place."""
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -8,13 +7,14 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from d2m_jax.config import ModelConfig
+from d2m_jax.config import ModelConfig, StackConfig
 from d2m_jax.distill.losses import health
 from d2m_jax.evaluate.noisy import Inputs, Program, arguments, on_mesh_of
 from d2m_jax.models.flux import model_of
 
+SIDES = {"img_mlp": " image", "txt_mlp": " text"}  # of a double block's FFNs
 BINS = 8  # of the timestep, from 0 (data) to 1 (noise)
 
 
@@ -24,7 +24,7 @@ class Layer:
 
     name: str
     by_time: Float[np.ndarray, "t n"]
-    by_place: Float[np.ndarray, "h w n"] | None  # None: sees no image, or routes on other inputs
+    by_place: Float[np.ndarray, "h w n"] | None  # None: sees no image
     health: dict[str, float]  # of losses.health
 
 
@@ -54,7 +54,7 @@ def measure(
         {name: [result[i][name] for result in results] for name in results[0][i]} for i in range(3)
     )
     layers, groups = [], []
-    for kind, i, block, stack in _stacks(config):
+    for kind, i, block, stack in blocks_of(config):
         for group in range(stack.groups):
             first = block + group * stack.blocks
             if (kind, i) in used:
@@ -73,8 +73,7 @@ def measure(
                         ]
                         place = _shares(reduce(np.add, alike)).reshape(*grids[0], -1)
                     values = {n: float(v[0]) for n, v in health(jnp.asarray(load[None])).items()}
-                    side = {"img_mlp": " image", "txt_mlp": " text"}.get(key[2], "")
-                    name = f"{kind} {first + b}{side}"
+                    name = f"{kind} {first + b}{SIDES.get(key[2], '')}"
                     layers.append(Layer(name, _shares(_by_time(load, bins)), place, values))
     return layers, groups
 
@@ -94,44 +93,22 @@ def _route(program: Program, params: dict, inputs: Inputs) -> tuple[dict, dict, 
     """
     config, transformer = program.config, program.config.transformer
     model = model_of(transformer, params, jnp.dtype(program.dtype))
-    tokens, text = math.prod(inputs["img"].shape[1:3]), inputs["txt"].shape[1]
-    size = inputs["txt"].shape[0]
-    every = tuple(jnp.tile(jnp.arange(count), (size, 1)) for count in (tokens, text))
-    asked = model.embed(*arguments(config, inputs), tokens=every)
-    _, report = model.run(*asked)
+    _, report = model.run(*model.embed(*arguments(config, inputs), watched=True))
     loads, places, used = {}, {}, {}
-    for kind, i, _, _ in _stacks(config):
+    for kind, i, _, _ in blocks_of(config):
         stack = report[kind][i]
         if stack.choice is not None:
             used[kind, i] = stack.choice.used
         for name, ffn in stack.ffns.items():
             if ffn.routing is None:
                 continue
-            load = loads[kind, i, name] = ffn.routing.load
-            if transformer.moe.router_input == "modulated" and name != "txt_mlp":
-                gate = params[kind][i]["block"][name]["gate"]
-                image = ffn.inputs[..., -tokens:, :]
-                places[kind, i, name] = _choices(gate, image, load, transformer.moe.top_k)
+            loads[kind, i, name] = ffn.routing.load
+            if ffn.choices is not None:
+                places[kind, i, name] = ffn.choices.sum(2)
     return loads, places, used
 
 
-def _choices(
-    gate: dict,
-    x: Float[Array, "g m b t d"],
-    load: Float[Array, "g m b n"],
-    top_k: int,
-) -> Float[Array, "g m t n"]:
-    """How often each token chose each expert, as the gate (models.moe.MoE.logits) has it."""
-    exact = jax.lax.Precision.HIGHEST
-    x = x.astype(jnp.float32)
-    logits = jnp.einsum("gmbtd,gmdn->gmbtn", x, gate["kernel"], precision=exact)
-    logits += gate["bias"][:, :, None, None]
-    chosen = jax.nn.one_hot(jax.lax.top_k(logits, top_k)[1], logits.shape[-1]).sum(-2)
-    ran = load.sum(-1) > 0  # a block of a Mixture of Blocks reports zeros for samples that skip it
-    return (chosen * ran[..., None, None]).sum(2)
-
-
-def _stacks(config: ModelConfig) -> Iterator[tuple]:
+def blocks_of(config: ModelConfig) -> Iterator[tuple[str, int, int, StackConfig]]:
     """Kind, index and first block of every stack, and its config."""
     for kind, i, stack in config.transformer.named_stacks:
         block = sum(before.depth for before in getattr(config.transformer, kind)[:i])

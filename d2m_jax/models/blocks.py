@@ -51,6 +51,9 @@ def call_ffn(
         y, report = module(x, unmodulated, context, context.known.routed.get(name))
     else:
         y, report = module(x), FFNReport()
+    if report.choices is not None:
+        image = report.choices[:, context.text_tokens :] if name == "mlp" else report.choices
+        report = replace(report, choices=None if name == "txt_mlp" else image)
     tokens = context.tokens_of(name)
     if tokens is not None:
         samples = jnp.arange(x.shape[0])[:, None]

@@ -78,15 +78,16 @@ class Stack(nnx.Module):
         def run_block(block: Any, streams: Streams, context: Context):
             block = gathered(block, streams[0].dtype)
             streams = tuple(constrain(x, "batch", None, None) for x in streams)
-            return nnx.merge(graphs[0], block)(streams, context)
+            new, reports = nnx.merge(graphs[0], block)(streams, context)
+            return new, (reports, change(streams, new, context) if context.watched else None)
 
         if not self.config.mixes:
 
             def step(streams: Streams, mine: tuple[Any, Known]):
                 return run_block(mine[0], streams, replace(context, known=mine[1]))
 
-            streams, reports = parameters.scan(step, streams, (block, known))
-            return streams, GroupReport(reports)
+            streams, (reports, changes) = parameters.scan(step, streams, (block, known))
+            return streams, GroupReport(reports, change=changes)
         # Samples choose on their own devices, which must then have all blocks of the group.
         if parameters.is_unstacked(block):
             block = tuple(parameters.part(block, i) for i in range(self.config.blocks))
@@ -97,9 +98,10 @@ class Stack(nnx.Module):
             logits = nnx.merge(graphs[1], router)(streams, context)
         probability, chosen, weight = choose(logits, self.config.active)
         known = replace(known, used=None)
-        streams, reports = run_chosen(run_block, block, streams, context, chosen, weight, known)
+        asked = streams, context, chosen, weight, known
+        streams, (reports, changes) = run_chosen(run_block, block, *asked)
         used = jax.nn.one_hot(chosen, self.config.blocks).sum(1)
-        return streams, GroupReport(reports, Choice(used, probability))
+        return streams, GroupReport(reports, Choice(used, probability), changes)
 
     def __call__(
         self, streams: Streams, context: Context, known: Known = NOTHING, *, remat: bool = False
@@ -124,6 +126,19 @@ def over_axes(
     for _ in axes:
         create = nnx.vmap(create, in_axes=0, out_axes=0)
     return create(rngs.split(axes))
+
+
+def change(old: Streams, new: Streams, context: Context) -> Float[Array, "b 2"]:
+    """|new − old| / |old| of a block, over its image and over its text tokens, float32."""
+
+    def norms(streams: Streams):
+        text = context.text_tokens
+        img, txt = streams if len(streams) == 2 else (streams[0][:, text:], streams[0][:, :text])
+        return jnp.stack([jnp.linalg.norm(x, axis=(1, 2)) for x in (img, txt)], axis=-1)
+
+    exact = tuple(x.astype(jnp.float32) for x in old)
+    moved = tuple(b.astype(jnp.float32) - a for a, b in zip(exact, new, strict=True))
+    return norms(moved) / jnp.maximum(norms(exact), 1e-9)
 
 
 class LastLayer(nnx.Module):

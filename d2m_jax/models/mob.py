@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from d2m_jax.models.layers import Linear32
-from d2m_jax.models.protocol import NOTHING, Context, FFNReport, Known, Streams
+from d2m_jax.models.protocol import NOTHING, Context, Known, Streams
 from d2m_jax.sharding import BY_NAME, on_own_part
 
 # Samples run side by side while copies of their blocks' weights fit in this many bytes, else one
@@ -57,7 +57,7 @@ def choose(
     return probability, chosen, 1 + (p - jax.lax.stop_gradient(p))
 
 
-RunBlock = Callable[[Any, Streams, Context], tuple[Streams, dict[str, FFNReport]]]
+RunBlock = Callable[[Any, Streams, Context], tuple[Streams, Any]]  # and what it reports, a tree
 
 
 def run_chosen(
@@ -68,7 +68,7 @@ def run_chosen(
     chosen: Int[Array, "b k"],
     weight: Float[Array, "b k"],
     known: Known = NOTHING,
-) -> tuple[Streams, dict[str, FFNReport]]:
+) -> tuple[Streams, Any]:
     """Run each sample through its chosen blocks. `params` leaves are [m, …]; or they are a tuple of
     the blocks' parameters, whose weights are then read where they are. `known` is what
     Context.known is to be, for all blocks: [m, b, …].

@@ -37,20 +37,23 @@ class MoE(nnx.Module):
         """Output and report. `routed`, what the normal experts added in an earlier step
         (FFNReport.routed), is added again without computing it."""
         k, each = self.config.top_k if context.top_k is None else context.top_k, context.top_k_each
-        y, routing = self.shared(x), None
+        y, routing, choices = self.shared(x), None, None
         if routed is None and k > 0:
             with jax.named_scope("gate"):
                 logits = self.logits(x, unmodulated, context.vec)
                 probability, chosen, weight = route(self.config, logits, k, each)
             with jax.named_scope("experts"):
                 routed = self.scale[...].astype(x.dtype) * self.experts(x, chosen, weight)
-            load = jax.nn.one_hot(chosen, self.config.experts).sum((1, 2))
+            choices = jax.nn.one_hot(chosen, self.config.experts).sum(2)
+            load = choices.sum(1)
             load = load / jnp.maximum(load.sum(-1, keepdims=True), 1)
             routing = Routing(load, probability.mean(1))
         kept = None
         if context.keep_routed:
             kept = jnp.zeros_like(y) if routed is None else routed
-        return y if routed is None else y + routed, FFNReport(routing, kept)
+        choices = choices if context.watched else None
+        y = y if routed is None else y + routed
+        return y, FFNReport(routing, kept, choices=choices)
 
     def logits(
         self,

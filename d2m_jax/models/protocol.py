@@ -59,6 +59,8 @@ class Context:
     # Of each sample, the image and the text tokens whose FFN inputs are reported; None: of none.
     tokens: tuple[Int[Array, "b p"], Int[Array, "b q"]] | None = None
     keep_routed: bool = False  # whether to report what the normal experts added
+    # Whether to report which experts image tokens chose, and how much blocks changed the streams.
+    watched: bool = False
     known: Known = NOTHING  # of the block that reads it
 
     def tokens_of(self, ffn: str) -> Int[Array, "b t"] | None:
@@ -89,6 +91,8 @@ class FFNReport:
     routing: Routing | None = None  # None: dense, or no normal expert ran
     routed: Float[Array, "*s b n d"] | None = None  # what these added, under Context.keep_routed
     inputs: Float[Array, "*s b t d"] | None = None  # at Context.tokens; of text before image
+    # Under Context.watched, how often each image token chose each expert, 0 or 1; None: sees none.
+    choices: Float[Array, "*s b i n"] | None = None
 
 
 @no_type_check
@@ -109,6 +113,9 @@ class GroupReport:
 
     ffns: dict[str, FFNReport]  # by the name of the FFN in its block
     choice: Choice | None = None  # None: all its blocks run
+    # Under Context.watched, of image and text tokens |x' − x| / |x| over a block, in float32; zero
+    # for samples that skip it.
+    change: Float[Array, "*s b 2"] | None = None
 
     def known(self) -> Known:
         """What a later step can take from it, under Context.keep_routed."""

@@ -102,7 +102,7 @@ def test_scorers_find_every_image_with_its_prompt(scorer, model, tmp_path, monke
     # Some images are those that a pipeline draws for these prompts from this noise.
     pipe = load_pipeline(model)
     of_number = {number: line for line in listed for number in line["images"]}
-    some = np.array([0, each, len(found) - 1])
+    some = np.unique([0, 1, each, len(found) - 2, len(found) - 1])
     captions = [of_number[number]["prompt"] for number in some.tolist()]
     expected = np.asarray(pipe(captions, latents=noise_of(5, some, 16, 48)))
     for number, image in zip(some.tolist(), expected, strict=True):
@@ -253,9 +253,12 @@ def test_one_file_is_one_category_or_style(tmp_path):
 def test_a_fluxpipeline_of_diffusers(tmp_path, monkeypatch, capsys):
     """With T5, CLIP and an autoencoder; what is cut off is told once, not batch by batch."""
     pytest.importorskip("diffusers")
+    from d2m_jax.evaluate import watch_run
+    from d2m_jax.evaluate.arguments import Routing
     from tests.sampling.flux_oracle import tiny_pipeline
 
-    monkeypatch.setattr(export, "use_cores", lambda: None)
+    for module in (export, watch_run):
+        monkeypatch.setattr(module, "use_cores", lambda: None)
     tiny_pipeline().save_pretrained(tmp_path / "flux")
     prompts = files_of("dpg", tmp_path / "prompts")
     for file in prompts.iterdir():
@@ -267,3 +270,12 @@ def test_a_fluxpipeline_of_diffusers(tmp_path, monkeypatch, capsys):
     assert said.count("is cut off") == 2 and "T5 reads 12" in said  # by CLIP and by T5
     names = dict.fromkeys([file.stem for file in prompts.iterdir()], "")
     assert len(scorers.dpg(tmp_path / "out" / "images", 16, names)) == 12
+
+    (tmp_path / "prompts.txt").write_text("red anchor\nblue earth\n")
+    watched = Routing(
+        **{"model": str(tmp_path / "flux"), "output": tmp_path / "routing"},
+        **{"prompts": tmp_path / "prompts.txt", "height": 16, "width": 16, "steps": 2},
+        max_sequence_length=12,
+    )
+    found = watch_run.run(watched)
+    assert list(found["change"]) == ["double 0", "double 1", "single 0", "single 1"]
