@@ -162,6 +162,7 @@ class RunConfig(Config):
     seed: int = 0
     teacher: str | None = None  # a model directory, found from the shell's folder or the repository
     model: ModelConfig | None = None
+    start: str | None = None  # a model directory, the weights that `model` starts with
     data: DataConfig = field(default_factory=IconsConfig)
     # Other data to validate on; None: what of `data` never trains (of the icons, other draws).
     validation: DataConfig | None = None
@@ -193,6 +194,11 @@ class RunConfig(Config):
             (self.teacher is None) != (self.model is None),
             "RunConfig: expected either teacher (a model directory, to distill from) or model (to"
             " train from scratch), " + ("found neither" if self.teacher is None else "found both"),
+        )
+        check(
+            self.start is None or self.model is not None,
+            f"RunConfig.start = {self.start}: expected none beside teacher, which a student is cut"
+            " from",
         )
         check(len(self.stages) > 0, "RunConfig.stages: expected at least one stage, found none")
         check_whole(self, 0, "seed")

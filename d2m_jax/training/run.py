@@ -23,7 +23,9 @@ from d2m_jax.config import (
     Timesteps,
     at_path,
     check,
+    differences,
     teacher_path,
+    to_json,
 )
 from d2m_jax.data.protocol import Batches, Data, Split
 from d2m_jax.data.source import open_data, with_vocabulary
@@ -137,8 +139,7 @@ def _run(
         model = with_vocabulary(config.data, config.model)
         check_stages("", config.stages, model, mesh, config.timesteps)
         work = _open(config, mesh, model, tracker)
-        params = initialise(model.transformer, config.seed)
-        _train(work, run_directory, (model, params), config.stages)
+        _train(work, run_directory, partial(_start, work, model), config.stages)
         return
     path = teacher_path(config.teacher)
     model = model_directory.load_config(path)
@@ -154,6 +155,18 @@ def _run(
         _train(work, run_directory / "rivals" / name, start, rival.stages, teacher)
     start = partial(_cut, work, teacher, config.sparsify)
     _train(work, run_directory, start, config.stages, teacher)
+
+
+def _start(work: _Work, model: ModelConfig) -> tuple[ModelConfig, dict]:
+    """The model of a run without a teacher before any training."""
+    path = work.config.start
+    if path is None:
+        return model, initialise(model.transformer, work.config.seed)
+    path = teacher_path(path, "start")
+    other = model_directory.load_config(path).transformer
+    for name, theirs, mine in differences(to_json(other), to_json(model.transformer)):
+        raise ConfigError(f"start = {path}: its transformer.{name} is {theirs}, this run's {mine}")
+    return model, work.load(path)[1]
 
 
 def _check_students(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> None:

@@ -78,6 +78,31 @@ def teacher(tmp_path_factory):
     return directory / "model"
 
 
+def test_weights_of_another_canvas_are_where_a_run_starts(teacher, tmp_path):
+    config = RunConfig(
+        name="single",
+        model=ModelConfig(TRANSFORMER, WordsConfig(dim=32, length=2), PixelsConfig(12, 12, 6)),
+        start=str(teacher),
+        data=replace(DATA, task="single"),
+        stages={"flow": replace(STAGE, sample_every=0)},
+        held_out_batches=1,
+    )
+    run(config, tmp_path / "run")
+    start = arrays(tmp_path / "run" / "models" / "start")
+    assert start.keys() == arrays(teacher).keys()
+    for name, array in arrays(teacher).items():
+        np.testing.assert_array_equal(start[name], array)
+    assert model_directory.load_config(tmp_path / "run" / "model").image.height == 12
+
+    other = replace(config, model=replace(config.model, transformer=replace(TRANSFORMER, theta=9)))
+    with pytest.raises(ConfigError, match=r"its transformer\.theta is 10000, this run's 9"):
+        run(other, tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"start = absent: found nothing in"):
+        run(replace(config, start="absent"), tmp_path / "absent")
+    with pytest.raises(ConfigError, match=r"RunConfig\.start = a: expected none beside teacher"):
+        student(teacher, start="a")
+
+
 def student(teacher, **fields) -> RunConfig:
     feature = replace(STAGE, loss=LossConfig(feature=1.0))
     groups = GroupsConfig(keep_double=1, keep_single=1, single_blocks=2, single_active=1)
