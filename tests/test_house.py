@@ -40,12 +40,16 @@ FLOORS = {
     "evaluate": 7,
     "planning": 8,
     "report": 8,
-    "__init__": 8,  # hands on names to those who use the package
+    "publish": 8,
+    "__init__": 9,  # hands on names to those who use the package
 }
 # The folders of a room, each above those named before it; what is in no folder is above them all.
 FOLDERS = {"weights": ("files", "keys", "lora", "directory", "torch_files")}
 # Run as python -m …, beside the scripts at the root.
-COMMANDS = {"d2m_jax.data.cache", "d2m_jax.data.generate", "d2m_jax.training.status"}
+COMMANDS = {
+    *("d2m_jax.data.cache", "d2m_jax.data.generate", "d2m_jax.training.status"),
+    "d2m_jax.publish",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Copied into exports for torch's users; nothing here imports it.
 SHIPPED = "d2m_jax.weights.torch_files.torch_module.sparse_flux"

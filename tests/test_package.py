@@ -12,8 +12,8 @@ from d2m_jax.weights import load_model
 
 
 def test_names_are_listed_and_handed_on():
-    assert {"load_model", "load_pipeline", "__version__"} <= set(dir(d2m_jax))
-    assert set(d2m_jax.__all__) == {"load_model", "load_pipeline", "__version__"}
+    public = {"load_model", "load_pipeline", "push_to_hub", "__version__"}
+    assert public <= set(dir(d2m_jax)) and set(d2m_jax.__all__) == public
     names = {}
     exec("from d2m_jax import *", names)
     assert names["load_pipeline"] is load_pipeline and names["load_model"] is load_model

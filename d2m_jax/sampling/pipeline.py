@@ -369,11 +369,11 @@ def load_pipeline(
     path, dtype = hub.place(path), None if dtype is None else torch_import.dtype_of(dtype)
     mesh = mesh or local_mesh()
     place = partial(parameter_sharding, mesh)
-    if model_directory.is_model_directory(path):
-        config = _with_encoders(path, model_directory.load_config(path), encoders)
-        params = model_directory.load(path, dtype=None, sharding=place)[1]
+    folder = pipeline_folder(path)
+    if model_directory.is_model_directory(folder):
+        config = _with_encoders(path, model_directory.load_config(folder), encoders)
+        params = model_directory.load(folder, dtype=None, sharding=place)[1]
     else:
-        folder = pipeline_folder(path)
         source = torch_import.open_source(folder)
         # Of a FluxPipeline that lacks a part, model_config says which.
         part = any((folder / name).is_dir() for name in FOLDERS) and encoders is None

@@ -116,12 +116,12 @@ def _open(
     source: Path | str, dtype: Dtype | None, loras: Sequence[tuple[Path | str, float]]
 ) -> tuple[ModelConfig, dict[str, Parameter]]:
     """Config and parameters by name, to be read block by block."""
-    if model_directory.is_model_directory(source):
-        config, tree = model_directory.load(source, dtype=dtype and jnp.dtype(dtype))
+    folder = pipeline_folder(source)
+    if model_directory.is_model_directory(folder):
+        config, tree = model_directory.load(folder, dtype=dtype and jnp.dtype(dtype))
         params = {name: orbax_blocks.parameter(array) for name, array in names(tree).items()}
         exact = {name: param.astype(np.float32) for name, param in params.items()}
     else:
-        folder = pipeline_folder(source)
         opened = torch_import.open_source(folder)
         whole = folder.is_dir() and is_pipeline(folder)
         config = opened.model or model_config(opened.config, folder if whole else None)

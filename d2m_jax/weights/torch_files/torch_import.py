@@ -209,7 +209,7 @@ def load_model(
     Parameters and activations are in `dtype`; `sharding` says where parameters go
     (model_directory.load). ConfigError for whatever else is there.
     """
-    path, dtype = hub.place(path), dtype_of(dtype)
+    path, dtype = hub.local(path), dtype_of(dtype)
     if model_directory.is_model_directory(path):
         config, params = model_directory.load(path, dtype, sharding)
         return model_of(config.transformer, params, dtype)
