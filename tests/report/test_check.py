@@ -36,6 +36,9 @@ class Pictures:
     encoded: bool = True
     sizes: tuple[tuple[int, int], ...] = ((48, 48), (48, 96))
 
+    def fingerprint(self):
+        return self.caption
+
     def vocabulary(self):
         return ()
 
