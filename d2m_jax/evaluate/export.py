@@ -38,6 +38,7 @@ from d2m_jax.sampling.pipeline import Pipeline, load_pipeline, noise_of
 from d2m_jax.sharding import local_mesh
 from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.files.hub import check_folder_name
+from d2m_jax.weights.torch_files.diffusers_folder import pipeline_folder
 
 FILE, LIST, IMAGES, UNFINISHED = "export.json", "images.jsonl", "images", "unfinished"
 KEPT = "the images that were finished are kept, and the same command goes on from there"
@@ -59,10 +60,11 @@ def run(asked: Export) -> None:
 
 def check_model(asked: Drawn, model: str, prompts: Sequence[str], square: bool = False) -> int:
     """Raise ConfigError for what would keep a model from drawing this, as far as it is known before
-    its parameters are loaded; the height of its images."""
+    its parameters are loaded; the height of its images. A repository is downloaded."""
     config = ModelConfig(image=AutoencoderConfig())  # what is no model directory is FLUX.1's
-    if model_directory.is_model_directory(model):
-        config = model_directory.load_config(model)
+    folder = pipeline_folder(model)
+    if model_directory.is_model_directory(folder):
+        config = model_directory.load_config(folder)
         needs = isinstance(config.text, PromptsConfig) or isinstance(
             config.image, AutoencoderConfig
         )
