@@ -29,11 +29,7 @@ class Arguments:
     plan: bool = False  # compile every stage for a topology, run none
     topology: str = "h200:1"  # of --plan: v5e:4x8, v5p:4x4x4, v6e:8x8, h100:8; v6e:16x16:4: pods
     output: Path | None = None  # of --plan: a JSON file for what it prints
-    # Of many processes, where the environment does not tell (SLURM, Kubernetes, TPU pods do):
-    coordinator: str | None = None  # HOST:PORT of process 0
-    processes: int | None = None  # how many there are
-    process: int | None = None  # number of this one
-    host_timeout: float = 300.0  # seconds that all may take to come
+    among: command_line.AmongProcesses = command_line.Among()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -83,8 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     check_folder_name(run_directory)
     use_cores(parsed.config.quick_compilation)
     command = shlex.join(["python", "train.py", *arguments])
-    who = parsed.coordinator, parsed.processes, parsed.process, parsed.host_timeout
-    with hosts.joined(*who):
+    with hosts.joined(*parsed.among.who):
         hosts.agree({"config": to_json(parsed.config), "run_dir": str(run_directory)})
         with lock.held(run_directory), full_disk(run_directory, run.KEPT):
             run.run(parsed.config, run_directory, partial(check_report, parsed.config))

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from d2m_jax import environment  # noqa: F401 (before what it looks for)
 
@@ -26,6 +26,24 @@ T = TypeVar("T")
 NO_BACKEND = (
     "Unable to initialize backend"  # JAX, of a platform that is not there or does not start
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Among:
+    """Of many processes, where the environment does not tell (SLURM, Kubernetes, TPU pods do)."""
+
+    coordinator: str | None = None  # HOST:PORT of process 0
+    processes: int | None = None  # how many there are
+    process: int | None = None  # number of this one
+    host_timeout: float = 300.0  # seconds that all may take to come
+
+    @property
+    def who(self) -> tuple[str | None, int | None, int | None, float]:
+        """What hosts.joined is given."""
+        return self.coordinator, self.processes, self.process, self.host_timeout
+
+
+AmongProcesses = Annotated[Among, tyro.conf.arg(name="")]  # --coordinator, without --among
 
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:

@@ -64,11 +64,7 @@ class Arguments:
     # zeros, a tenth of the space for short captions, and not what a sampler gives the model).
     padding: Literal["keep", "drop"] = "keep"
     all_captions: bool = False  # one record per caption, not only for an image's first
-    # Of many processes, where the environment does not tell (SLURM, Kubernetes, TPU pods do):
-    coordinator: str | None = None  # HOST:PORT of process 0
-    processes: int | None = None  # how many there are
-    process: int | None = None  # number of this one
-    host_timeout: float = 300.0  # seconds that all may take to come
+    among: command_line.AmongProcesses = command_line.Among()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -92,8 +88,7 @@ def main(arguments: Sequence[str]) -> None:
     check_folder_name(parsed.output)
     check_writable(parsed.output / records.FILE)
     use_cores(parsed.config.quick_compilation)
-    who = parsed.coordinator, parsed.processes, parsed.process, parsed.host_timeout
-    with hosts.joined(*who):
+    with hosts.joined(*parsed.among.who):
         hosts.agree({"config": to_json(parsed.config), "output": str(parsed.output)})
         counts = cache(parsed.config, parsed.output, parsed.padding, parsed.all_captions)
         hosts.say(f"{sum(counts.values())} samples: CacheConfig(path={str(parsed.output)!r})")

@@ -55,7 +55,7 @@ class Arguments:
     steps: int | None = None  # default: the model's own
     # One number, or two between which each image draws its own; default: the model's own.
     guidance: tuple[float, ...] = ()
-    seed: int = 0
+    seed: int = 0  # of noise and of what is drawn
     # Points of the way from noise to image, at so many of the steps of each image: the student then
     # trains where the teacher's sampler goes. 0: images alone, and noise is mixed in as usual.
     trajectory: int = 0
@@ -65,11 +65,7 @@ class Arguments:
     batch_size: int | None = None  # images at a time, on all devices of a process
     quantize: Literal["int8", "fp8"] | None = None  # the large matrices of blocks
     encoders: str | None = None  # a FluxPipeline, for a teacher that has none
-    # Of many processes, where the environment does not tell (SLURM, Kubernetes, TPU pods do):
-    coordinator: str | None = None  # HOST:PORT of process 0
-    processes: int | None = None  # how many there are
-    process: int | None = None  # number of this one
-    host_timeout: float = 300.0  # seconds that all may take to come
+    among: command_line.AmongProcesses = command_line.Among()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -84,8 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     check_folder_name(parsed.output)
     check_writable(parsed.output / records.FILE)
     use_cores()
-    who = parsed.coordinator, parsed.processes, parsed.process, parsed.host_timeout
-    with hosts.joined(*who):
+    with hosts.joined(*parsed.among.who):
         hosts.agree({"teacher": parsed.teacher, "prompts": len(prompts)})
         pipe = load_pipeline(
             parsed.teacher, mesh=local_mesh(), quantize=parsed.quantize, encoders=parsed.encoders

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from d2m_jax.command_line import Among, AmongProcesses
+
 # Of Sampled, what Pipeline takes under the same name.
 OPTIONS = (
     *("height", "width", "steps", "guidance", "seed", "top_k", "reuse", "true_cfg"),
@@ -27,16 +29,7 @@ class Drawn:
     batch_size: int | None = None  # images at a time; changes none
     dtype: Literal["bfloat16", "float32"] | None = None  # None: bfloat16, on a CPU float32
     encoders: str | None = None  # a FluxPipeline, for a model that has none
-    # Of many processes, where the environment does not tell (SLURM, Kubernetes, TPU pods do):
-    coordinator: str | None = None  # HOST:PORT of process 0
-    processes: int | None = None  # how many there are
-    process: int | None = None  # number of this one
-    host_timeout: float = 300.0  # seconds that all may take to come
-
-    @property
-    def who(self) -> tuple[str | None, int | None, int | None, float]:
-        """What hosts.joined is given."""
-        return self.coordinator, self.processes, self.process, self.host_timeout
+    among: AmongProcesses = Among()
 
 
 @dataclass(frozen=True, kw_only=True)

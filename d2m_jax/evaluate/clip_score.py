@@ -82,7 +82,7 @@ def run(asked: Clip) -> Result | None:
         # What only a sparse model can be asked.
         plain = replace(asked, top_k=None, reuse=1, quantize=None)
         models[TEACHER] = plain, asked.teacher
-    with hosts.joined(*asked.who):
+    with hosts.joined(*asked.among.who):
         for options, path in models.values():
             check_model(options, path, layout.prompts)
         for name, (options, path) in models.items():

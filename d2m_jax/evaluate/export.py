@@ -50,7 +50,7 @@ def run(asked: Export) -> None:
     found = layout(asked.scorer, asked.prompts, asked.images_per_prompt, name)
     check_folder_name(asked.output)
     use_cores()
-    with hosts.joined(*asked.who):
+    with hosts.joined(*asked.among.who):
         side = check_model(asked, asked.model, found.prompts, SCORERS[asked.scorer].square)
         draw(asked, asked.model, found, asked.output)
         images = str((asked.output / IMAGES).resolve())

@@ -42,7 +42,7 @@ def run(asked: Routing) -> dict[str, Any] | None:
     prompts = _prompts(asked)
     use_cores()
     options = {name: getattr(asked, name) for name in OPTIONS}
-    with hosts.joined(*asked.who):
+    with hosts.joined(*asked.among.who):
         hosts.agree({"model": asked.model, "prompts": len(prompts)} | options)
         check_model(asked, asked.model, [prompt for prompt, _ in prompts])
         pipe = load_pipeline(asked.model, asked.dtype, local_mesh(), encoders=asked.encoders)
