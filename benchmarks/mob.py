@@ -16,10 +16,10 @@ from timing import finish, limits, measure, on_cpu, parser, table, usual_dtype
 from d2m_jax import flow
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.blocks import SingleStreamBlock
-from d2m_jax.models.flux import Stack
 from d2m_jax.models.layers import rope
 from d2m_jax.models.parameters import unstacked
 from d2m_jax.models.protocol import Context
+from d2m_jax.models.stack import Stack
 
 
 def group(config: FluxConfig, stack: StackConfig, batch: int, side: int, text: int):

@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from d2m_jax.config import FluxConfig, check
+from d2m_jax.config import KINDS, FluxConfig, check
 from d2m_jax.distill.losses import mean_square
-from d2m_jax.models.flux import Flux, Stack, join
+from d2m_jax.models.flux import Flux, join
 from d2m_jax.models.protocol import Body, Context, GroupReport, Streams
+from d2m_jax.models.stack import Stack
 
 
 def check_aligned(teacher: FluxConfig, student: FluxConfig) -> None:
     """Raise ConfigError unless both have equal stacks of groups and blocks, which lockstep pairs
     one to one."""
-    for kind in ("double", "single"):
+    for kind in KINDS:
         shapes = [[(s.groups, s.blocks) for s in getattr(c, kind)] for c in (teacher, student)]
         check(
             shapes[0] == shapes[1],

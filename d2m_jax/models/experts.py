@@ -100,13 +100,14 @@ def run_experts(
     # A short sequence is cheaper with all experts masked (benchmarks/ffn.py).
     few = tokens < SPARSE_TOKENS or k >= (among or experts[0].shape[0])
     way = "reference" if way == "auto" and few else choose(way)
-    plain = {
-        "reference": partial(reference_experts, cut),
-        "tiled": partial(tiled_experts, among, cut),
-    }
-    function = plain.get(way) or partial(sorted_experts, way, cut)
     flat = x.reshape(tokens, -1), chosen.reshape(tokens, k), weight.reshape(tokens, k)
-    return function(*flat, *experts).reshape(x.shape)
+    if way == "reference":
+        y = reference_experts(cut, *flat, *experts)
+    elif way == "tiled":
+        y = chosen_experts(partial(_expert, cut), *flat, experts, among)
+    else:
+        y = sorted_experts(way, cut, *flat, *experts)
+    return y.reshape(x.shape)
 
 
 def reference_experts(
@@ -127,18 +128,6 @@ def reference_experts(
         return jnp.einsum("ted,te->td", out, masked.astype(x.dtype))
     hidden = jax.nn.gelu(jnp.einsum("td,edf->tef", x, in_kernel) + in_bias, approximate=True)
     return jnp.einsum("tef,efd->td", hidden * masked[..., None].astype(x.dtype), out_kernel)
-
-
-def tiled_experts(
-    among: int | None,
-    cut: str | None,
-    x: Float[Array, "t d"],
-    chosen: Int[Array, "t k"],
-    weight: Float[Array, "t k"],
-    *experts: Array | QArray,
-) -> Float[Array, "t d"]:
-    """The same with only the chosen experts' work, for a CPU: tiles of each one's tokens."""
-    return chosen_experts(partial(_expert, cut), x, chosen, weight, experts, among)
 
 
 def _expert(

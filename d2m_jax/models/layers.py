@@ -124,6 +124,18 @@ def modulate(
     return x * (1 + scale).astype(x.dtype) + shift.astype(x.dtype)
 
 
+class LastLayer(nnx.Module):
+    """Modulated norm and projection to the tokens' channels."""
+
+    def __init__(self, dim: int, channels: int, *, rngs: nnx.Rngs):
+        self.adaLN_modulation = Linear(dim, 2 * dim, zero=True, rngs=rngs)
+        self.linear = Linear(dim, channels, zero=True, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], vec: Float[Array, "b d"]) -> Float[Array, "b n c"]:
+        shift, scale = jnp.split(self.adaLN_modulation(jax.nn.silu(vec))[:, None], 2, axis=-1)
+        return self.linear(modulate(layer_norm(x), shift, scale))
+
+
 def timestep_embedding(
     t: Float[Array, " b"], dim: int = 256, max_period: float = 1e4
 ) -> Float[Array, "b {dim}"]:

@@ -1,5 +1,6 @@
 """A model's parameters as a pure dict, and the model around such a dict: for jit, Orbax, optax."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -26,16 +27,24 @@ def initialise(kind: type, config: Any, seed: int) -> dict:
 
 def abstract(kind: type, config: Any) -> dict:
     """Shapes and types of what `initialise` gives, without computing any."""
-    return jax.eval_shape(partial(initialise, kind, config, 0))
+    return nnx.to_pure_dict(_skeleton(kind, config, jnp.dtype(jnp.float32))[1])
 
 
 def model_of(
     kind: Callable[..., Model], config: Any, params: dict, dtype: DTypeLike = jnp.float32
 ) -> Model:
     """The module with these parameters; `dtype` is that of activations."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=dtype)))
+    graph, state = _skeleton(kind, config, jnp.dtype(dtype))
+    state = jax.tree.map(lambda shape: shape, state)  # a copy, for the next line changes it
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
+
+
+@functools.lru_cache(64)
+def _skeleton(kind: Callable[..., nnx.Module], config: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
+    """The module's program, and the shapes of its parameters: once, for it takes longer than all
+    else that model_of does."""
+    return nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=dtype)))
 
 
 def unstacked(params: dict, release: bool = False) -> dict:

@@ -10,12 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from d2m_jax.config import FluxConfig, GroupsConfig, StackConfig, check
+from d2m_jax.config import KINDS, FluxConfig, GroupsConfig, StackConfig, check
 from d2m_jax.keys import named_key
-from d2m_jax.models.flux import over_axes
 from d2m_jax.models.mob import BlockRouter
+from d2m_jax.models.stack import over_axes
 
-KINDS = ("double", "single")
 Shapes = Mapping[
     str, Sequence[tuple[int, int]]
 ]  # (groups, blocks) of the stacks, per kind of block

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from d2m_jax.config import FluxConfig, ModelConfig, SparsifyConfig, check
+from d2m_jax.config import KINDS, FluxConfig, ModelConfig, SparsifyConfig, check
 from d2m_jax.keys import named_generator, named_key
 from d2m_jax.models.blocks import FFNS
 from d2m_jax.sharding import whole
 from d2m_jax.sparsify import importance, sensitivity
 from d2m_jax.sparsify.experts import make_moe
-from d2m_jax.sparsify.groups import KINDS, align, aligned, shapes
+from d2m_jax.sparsify.groups import align, aligned, shapes
 from d2m_jax.sparsify.importance import Noisy
 from d2m_jax.sparsify.modulation import low_rank
 from d2m_jax.sparsify.prune import prune

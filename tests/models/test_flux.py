@@ -12,7 +12,7 @@ from flax import nnx
 from d2m_jax import flow
 from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.kernels.grouped_matmul import EXPERTS
-from d2m_jax.models import flux
+from d2m_jax.models import flux, layers
 from tests.models import toy
 from tests.models.oracle import operations
 from tests.seed import generator
@@ -184,7 +184,7 @@ def test_half_precision_forward_is_near():
 
 def test_last_layer_reads_shift_then_scale():
     """BFL's order; diffusers has scale first."""
-    layer = flux.LastLayer(4, 4, rngs=nnx.Rngs(0))
+    layer = layers.LastLayer(4, 4, rngs=nnx.Rngs(0))
     layer.linear.kernel[...] = jnp.eye(4)
     layer.adaLN_modulation.bias[...] = jnp.asarray([1.0, 2, 3, 4, 10, 20, 30, 40])
     x = generator().normal(size=(1, 3, 4)).astype(np.float32)

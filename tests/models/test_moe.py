@@ -270,7 +270,7 @@ def test_router_input_unmodulated_reads_the_token_and_the_time():
 
 def test_auto_takes_the_sparse_path_for_many_tokens(monkeypatch):
     taken = []
-    for name in ("reference_experts", "tiled_experts"):
+    for name in ("reference_experts", "chosen_experts"):
         function = getattr(experts, name)
 
         def spy(*arguments, name=name, function=function):
@@ -282,7 +282,7 @@ def test_auto_takes_the_sparse_path_for_many_tokens(monkeypatch):
     for tokens, k in ((50, 2), (80, 2), (80, N)):
         x, vec = jnp.ones((1, tokens, DIM)), jnp.ones((1, DIM))
         jax.eval_shape(lambda x, v, k=k: call(params, x, x, v, k), x, vec)
-    assert taken == ["reference_experts", "tiled_experts", "reference_experts"]
+    assert taken == ["reference_experts", "chosen_experts", "reference_experts"]
 
 
 @pytest.mark.parametrize("chosen", [[0] * 9, [5] * 9, [5, 0, 5, 3, 0, 5, 1, 0, 5], [6, 0, 6, 2]])

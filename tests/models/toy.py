@@ -7,12 +7,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from d2m_jax import flow
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
 from d2m_jax.kernels.grouped_matmul import EXPERTS
-from d2m_jax.models.flux import Flux
+from d2m_jax.models.flux import abstract as shapes
 from d2m_jax.models.protocol import Context
 from tests.seed import generator
 
@@ -49,11 +48,6 @@ def random_like(tree, seed=0):
 
 def params(config, seed=0):
     return random_like(shapes(config), seed)
-
-
-def shapes(config):
-    """The abstract parameters of a model, as a pure dict."""
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0)))))
 
 
 def computed_by(way):
