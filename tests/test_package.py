@@ -32,6 +32,14 @@ def test_importing_it_imports_no_jax():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_a_run_and_its_report_import_no_torch():
+    """Nor does what they use: seconds of every start."""
+    code = (
+        "import sys, d2m_jax.training.run, d2m_jax.report.write; sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_what_is_no_path_is_told():
     """In a process of its own, where nothing checks the types of arguments before."""
     code = """

@@ -15,12 +15,17 @@ import rich.progress
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 from rich.console import Console
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
-from tensorboardX.summary import histogram, image, scalar
 
 from d2m_jax import hosts
 from d2m_jax.output import new_file
+from d2m_jax.training.event_files import (
+    Event,
+    EventsWriter,
+    SessionLog,
+    histogram,
+    image,
+    scalar,
+)
 
 # When to warn, by the last part of a metric's name; distill/losses.py, `health`, says what each is.
 COLLAPSE = {
