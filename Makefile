@@ -14,15 +14,18 @@ INSTALLED := $(VENV)/installed-$(VERSION)
 demo: $(INSTALLED)
 	$(BIN)/python train.py configs/icons_moe_s.py --run-dir runs/demo
 
+# A file's tests share a process, and files begin in the order of tests/conftest.py.
+PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED)-test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST)
 
 # Tests of numbers as on other machines: fewer instructions, whose programs have a cache of their
 # own, fewer cores; each with toy models of its own.
 NUMERICAL := $(addprefix tests/,kernels models sparsify distill sampling test_flow.py \
   test_flux_end_to_end.py training/test_loop.py weights/torch_files/test_torch_import.py \
   weights/torch_files/test_sparse_export.py weights/keys/test_autoencoder_keys.py)
-PYTEST_NUMERICAL = $(BIN)/python -m pytest -n auto --dist loadfile $(NUMERICAL)
+PYTEST_NUMERICAL = $(PYTEST) $(NUMERICAL)
 
 test-elsewhere: $(INSTALLED)-test
 	@seed=0; for isa in SSE4_2 AVX2; do \

@@ -18,6 +18,30 @@ cache = Path(__file__).parent.parent / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+# Of many files the longest begin, or one core waits for them at the end.
+LONGEST = (
+    "test_flux_end_to_end.py",
+    "training/test_meshes.py",
+    "training/test_run.py",
+    "report/test_report.py",
+    "report/test_any_data.py",
+    "models/test_sharded.py",
+    "sparsify/test_meshes.py",
+    "test_hosts.py",
+    "data/test_cache.py",
+    "data/test_making.py",
+    "data/test_generate.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        file = item.path.relative_to(Path(__file__).parent).as_posix()
+        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 from jaxtyping import install_import_hook  # noqa: E402 (jax reads the environment when imported)
 
 import d2m_jax  # noqa: E402

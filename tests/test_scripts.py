@@ -26,7 +26,7 @@ from d2m_jax.config import (
     StudentConfig,
     WordsConfig,
 )
-from d2m_jax.models.flux import initialise
+from tests.models import toy
 
 ROOT = Path(__file__).parent.parent
 STUDENT = RunConfig(
@@ -108,7 +108,7 @@ def model(tmp_path_factory) -> Path:
     words = WordsConfig(dim=8, vocabulary=("red", "green", "heart"))
     config = ModelConfig(transformer, words, PixelsConfig(8, 8, 4), sample_steps=2)
     path = tmp_path_factory.mktemp("models") / "tiny"
-    weights.save(path, config, initialise(transformer, 0))
+    weights.save(path, config, toy.params(transformer))
     return path
 
 

@@ -66,7 +66,7 @@ def made(sources, size, seed):
 
 
 @given(schedules())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_nothing_is_dropped_or_doubled(drawn):
     schedule, weights = made(*drawn)
     if not weights:

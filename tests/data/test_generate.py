@@ -21,7 +21,6 @@ from d2m_jax.config import (
 from d2m_jax.data import generate, making, records
 from d2m_jax.data.prompt_files import prompts_of
 from d2m_jax.data.source import largest_size, open_data
-from d2m_jax.models.flux import initialise
 from d2m_jax.models.words import Words
 from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.weights.directory import model_directory
@@ -40,11 +39,7 @@ SIZES = [(16, 16), (12, 20)]
 
 @pytest.fixture(scope="module")
 def pipe():
-    params = jax.tree.map(
-        lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape),
-        initialise(MODEL.transformer, 0),
-    )
-    return Pipeline(MODEL, params)
+    return Pipeline(MODEL, jax.tree.map(lambda a: 0.5 * a, toy.params(MODEL.transformer)))
 
 
 def content(folder):
@@ -122,7 +117,7 @@ def test_goes_on_with_the_same(pipe, tmp_path, monkeypatch):
             generate.generate(pipe, PROMPTS, tmp_path / "part", **(options | change))
     with pytest.raises(ConfigError, match=r"cache.json: data = \w+, this run's is"):
         generate.generate(pipe, PROMPTS[:2], tmp_path / "part", **options)
-    other = Pipeline(MODEL, initialise(MODEL.transformer, 5))
+    other = Pipeline(MODEL, toy.params(MODEL.transformer, 5))
     with pytest.raises(ConfigError, match=r"cache.json: teacher = \w+, this run's is"):
         generate.generate(other, PROMPTS, tmp_path / "part", **options)
 

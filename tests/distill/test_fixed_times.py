@@ -1,6 +1,7 @@
 """Errors at fixed times: against the model called by hand, and through the program of a stage."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,14 @@ from tests.models import toy
 KEY = jax.random.key(7)
 
 
+@partial(jax.jit, static_argnums=0)
+def velocity(config, params, *inputs):
+    return model_of(config, params)(*inputs)
+
+
 def by_hand(config, params, made, noise, times):
     """The velocity, one example at a time; on the straight line from data to noise."""
-    model, found = model_of(config.transformer, params), []
+    model, found = partial(velocity, config.transformer, params), []
     for i, t in enumerate(times):
         data = made["latents"][i : i + 1].reshape(1, 12, 12)
         x = (1 - t) * data + t * noise[i : i + 1]
@@ -73,7 +79,7 @@ def test_a_batch_may_state_its_times():
     made = batch() | {"eighth": jnp.array([5, 5, 0, 1])}
     drawn = fixed.draw(made, KEY, jnp.int32(3), jnp.float32(0.5))
     np.testing.assert_allclose(drawn["time"], np.array([5.5, 5.5, 0.5, 1.5]) / 8)
-    sums = fixed.sums(toy.params(TEACHER.transformer, 1), (), drawn)
+    sums = jax.jit(fixed.sums)(toy.params(TEACHER.transformer, 1), (), drawn)
     np.testing.assert_array_equal(sums["count"], [1, 1, 0, 0, 0, 2, 0, 0])
     found = metrics("half_eighths", jax.device_get(sums))
     assert set(found) == {"validation_flow_half_eighths"}  # no list, for five times have none

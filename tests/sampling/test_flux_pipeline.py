@@ -11,13 +11,13 @@ import pytest
 
 from d2m_jax import flow
 from d2m_jax.config import ConfigError, ModelConfig, PromptsConfig, from_json, to_json
-from d2m_jax.models import flux
 from d2m_jax.sampling.pipeline import load_pipeline, noise
 from d2m_jax.tokenizers import Tokenizers
 from d2m_jax.weights import convert
 from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.files import safetensors
 from d2m_jax.weights.torch_files.diffusers_folder import model_config
+from tests.models import toy
 from tests.sampling.flux_oracle import tiny_pipeline
 
 torch = pytest.importorskip("torch")
@@ -108,7 +108,7 @@ def test_a_transformer_alone_takes_the_encoders_of_a_pipeline(both, tmp_path):
     with pytest.raises(ConfigError, match="no such file or folder"):
         load_pipeline(tmp_path / "alone", encoders=tmp_path / "nothing")
     other = ModelConfig(replace(ours.config.transformer, context_in_dim=20), PromptsConfig())
-    model_directory.save(tmp_path / "other", other, flux.initialise(other.transformer, 0))
+    model_directory.save(tmp_path / "other", other, toy.params(other.transformer))
     with pytest.raises(ConfigError, match="text_encoder_2: gives 24 channels, expected .* 20"):
         load_pipeline(tmp_path / "other", encoders=folder)
 

@@ -9,9 +9,10 @@ import pytest
 
 import d2m_jax
 from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, MoEConfig, StackConfig
-from d2m_jax.models.flux import Flux, initialise
+from d2m_jax.models.flux import Flux
 from d2m_jax.named_arrays import fingerprint, names
 from d2m_jax.weights.directory import model_directory
+from tests.models import toy
 
 CONFIG = ModelConfig(
     transformer=FluxConfig(
@@ -31,7 +32,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="module")
 def params():
-    return initialise(CONFIG.transformer, 0)
+    return toy.params(CONFIG.transformer)
 
 
 @pytest.fixture
