@@ -242,7 +242,7 @@ def test_the_step_compiles_once(tmp_path):
 @pytest.mark.parametrize(
     ("steps", "waits"),
     [
-        (200, (0.05, 0.3, 0.6)),
+        (120, (0.05, 0.2)),
         pytest.param(
             4000, np.random.default_rng(0).uniform(0, 1.5, 20), marks=pytest.mark.slow, id="20"
         ),
