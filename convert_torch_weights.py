@@ -24,6 +24,8 @@ class Arguments:
     # A diffusers FluxPipeline, folder or repository, whose encoders and autoencoder come along.
     encoders: str | None = None
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # FILE[:SCALE] to merge; may be repeated
+    # A sparse model's neurons put back in the dense model's places, for debugging: gates are lost.
+    dense: bool = False
     overwrite: bool = False  # replace what is at OUTPUT, a folder only if it is of the same kind
 
 
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
         export=parsed.export,
         encoders=parsed.encoders,
         overwrite=parsed.overwrite,
+        dense=parsed.dense,
         loras=[convert.lora_of(argument) for argument in parsed.lora],
     )
     print(f"{parsed.output} written")

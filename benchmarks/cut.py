@@ -68,7 +68,9 @@ def main() -> None:
                 calibration = batches(seed, "train", cut.batches)
                 for refit in REFITS:
                     sparsify = replace(cut, shared=score, refit=refit)
-                    student, made = make_student(config, params, sparsify, calibration, noisy, seed)
+                    student, made, _ = make_student(
+                        config, params, sparsify, calibration, noisy, seed
+                    )
                     errors = [
                         jnp.square(velocity(student, made, inputs) - v).mean()
                         for inputs, v in zip(judged, wanted, strict=True)

@@ -63,7 +63,7 @@ def main() -> None:
     ).inputs
     for deal, gate in RECIPES:
         cut = SparsifyConfig(deal=deal, gate=gate)
-        _, student = make_student(config, params, cut, calibration, noisy, seed=0)
+        _, student, _ = make_student(config, params, cut, calibration, noisy, seed=0)
         for kind, ffns in tested.items():
             for name, inputs in ffns[0].items():
                 for block in range(inputs.shape[0]):

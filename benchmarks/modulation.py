@@ -45,7 +45,7 @@ def errors(config: FluxConfig, params: dict, seen: np.ndarray, held_out: np.ndar
     _, directions = np.linalg.eigh(np.cov(seen.T.astype(np.float64), bias=True))
     size = np.linalg.norm(held_out @ old)
     for rank in RANKS:
-        _, made, _ = low_rank(config, params, seen, rank)
+        _, made, *_ = low_rank(config, params, seen, rank)
         mine = rest @ np.asarray(made["modulation_basis"]["kernel"], np.float64) @ kernels(made)
         basis = directions[:, ::-1][:, :rank]
         plain = rest @ basis @ basis.T @ old

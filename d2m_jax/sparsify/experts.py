@@ -20,8 +20,9 @@ def make_moe(
     stack: StackConfig,
     sparsify: SparsifyConfig,
     generator: np.random.Generator,
-) -> dict:
-    """Parameters of models.moe.MoE for the FFNs of one stack, leading axes (groups, blocks).
+) -> tuple[dict, Int[np.ndarray, "g m w"]]:
+    """Parameters of models.moe.MoE for the FFNs of one stack, leading axes (groups, blocks), and
+    the order that their neurons are in.
 
     The top-scored neurons are the shared expert, the others are dealt to the normal ones. `inputs`
     are calibration tokens; only a clustered deal and a fitted gate read them.
@@ -58,7 +59,7 @@ def make_moe(
     moe["gate"] = {"kernel": kernel, "bias": bias}
     if config.moe.router_input == "unmodulated":
         moe["gate_cond"] = {"kernel": np.zeros_like(kernel)}
-    return moe | {"scale": np.full(lead, sparsify.routed_scale, np.float32)}
+    return moe | {"scale": np.full(lead, sparsify.routed_scale, np.float32)}, order
 
 
 def split(ffn: dict, shared: int, experts: int) -> dict:

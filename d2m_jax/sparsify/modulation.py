@@ -18,8 +18,9 @@ COMPARED = 256  # calibration vectors that the error is measured on
 
 def low_rank(
     config: FluxConfig, params: dict, cond: Float[np.ndarray, "n d"], rank: int
-) -> tuple[FluxConfig, dict, float]:
-    """The model with modulations of this rank, and their outputs' relative error on `cond`.
+) -> tuple[FluxConfig, dict, Float[np.ndarray, "r1 d"], float]:
+    """The model with modulations of this rank, how factors and biases follow from W
+    (models/cut.py), and their outputs' relative error on `cond`.
 
     c W + b of every block becomes (mean + (c − mean) P Q) W + b, P [D, r] for all blocks, Q W a
     block's factor; its bias takes up what is lost of the mean. With C the covariance of `cond` and
@@ -64,7 +65,8 @@ def low_rank(
                 small = {part: value.astype(lin[part].dtype) for part, value in small.items()}
                 stack["block"][name] = {"lin": small}
     params["modulation_basis"] = {"kernel": basis.astype(np.float32)}
-    return config, params, float(np.sqrt(error / max(total, 1e-30)))
+    of_whole = np.concatenate([back, rest[None]]).astype(np.float32)
+    return config, params, of_whole, float(np.sqrt(error / max(total, 1e-30)))
 
 
 def _gram(kernel: Float[np.ndarray, "g m d o"]) -> Float[np.ndarray, "d d"]:

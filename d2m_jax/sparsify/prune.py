@@ -1,12 +1,17 @@
 """Width pruning, the rival of the MoE: the best neurons stay, the others are gone."""
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 
-def prune(ffn: dict, scores: Float[np.ndarray, "g m w"], width: int) -> dict:
-    """The FFNs of a stack [groups, blocks, …] with their `width` best neurons, in old order."""
-    return take(ffn, np.sort(ranked(scores)[..., :width], axis=-1))
+def prune(
+    ffn: dict, scores: Float[np.ndarray, "g m w"], width: int
+) -> tuple[dict, Int[np.ndarray, "g m w"]]:
+    """The FFNs of a stack [groups, blocks, …] with their `width` best neurons, in old order; and
+    the order of all: these, then the others."""
+    order = ranked(scores)
+    parts = np.sort(order[..., :width], axis=-1), np.sort(order[..., width:], axis=-1)
+    return take(ffn, parts[0]), np.concatenate(parts, axis=-1)
 
 
 def ranked(scores: Float[np.ndarray, "*l w"]) -> np.ndarray:

@@ -1,16 +1,17 @@
 """A student from its teacher, as SparsifyConfig says: experts or pruning, modulation."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from d2m_jax.config import KINDS, FluxConfig, ModelConfig, SparsifyConfig, check
+from d2m_jax.config import KINDS, FluxConfig, ModelConfig, SparsifyConfig, StackConfig, check
 from d2m_jax.keys import named_generator, named_key
 from d2m_jax.models.blocks import FFNS
+from d2m_jax.models.cut import MODULATION
 from d2m_jax.sharding import whole
 from d2m_jax.sparsify import importance, sensitivity
 from d2m_jax.sparsify.experts import make_moe
@@ -29,8 +30,9 @@ def make_student(
     noisy: Noisy,
     seed: int,
     say: Callable[[str], None] = lambda line: None,
-) -> tuple[ModelConfig, dict]:
-    """The student and its parameters, which are on the host where new; equal seeds, equal students.
+) -> tuple[ModelConfig, dict, dict[str, np.ndarray]]:
+    """The student, its parameters, which are on the host where new, and where they lie in the
+    teacher (models/cut.py); equal seeds, equal students.
 
     Of `batches` the first `sparsify.batches` calibrate; `noisy(batch, key)` gives the arguments of
     Flux.embed and the true velocity, jitted once for all calls with the same function. Raises
@@ -47,39 +49,32 @@ def make_student(
     )
     say(f"calibrated on {len(batches)} batches")
 
-    if sparsify.shared == "taylor":
-        scores = measured.taylor
-    elif sparsify.shared == "sensitivity":
-        scores = {}  # of each FFN when its turn comes
-    elif sparsify.shared == "magnitude":
+    if sparsify.shared == "magnitude":
         scores = importance.magnitude(params)
-    else:
+    elif sparsify.shared == "random":
         scores = importance.random(params, named_generator(seed, "scores"))
-    made = dict(params)
+    else:
+        scores = measured.taylor  # of "sensitivity" each FFN's, when its turn comes
+    made, cut = dict(params), {}
     for kind in KINDS:
         made[kind] = dict(params[kind])
-        for i, stack in enumerate(getattr(student, kind)):
+        stacks = getattr(student, kind)
+        for i, stack in enumerate(stacks):
             if stack == getattr(config, kind)[i]:
                 continue
+            first = sum(before.depth for before in stacks[:i])
             block = dict(params[kind][i]["block"])
             for name in FFNS[kind]:
-                ffn, moe = jax.tree.map(whole, block[name]), None
                 seen = measured.inputs[kind][i][name]
-                if sparsify.shared == "sensitivity":
-                    mine = sensitivity.scores(ffn, seen, measured.sensitivity[kind][i][name])
-                else:
-                    mine = scores[kind][i][name]
-                if sparsify.method == "prune":
-                    block[name] = prune(ffn, mine, student.ffn_width(stack))
-                else:
-                    moe, generator = student.moe, named_generator(seed, f"{kind}.{i}.{name}")
-                    block[name] = make_moe(ffn, mine, seen, student, stack, sparsify, generator)
-                if sparsify.refit != "none":
-                    weighed = sparsify.refit == "weighted"
-                    weights = measured.sensitivity[kind][i][name] if weighed else None
-                    alone = sparsify.refit == "bias"
-                    block[name], gain = refit(block[name], ffn, seen, weights, moe, alone)
+                sensitive = measured.sensitivity[kind][i][name] if measured.sensitivity else None
+                tokens = _Tokens(scores[kind][i][name] if scores else None, seen, sensitive)
+                generator = named_generator(seed, f"{kind}.{i}.{name}")
+                ffn = jax.tree.map(whole, block[name])
+                block[name], gain, order = _cut(ffn, tokens, student, stack, sparsify, generator)
+                if gain is not None:
                     _add_bias(block, name, gain)
+                for n, neurons in enumerate(order.reshape(-1, order.shape[-1])):
+                    cut[f"{kind}.{first + n}.{name}"] = neurons.astype(np.int32)
             made[kind][i] = {"block": block}
     if sparsify.method == "moe":
         said = f"experts: shared {sparsify.shared}, deal {sparsify.deal}, gate {sparsify.gate}"
@@ -89,9 +84,44 @@ def make_student(
 
     if sparsify.modulation_rank is not None:
         rank = sparsify.modulation_rank
-        student, made, error = low_rank(student, made, measured.cond, rank)
+        student, made, cut[MODULATION], error = low_rank(student, made, measured.cond, rank)
         say(f"modulation of rank {rank}: relative error {error:.1e}")
-    return replace(teacher, transformer=student), made
+    return replace(teacher, transformer=student), made, cut
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What calibration tells of a stack's FFNs."""
+
+    scores: Float[np.ndarray, "g m w"] | None  # None: those of the sensitivity
+    inputs: Float[np.ndarray, "g m t d"]
+    sensitivity: Float[np.ndarray, "g m t d"] | None
+
+
+def _cut(
+    ffn: dict,
+    tokens: _Tokens,
+    student: FluxConfig,
+    stack: StackConfig,
+    sparsify: SparsifyConfig,
+    generator: np.random.Generator,
+) -> tuple[dict, Float[np.ndarray, "g m d"] | None, Int[np.ndarray, "g m w"]]:
+    """The FFNs of one stack pruned or as experts, what the bias of their output gains, and the
+    order of their neurons."""
+    scores, inputs = tokens.scores, tokens.inputs
+    if scores is None:
+        assert tokens.sensitivity is not None
+        scores = sensitivity.scores(ffn, inputs, tokens.sensitivity)
+    if sparsify.method == "prune":
+        made, order = prune(ffn, scores, student.ffn_width(stack))
+    else:
+        made, order = make_moe(ffn, scores, inputs, student, stack, sparsify, generator)
+    if sparsify.refit == "none":
+        return made, None, order
+    moe = student.moe if sparsify.method == "moe" else None
+    weights = tokens.sensitivity if sparsify.refit == "weighted" else None
+    made, gain = refit(made, ffn, inputs, weights, moe, sparsify.refit == "bias")
+    return made, gain, order
 
 
 def wanted(sparsify: SparsifyConfig) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from d2m_jax.distill.objective import Objective
 from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
 from d2m_jax.encoders import Encoders
 from d2m_jax.models.accounting import flops_per_example
+from d2m_jax.models.cut import Cut, composed
 from d2m_jax.models.flux import abstract, initialise
 from d2m_jax.named_arrays import names, restructure
 from d2m_jax.sampling.pipeline import Pipeline
@@ -151,22 +152,25 @@ def _run(
     teacher = work.load(path)
     for name, rival in config.rivals.items():
         hosts.say(f"rival {name}")
-        start = partial(_cut, work, teacher, rival.sparsify)
+        start = partial(_cut, work, path, teacher, rival.sparsify)
         _train(work, run_directory / "rivals" / name, start, rival.stages, teacher)
-    start = partial(_cut, work, teacher, config.sparsify)
+    start = partial(_cut, work, path, teacher, config.sparsify)
     _train(work, run_directory, start, config.stages, teacher)
 
 
-def _start(work: _Work, model: ModelConfig) -> tuple[ModelConfig, dict]:
+Start = tuple[ModelConfig, dict, Cut]
+
+
+def _start(work: _Work, model: ModelConfig) -> Start:
     """The model of a run without a teacher before any training."""
     path = work.config.start
     if path is None:
-        return model, initialise(model.transformer, work.config.seed)
+        return model, initialise(model.transformer, work.config.seed), {}
     path = teacher_path(path, "start")
     other = model_directory.load_config(path).transformer
     for name, theirs, mine in differences(to_json(other), to_json(model.transformer)):
         raise ConfigError(f"start = {path}: its transformer.{name} is {theirs}, this run's {mine}")
-    return model, work.load(path)[1]
+    return model, work.load(path)[1], model_directory.load_cut(path, other)
 
 
 def _check_students(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> None:
@@ -226,40 +230,47 @@ def models_of(
         yield name, stage, replace(start, transformer=transformer)
 
 
-def _cut(work: _Work, teacher: tuple[ModelConfig, dict], sparsify: SparsifyConfig):
-    """The student before any training."""
+def _cut(
+    work: _Work, path: Path, teacher: tuple[ModelConfig, dict], sparsify: SparsifyConfig
+) -> Start:
+    """The student before any training, its neurons' places those in the dense model from which the
+    teacher, at `path`, may have been cut itself."""
     (model, params), size = teacher, sparsify.batch_size
     assert work.noisy is not None  # of a run with a teacher
     with jax.set_mesh(work.mesh):
         batches = (
             work.encoders.encode(put_batch(work.mesh, batch)) for batch in work.batches(size)
         )
-        return make_student(
+        made = make_student(
             model, params, sparsify, batches, work.noisy, work.config.seed, hosts.say
         )
+    return *made[:2], composed(model_directory.load_cut(path, model.transformer), made[2])
 
 
 def _train(
     work: _Work,
     directory: Path,
-    start: tuple[ModelConfig, dict] | Callable[[], tuple[ModelConfig, dict]],
+    start: Callable[[], Start],
     stages: Mapping[str, StageConfig],
     teacher: tuple[ModelConfig, dict] | None = None,
 ) -> None:
-    """All stages of one model. `start` is (config, params), or a function that makes them."""
+    """All stages of one model. `start` makes what they begin with."""
     models = directory / "models"
     if not _exists(models / "start"):
-        model, params = start() if callable(start) else start
-        model_directory.save(models / "start", model, params)
+        model, params, cut = start()
+        model_directory.save(models / "start", model, params, cut=cut)
+        del params
+    transformer = model_directory.load_config(models / "start").transformer
+    cut = model_directory.load_cut(models / "start", transformer)
     before = "start"
     for name, stage in stages.items():
         if not _exists(models / name):
             model, params = _train_stage(work, directory, name, stage, models / before, teacher)
-            model_directory.save(models / name, model, params)
+            model_directory.save(models / name, model, params, cut=cut)
             del params
         before = name
     if not _exists(directory / "model"):
-        model_directory.save(directory / "model", *work.load(models / before))
+        model_directory.save(directory / "model", *work.load(models / before), cut=cut)
 
 
 def _exists(path: Path) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from d2m_jax import hosts, output
 from d2m_jax.config import ConfigError, ModelConfig, check
+from d2m_jax.models.cut import Cut
 from d2m_jax.named_arrays import names
 from d2m_jax.progress import bar
 from d2m_jax.weights.directory import model_directory, orbax_blocks
@@ -20,6 +21,7 @@ from d2m_jax.weights.keys.key_table import Parameter
 from d2m_jax.weights.lora import lora
 from d2m_jax.weights.lora.lora_differences import LowRank
 from d2m_jax.weights.torch_files import torch_export, torch_import
+from d2m_jax.weights.torch_files.dense import dense as put_together
 from d2m_jax.weights.torch_files.diffusers_folder import (
     FOLDERS,
     INDEX,
@@ -42,6 +44,7 @@ def convert(
     loras: Sequence[tuple[Path | str, float]] = (),
     encoders: Path | str | None = None,
     overwrite: bool = False,
+    dense: bool = False,
 ) -> None:
     """Write the transformer in `source` (whatever load_model takes) as a model directory.
 
@@ -49,7 +52,8 @@ def convert(
     folder with transformer/, "torch" a folder for any model, sparse too, with the PyTorch module
     that runs it. Text encoders, tokenizers and autoencoder come along where the source is a whole
     FluxPipeline or has them, or from the FluxPipeline `encoders`. dtype None is the type that is
-    stored, fp16 as float32 and fp8 as bfloat16. LoRA files are merged, each times its scale. What
+    stored, fp16 as float32 and fp8 as bfloat16. LoRA files are merged, each times its scale; then,
+    with `dense`, a sparse model is put back together (torch_files/dense.py). What
     is at `target` is replaced with `overwrite` only, and a folder only by one of its kind. Raises
     ConfigError for bad input and for a full disk, and then leaves nothing behind.
     """
@@ -70,7 +74,10 @@ def convert(
     check(export != "bfl" or not target.is_dir(), f"{target}: a folder, expected a file's name")
     output.check_free(target, overwrite)
     output.check_writable(target)
-    config, params = _open(source, dtype, loras)
+    config, params, cut = _open(source, dtype, loras)
+    if dense:
+        transformer, params = put_together(source, config.transformer, params, cut)
+        config, cut = replace(config, transformer=transformer), {}
     if encoders is not None:
         config = with_encoders(config, encoders)
     folder = Path(config.encoders) if config.encoders and export != "bfl" else None
@@ -87,10 +94,10 @@ def convert(
     try:
         with bar(size, f"writing {target}") as advance:
             if export is None:
-                how = {"beside": beside, "overwrite": overwrite}
+                how = {"beside": beside, "overwrite": overwrite, "cut": cut}
                 model_directory.save(target, config, params, progress=advance, **how)
             elif export == "torch":
-                how = {"beside": beside, "overwrite": overwrite}
+                how = {"beside": beside, "overwrite": overwrite, "cut": cut}
                 torch_export.export_torch(target, config, params, advance, **how)
             elif export == "bfl":
                 torch_export.export_bfl(target, config.transformer, params, advance, overwrite)
@@ -114,23 +121,26 @@ def _is_diffusers(folder: Path) -> bool:
 
 def _open(
     source: Path | str, dtype: Dtype | None, loras: Sequence[tuple[Path | str, float]]
-) -> tuple[ModelConfig, dict[str, Parameter]]:
-    """Config and parameters by name, to be read block by block."""
+) -> tuple[ModelConfig, dict[str, Parameter], Cut]:
+    """Config and parameters by name, to be read block by block, and a student's cut."""
     folder = pipeline_folder(source)
     if model_directory.is_model_directory(folder):
         config, tree = model_directory.load(folder, dtype=dtype and jnp.dtype(dtype))
         params = {name: orbax_blocks.parameter(array) for name, array in names(tree).items()}
         exact = {name: param.astype(np.float32) for name, param in params.items()}
+        cut = model_directory.load_cut(folder, config.transformer)
     else:
         opened = torch_import.open_source(folder)
         whole = folder.is_dir() and is_pipeline(folder)
         config = opened.model or model_config(opened.config, folder if whole else None)
         params = opened.parameters(dtype and jnp.dtype(dtype))
-        exact = opened.parameters(np.float32)
-    found = [lora.read(file, config.transformer, scale) for file, scale in loras]
+        exact, cut = opened.parameters(np.float32), {}
+        if opened.model is not None:
+            cut = model_directory.load_cut(opened.where, opened.config)
+    found = [lora.read(file, config.transformer, scale, cut) for file, scale in loras]
     for (file, scale), changes in zip(loras, found, strict=True):
         hosts.say(f"{file}: merged into {_layers(changes)}, at a strength of {scale:g}")
-    return config, lora.merge(params, exact, found)
+    return config, lora.merge(params, exact, found), cut
 
 
 def _layers(changes: Sequence[lora.Change]) -> str:

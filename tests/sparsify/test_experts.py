@@ -92,7 +92,7 @@ def test_all_experts_under_a_uniform_gate_are_the_dense_ffn(small, calibration, 
     for kind, names in (("double", ("img_mlp", "txt_mlp")), ("single", ("mlp",))):
         block = dict(params[kind][0]["block"])
         for name in names:
-            block[name] = make_moe(
+            block[name], _ = make_moe(
                 block[name],
                 calibration.taylor[kind][0][name],
                 calibration.inputs[kind][0][name],

@@ -5,7 +5,7 @@ from tests.seed import generator
 
 
 def test_full_rank_is_the_original(small, calibration):
-    config, params, error = low_rank(small.config, small.params, calibration.cond, 32)
+    config, params, _, error = low_rank(small.config, small.params, calibration.cond, 32)
     assert config.modulation_rank == 32 and error < 1e-6
     dense = small.velocity(small.config, small.params)
     np.testing.assert_allclose(small.velocity(config, params), dense, atol=1e-4)
@@ -16,11 +16,11 @@ def test_a_basis_of_the_right_size_loses_nothing(small):
     rng = generator()
     cond = 1 + rng.standard_normal((50, 3)) @ rng.standard_normal((3, 32))
     errors = [
-        low_rank(small.config, small.params, cond.astype(np.float32), r)[2] for r in (1, 2, 3)
+        low_rank(small.config, small.params, cond.astype(np.float32), r)[3] for r in (1, 2, 3)
     ]
     assert errors[0] > errors[1] > 0.01 and errors[2] < 1e-5
 
-    _, params, _ = low_rank(small.config, small.params, cond.astype(np.float32), 3)
+    _, params, *_ = low_rank(small.config, small.params, cond.astype(np.float32), 3)
     old = small.params["single"][0]["block"]["modulation"]["lin"]
     new = params["single"][0]["block"]["modulation"]["lin"]
     assert new["kernel"].shape == (4, 1, 3, 96)
@@ -43,6 +43,6 @@ def test_the_basis_loses_least_of_the_outputs(small):
     values = np.linalg.svd(centred @ kernel, compute_uv=False)
     whole = np.linalg.norm(cond @ kernel + bias)
     for rank in (2, 5, 12):
-        error = low_rank(small.config, small.params, cond, rank)[2]
+        error = low_rank(small.config, small.params, cond, rank)[3]
         best = np.linalg.norm(values[rank:]) / whole
         assert 0.999 * best < error < 1.02 * best, rank

@@ -12,7 +12,8 @@ def test_the_best_neurons_stay():
     }
     ffn = {k: {n: rng.standard_normal(s) for n, s in v.items()} for k, v in shapes.items()}
     scores = np.array([[[0, 6, 1, 8, 2, 7, 3, 9.0]], [[5, 0, 5, 0, 5, 0, 5, 0.0]]])
-    kept = prune(ffn, scores, 4)
+    kept, order = prune(ffn, scores, 4)
+    assert order.tolist() == [[[1, 3, 5, 7, 0, 2, 4, 6]], [[0, 2, 4, 6, 1, 3, 5, 7]]]
     for layer, neurons in ((0, [1, 3, 5, 7]), (1, [0, 2, 4, 6])):
         for part, expected in (
             (kept["in_layer"]["kernel"], ffn["in_layer"]["kernel"][layer, 0][:, neurons]),

@@ -43,9 +43,9 @@ def inputs():
 def cut(whole, inputs, method):
     scores = generator(1).random((1, 1, 64))
     if method == "prune":
-        return prune(whole, scores, 24), None
+        return prune(whole, scores, 24)[0], None
     sparsify = SparsifyConfig(moe=MOE, routed_scale=0.7)
-    made = make_moe(whole, scores, inputs, CONFIG, STACK, sparsify, generator(2))
+    made, _ = make_moe(whole, scores, inputs, CONFIG, STACK, sparsify, generator(2))
     return made, MOE
 
 

@@ -144,6 +144,14 @@ def test_leaves_a_model_after_every_stage(finished):
     assert {p.name for p in (finished / "models").iterdir()} == {"start", "shared", "moe", "mob"}
     pruned, _ = model_directory.load(finished / "rivals" / "pruned" / "model")
     assert all(stack.mlp_ratio == 1.5 for stack in pruned.transformer.stacks)
+    # Where the student's neurons lie in the teacher goes with every one of them.
+    start = model_directory.load_cut(finished / "models" / "start", mob.transformer)
+    assert {name.split(".")[2] for name in start} >= {"img_mlp", "txt_mlp", "mlp"}
+    for place in ("models/shared", "models/moe", "models/mob", "model"):
+        cut = model_directory.load_cut(finished / place, mob.transformer)
+        assert cut.keys() == start.keys()
+        assert all((cut[name] == start[name]).all() for name in cut)
+    assert model_directory.load_cut(finished / "rivals" / "pruned" / "model", pruned.transformer)
 
 
 def test_samples_stand_beside_the_teacher_s(teacher, finished):

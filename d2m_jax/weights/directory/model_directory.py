@@ -1,4 +1,8 @@
-"""The model directory: config.json (a ModelConfig) and Orbax params/; runs end in one."""
+"""The model directory: config.json (a ModelConfig) and Orbax params/; runs end in one.
+
+Of a student cut.safetensors says where it lies in the dense model (models/cut.py); older ones have
+none.
+"""
 
 import contextlib
 import json
@@ -9,19 +13,22 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
 from d2m_jax import hosts
-from d2m_jax.config import ConfigError, ModelConfig, first_line, from_json, to_json
+from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, first_line, from_json, to_json
+from d2m_jax.models.cut import Cut, check_cut
 from d2m_jax.models.flux import abstract
 from d2m_jax.named_arrays import fingerprint, names, restructure
 from d2m_jax.output import new_directory
 from d2m_jax.weights.directory import orbax_blocks
-from d2m_jax.weights.files import hub
+from d2m_jax.weights.files import hub, safetensors
 from d2m_jax.weights.keys import recognise
 
 ENCODERS = "encoders"  # the folder in which a model directory may hold its own
+CUT = "cut.safetensors"
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | Mapping
 
 
@@ -33,8 +40,9 @@ def save(
     progress: Callable[[int], None] | None = None,
     beside: Callable[[Path], None] | None = None,
     overwrite: bool = False,
+    cut: Cut | None = None,
 ) -> None:
-    """Write a model directory, floats stored as `dtype` (None: as they are).
+    """Write a model directory, floats stored as `dtype` (None: as they are), and a student's `cut`.
 
     `params` is a tree, or already by dotted names, of arrays or of key_table.Parameter, which are
     read block by block; `progress` is told the bytes of each; `beside(folder)` writes what else
@@ -54,21 +62,22 @@ def save(
             there = new_directory(path, _is_ours, "model directory", overwrite)
             new = stack.enter_context(there)
             (new / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
+            save_cut(new, cut)
             if beside is not None:
                 beside(new)
-            if not cut:
+            if not spread:
                 orbax_blocks.save(new / "params", named, progress)
             return str(new)
 
-        cut = any(not getattr(a, "is_fully_addressable", True) for a in named.values())
+        spread = any(not getattr(a, "is_fully_addressable", True) for a in named.values())
         new = Path(hosts.by_first(begin))
-        if cut:
+        if spread:
             orbax_blocks.save_together(new / "params", named)
         hosts.by_first(stack.close)
 
 
 def _is_ours(path: Path) -> bool:
-    known = {"config.json", "params", ENCODERS}
+    known = {"config.json", "params", ENCODERS, CUT}
     return path.is_dir() and {p.name for p in path.iterdir()} <= known
 
 
@@ -99,6 +108,23 @@ def load_config(path: Path | str) -> ModelConfig:
     if config.encoders is None:
         return config
     return replace(config, encoders=os.path.abspath(Path(path) / config.encoders))
+
+
+def save_cut(folder: Path, cut: Cut | None) -> None:
+    """Write a student's cut into its folder; nothing where there is none."""
+    if cut:
+        safetensors.write(folder / CUT, cut)
+
+
+def load_cut(path: Path | str, config: FluxConfig) -> dict[str, np.ndarray]:
+    """The cut of a model of ours in this folder; {} of a dense one and of an older one. ConfigError
+    for one that is damaged or another model's."""
+    file = Path(path) / CUT
+    if not file.is_file():
+        return {}
+    cut = {name: np.array(tensor) for name, tensor in safetensors.read(file).items()}
+    check_cut(file, config, cut)
+    return cut
 
 
 def _convert(path: Path | str, found: str) -> str:

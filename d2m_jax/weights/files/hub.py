@@ -152,7 +152,7 @@ def _chosen(name: str, files: Iterable[str], parts: Sequence[str]) -> tuple[list
         return [*_without_copies(within), "model_index.json"], ""
     if "config.json" in files and any(f.startswith(OWN) for f in files):
         own = [f for f in files if f.startswith(("params/", "encoders/", "sparse_flux.py"))]
-        root = [f for f in files if f.startswith(("config.json", "model", OWN[2]))]
+        root = [f for f in files if f.startswith(("config.json", "cut.", "model", OWN[2]))]
         return own + _without_copies(root), ""
     weights = [f for f in files if f.lower().endswith(WEIGHTS) and not SHARD.search(f)]
     weights += [f for f in files if INDEX.search(f)]  # each stands for its shards

@@ -27,6 +27,19 @@ class Part(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def index(self) -> slice:
+        """What takes them out of the axis."""
+        return slice(self.start, self.stop)
+
+
+class Picked(NamedTuple):
+    """Some indices of one axis, in an order of their own, none of them `stop` or more."""
+
+    axis: int
+    index: np.ndarray
+    stop: int
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -34,20 +47,25 @@ class Entry:
 
     layout: "linear" is [out, in] ↔ [in, out], "conv" [out, in, h, w] ↔ [h, w, in, out],
     "pointwise" [out, in, 1, 1] ↔ [in, out]. A part's axis counts in the owner's own layout, in ours
-    without the axes that `index` takes. Fused and swapped tensors are several entries.
+    without the axes that `index` takes. Fused and swapped tensors are several entries. With
+    `through` ours is that matrix (or row) times theirs in our layout, which cannot be written back.
     """
 
     theirs: str
     ours: str
     layout: Layout = "same"
     index: tuple[int, ...] = ()  # of our leading axes: (groups, blocks) or (layers,)
-    their_part: Part | None = None
+    their_part: Part | Picked | None = None
     our_part: Part | None = None
+    through: np.ndarray | None = None
 
     def piece_of_theirs(self, x: np.ndarray) -> np.ndarray:
-        """The view of a whole torch tensor that this entry is about, in our layout."""
+        """What of a whole torch tensor this entry is about, in our layout: a view where nothing is
+        picked or multiplied."""
         if self.their_part is not None:
             x = x[_slices(self.their_part, x.ndim)]
+        if self.through is not None:
+            return self.through @ x.T
         if self.layout == "linear":
             return x.T
         if self.layout == "conv":
@@ -55,6 +73,15 @@ class Entry:
         if self.layout == "pointwise":
             return x[:, :, 0, 0].T
         return x
+
+    def put(self, x: np.ndarray, piece: np.ndarray) -> None:
+        """Write a piece in our layout to its place in a whole torch tensor."""
+        assert self.through is None
+        if self.layout == "conv":
+            piece = piece.transpose(3, 2, 0, 1)
+        elif self.layout != "same":
+            piece = piece.T[:, :, None, None] if self.layout == "pointwise" else piece.T
+        x[... if self.their_part is None else _slices(self.their_part, x.ndim)] = piece
 
     def box(self, shape: Sequence[int]) -> tuple[slice, ...]:
         """Where the piece lies in our parameter of this shape."""
@@ -68,7 +95,9 @@ class Entry:
     def their_least_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The smallest shape of the torch tensor that holds this piece of our `shape`."""
         piece = tuple(s.stop - s.start for s in self.box(shape))[len(self.index) :]
-        if self.layout == "linear":
+        if self.through is not None:
+            piece = piece[-1], self.through.shape[-1]
+        elif self.layout == "linear":
             piece = piece[1], piece[0]
         elif self.layout == "conv":
             piece = piece[3], piece[2], piece[0], piece[1]
@@ -80,9 +109,9 @@ class Entry:
         return tuple(piece)
 
 
-def _slices(part: Part, axes: int) -> tuple[slice, ...]:
-    slices = [slice(None)] * axes
-    slices[part.axis] = slice(part.start, part.stop)
+def _slices(part: Part | Picked, axes: int) -> tuple[slice | np.ndarray, ...]:
+    slices: list[slice | np.ndarray] = [slice(None)] * axes
+    slices[part.axis] = part.index
     return tuple(slices)
 
 
@@ -266,5 +295,5 @@ def write(
     for entry in entries:
         ours = params[entry.ours]
         piece = np.asarray(ours[entry.box(ours.shape)])
-        entry.piece_of_theirs(out)[...] = piece.reshape(piece.shape[len(entry.index) :])
+        entry.put(out, piece.reshape(piece.shape[len(entry.index) :]))
     return out

@@ -4,7 +4,7 @@ its kin (lora_differences.py), in float32 and with one rounding at the end.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from d2m_jax import hosts
 from d2m_jax.config import SHOWN, ConfigError, FluxConfig, check, listed, suggestion
+from d2m_jax.models.cut import Cut
 from d2m_jax.weights.files import hub, safetensors
 from d2m_jax.weights.keys import flux_keys, key_table, recognise
 from d2m_jax.weights.keys.key_table import Entry, Parameter, overlap, relative
@@ -50,9 +51,13 @@ class Change:
         return self.difference.array(lambda: key_table.write(entries, exact, shape, np.float32))
 
 
-def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Change]:
+def read(
+    path: Path | str, config: FluxConfig, scale: float = 1.0, cut: Cut | None = None
+) -> list[Change]:
     """What a LoRA, a file or PEFT's folder of one, changes in a model, at a strength of `scale`.
 
+    `cut` tells where a sparse model has what it was cut from: each neuron's row and column of a
+    difference go where the neuron went, and differences of modulations into factors and biases.
     Raises ConfigError for a file that is something else, and one that lists all names that are
     unknown, incomplete or misshapen, or that change what a sparse model does not have. What is of
     text encoders is left out, with one line on stderr.
@@ -75,7 +80,7 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Chang
         f"{path}: a LoRA of text encoders alone ({listed(encoders)}), expected one of the"
         " transformer",
     )
-    parts, wrong = _sorted_out(path, mine, linears(config))
+    parts, wrong = _sorted_out(path, mine, linears(config, cut or {}))
     for linear, roles in parts:
         if linear.weight.entries[0].ours == "img_in.kernel":
             flux_keys.refuse_variant(path, _inputs(linear, roles), config.in_channels)
@@ -91,9 +96,20 @@ def read(path: Path | str, config: FluxConfig, scale: float = 1.0) -> list[Chang
     absent = [change.tensor.name for change in changes if change.tensor.absent]
     check(
         not absent,
-        f"{path}: this LoRA cannot be merged into a sparse model as a whole: it changes"
-        f" {listed(absent)}, which this model has in another form; merge it into the dense model"
-        " before that is cut, or take a LoRA of the attention alone",
+        f"{path}: this LoRA cannot be merged into this sparse model as a whole: it changes"
+        f" {listed(absent)}, and the model's directory does not say where its neurons went; merge"
+        " the LoRA into the dense model before that is cut, or take one of the attention alone",
+    )
+    needing = (Decomposed, Replacement)
+    partial = [
+        change.tensor.name
+        for change in changes
+        if not change.tensor.whole and isinstance(change.difference, needing)
+    ]
+    check(
+        not partial,
+        f"{path}: holds DoRA or whole tensors of {listed(partial)}, of which this model has a part"
+        " alone (pruned, or of low rank); merge it into the dense model before that is cut",
     )
     dora = any(isinstance(change.difference, Decomposed) for change in changes)
     if dora and scale not in (0.0, 1.0):
@@ -231,7 +247,7 @@ def _places(linear: Linear) -> dict[tuple, int]:
     for entry in linear.weight.entries:
         rows = linear.weight.shape[0]
         if entry.their_part is not None and entry.their_part.axis == 0:
-            rows = entry.their_part.stop - entry.their_part.start
+            rows = len(np.arange(entry.their_part.stop)[entry.their_part.index])
         place = entry.ours, entry.index
         found[place] = found.get(place, 0) + rows
     return found
@@ -364,15 +380,25 @@ def merge(
     for change in (change for lora in loras for change in lora):
         for entry in change.tensor.entries:
             by_name.setdefault(entry.ours, []).append((entry, change))
+    last: dict[int, np.ndarray] = {}
+
+    def array(change: Change) -> np.ndarray:
+        """Kept until the next: the experts of an FFN have a part each."""
+        if id(change) not in last:
+            last.clear()
+            last[id(change)] = change.array(exact)
+        return last[id(change)]
+
     return dict(params) | {
-        name: _merged(params[name], name, exact, changes) for name, changes in by_name.items()
+        name: _merged(params[name], exact[name], array, changes)
+        for name, changes in by_name.items()
     }
 
 
 def _merged(
     param: Parameter,
-    name: str,
-    exact: Mapping[str, Parameter],
+    exact: Parameter,
+    array: Callable[[Change], np.ndarray],
     changes: list[tuple[Entry, Change]],
 ) -> Parameter:
     by_index: dict[tuple[int, ...], list[tuple[Entry, Change]]] = {}
@@ -386,12 +412,12 @@ def _merged(
             block = overlap(block, region)
             if block is None:
                 continue
-            total = np.array(exact[name][block])
+            total = np.array(exact[block])
             for entry, change in some:
                 box = entry.box(param.shape)
                 common = overlap(box, block)
                 if common is not None:
-                    piece = entry.piece_of_theirs(change.array(exact))
+                    piece = entry.piece_of_theirs(array(change))
                     piece = piece[relative(common, box)[len(index) :]]
                     total[relative(common, block)] += piece
             out[relative(block, region)] = total.astype(out.dtype)

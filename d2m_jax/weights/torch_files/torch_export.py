@@ -11,7 +11,9 @@ import numpy as np
 
 from d2m_jax import output
 from d2m_jax.config import FluxConfig, ModelConfig, to_json
+from d2m_jax.models.cut import Cut
 from d2m_jax.named_arrays import finite, sizes
+from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.files import safetensors
 from d2m_jax.weights.keys import flux_keys, key_table, sparse_keys
 from d2m_jax.weights.keys.key_table import Entry
@@ -103,9 +105,11 @@ def export_torch(
     beside: Callable[[Path], None] | None = None,
     shard_bytes: int = 10_000_000_000,
     overwrite: bool = False,
+    cut: Cut | None = None,
 ) -> None:
     """A folder that is a PyTorch program: weights of any model, config.json, sparse_flux.py, which
-    runs them, and KEYS.md, which names them; `params` by name, `beside` as in model_directory.save.
+    runs them, and KEYS.md, which names them; `params` by name, `beside` and `cut` as in
+    model_directory.save.
 
     It appears whole or not at all, with `overwrite` in the place of a folder of the same kind.
     """
@@ -115,6 +119,7 @@ def export_torch(
         (new / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
         (new / "KEYS.md").write_text(sparse_keys.describe(config.transformer, tensors))
         shutil.copyfile(MODULE, new / MODULE.name)
+        model_directory.save_cut(new, cut)
         if beside is not None:
             beside(new)
         safetensors.write_sharded(new, "model", tensors, shard_bytes)
@@ -129,7 +134,8 @@ def _is_torch(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     own = (
-        r"config.json|KEYS.md|sparse_flux.py|encoders|model(-\d+-of-\d+)?.safetensors(.index.json)?"
+        r"config.json|KEYS.md|sparse_flux.py|cut.safetensors|encoders"
+        r"|model(-\d+-of-\d+)?.safetensors(.index.json)?"
     )
     # Running the module leaves Python's cache there.
     return all(re.fullmatch(own + "|__pycache__", file.name) for file in folder.iterdir())

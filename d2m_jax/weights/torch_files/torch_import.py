@@ -120,6 +120,7 @@ def _read(path: Path) -> tuple[dict[str, safetensors.Tensor], list[dict[str, str
 def _weights_in(folder: Path) -> Path:
     """The index or the only file of a folder's weights; lighter copies beside it do not count."""
     files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    files = [file for file in files if file.name != model_directory.CUT]
     whole = [f for f in files if re.search(r"\.(safetensors|sft)$", f.name, re.IGNORECASE)]
     parts = [f for f in whole if hub.SHARD.search(f.name)]
     whole = [f for f in whole if f not in parts]

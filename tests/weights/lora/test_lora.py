@@ -536,7 +536,7 @@ def test_a_sparse_model_refuses_the_rest(tmp_path):
     ):
         good, _ = pair(OUTER)
         safetensors.write(file, good | pair(name, *shape)[0])
-        with pytest.raises(ConfigError, match=f"sparse model .* changes {name}.weight, which"):
+        with pytest.raises(ConfigError, match=f"sparse model .* changes {name}.weight, and"):
             lora.read(file, config)
 
 

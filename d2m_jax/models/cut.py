@@ -1,0 +1,80 @@
+"""Where a student's FFNs and modulations lie in the dense model that it was cut from.
+
+A Cut holds, by name, for every FFN that was cut ("double.3.img_mlp", blocks counted through all
+stacks) the order of the dense model's hidden neurons, int32 [its width]: of an MoE first those of
+the shared expert, then those of every normal one; of a pruned FFN those that are left, then the
+others. MODULATION, float32 [rank + 1, D], is Q and below it what was lost of the mean: a factor is
+Q W and its bias b + rest · W (sparsify/modulation.py). It stays true in training, which moves no
+neuron, and whatever groups blocks are in.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from d2m_jax.config import KINDS, FluxConfig, StackConfig, check
+from d2m_jax.models.blocks import FFNS
+
+Cut = Mapping[str, np.ndarray]
+MODULATION = "modulation"
+
+
+def ffns(config: FluxConfig) -> Iterator[tuple[str, StackConfig]]:
+    """The name of every FFN, and the stack that it is in."""
+    for kind in KINDS:
+        block = 0
+        for stack in getattr(config, kind):
+            for _ in range(stack.depth):
+                for name in FFNS[kind]:
+                    yield f"{kind}.{block}.{name}", stack
+                block += 1
+
+
+def check_cut(where: Any, config: FluxConfig, cut: Cut) -> None:
+    """Raise ConfigError for a cut that is none of this model's."""
+    mine, dim = dict(ffns(config)), config.hidden_size
+    for name, array in cut.items():
+        if name == MODULATION:
+            expected = (1 + (config.modulation_rank or 0), dim)
+            check(
+                array.shape == expected,
+                f"{where}: {name} is {list(array.shape)}, expected {list(expected)}",
+            )
+            continue
+        check(name in mine, f"{where}: {name}, expected names of this model's FFNs")
+        whole, width = array.size, config.ffn_width(mine[name])
+        fits = array.shape == (whole,) and np.array_equal(np.sort(array), np.arange(whole))
+        enough = whole == width if mine[name].ffn == "moe" else whole >= width
+        check(
+            fits and enough,
+            f"{where}: {name} is no order of the neurons of an FFN that {width} of are left",
+        )
+
+
+def composed(first: Cut, then: Cut) -> dict[str, np.ndarray]:
+    """The cut of a student whose teacher, by `first`, was cut itself: pruned, or of low rank."""
+    result = dict(first)
+    for name, order in then.items():
+        before = first.get(name)
+        if before is not None:
+            order = np.concatenate([before[: order.size][order], before[order.size :]])
+        result[name] = order
+    return result
+
+
+def dense_config(config: FluxConfig, cut: Cut) -> FluxConfig:
+    """The dense model's config, in the student's stacks; FFNs that `cut` does not know keep their
+    width."""
+    orders = {name: array.size for name, array in cut.items()}
+    stacks: dict[str, list[StackConfig]] = {kind: [] for kind in KINDS}
+    blocks = dict.fromkeys(stacks, 0)
+    for kind, _, stack in config.named_stacks:
+        width = orders.get(f"{kind}.{blocks[kind]}.{FFNS[kind][0]}", config.ffn_width(stack))
+        ratio = width / config.hidden_size
+        dense = replace(stack, ffn="dense", active=stack.blocks, mlp_ratio=ratio)
+        stacks[kind].append(dense)
+        blocks[kind] += stack.depth
+    whole = {kind: tuple(found) for kind, found in stacks.items()}
+    return replace(config, modulation_rank=None, **whole)
