@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import distributed
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from d2m_jax.config import ConfigError, check, differences, first_line
+from d2m_jax.named_arrays import fingerprint, names, nested
 
 PATIENCE = 6 * 3600  # seconds for which a process waits for one that lives; a dead one ends it
 LEAVING = 10  # seconds for which a process that failed waits whether the others failed like it
@@ -32,6 +35,7 @@ GRACE = 3  # seconds for which others stay, so that process 0 can count them
 # What JAX says where nothing names the other processes, and where it was used before it was told.
 UNDEFINED, TOO_LATE = "should be defined", "before any JAX calls"
 NOTICED = 20  # seconds after which the others end whom it did not wait for
+CHUNK = 2**26  # bytes of an array that are sent at a time
 _calls = itertools.count()  # the same on all processes, for all make the same calls in one order
 _acting = False  # whether the first process does something alone, in by_first
 
@@ -253,6 +257,43 @@ def by_first(action: Callable[[], Any]) -> Any:
         _acting = False
     client.key_value_set(key, json.dumps({"value": value}))
     return value
+
+
+def from_first(make: Callable[[], dict]) -> dict:
+    """A nested dict of arrays that the first process alone makes on a device of its own: on all,
+    on the host, bit for bit.
+
+    What each makes for itself may differ by what its machine rounds, and by all that follows. The
+    others wait, then receive it through the devices, CHUNK bytes at a time. Raises ConfigError, on
+    all, unless all have the same by its fingerprint, and FloatingPointError for what is not finite.
+    """
+    if count() == 1:
+        return make()
+    made: dict[str, np.ndarray] = {}
+
+    def alone():
+        with jax.set_mesh(Mesh(np.array(jax.local_devices()[:1]), ("alone",))):
+            made.update({name: np.asarray(a) for name, a in names(make()).items()})
+        return {name: [a.dtype.name, list(a.shape)] for name, a in made.items()}
+
+    for name, (dtype, shape) in by_first(alone).items():
+        made[name] = _received(made[name] if first() else np.zeros(shape, jnp.dtype(dtype)))
+    check(len(set(gather(fingerprint(made)))) == 1, "processes received different arrays")
+    return nested(made)
+
+
+def _received(array: np.ndarray) -> np.ndarray:
+    """The first process's array of this shape and type."""
+    sent = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    parts = []
+    for start in range(0, sent.size, CHUNK):
+        part = sent[start : start + CHUNK]
+        # Few sizes, for each is a program of its own.
+        filled = np.zeros(max(1024, 1 << (part.size - 1).bit_length()), np.uint8)
+        filled[: part.size] = part
+        parts.append(np.asarray(broadcast_one_to_all(filled))[: part.size])
+    whole = np.concatenate(parts) if parts else sent
+    return whole.view(array.dtype).reshape(array.shape)
 
 
 def agree(what: dict[str, Any]) -> None:

@@ -21,6 +21,18 @@ def restructure(like: Any, named: dict[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in names(like)])
 
 
+def nested(named: dict[str, Any]) -> dict:
+    """The dicts whose leaves have these dotted names."""
+    tree: dict = {}
+    for name, leaf in named.items():
+        *path, last = name.split(".")
+        place = tree
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = leaf
+    return tree
+
+
 def shapes(tree: Any) -> dict[str, str]:
     """Name → "float32[2, 3]" of every leaf; leaves may be abstract."""
     return {name: f"{a.dtype}{list(a.shape)}" for name, a in names(tree).items()}

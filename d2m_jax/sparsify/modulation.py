@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float
 
+from d2m_jax import hosts
 from d2m_jax.config import FluxConfig
 from d2m_jax.sharding import whole
 
@@ -39,7 +40,9 @@ def low_rank(
         for name in names
     ]
     read = np.sum([_gram(whole(lin["kernel"])) for lin in lins], axis=0)
-    basis, back = _regression(np.cov(cond.T, bias=True), read, rank)
+    # One process's: signs and directions of equal variance are what a machine makes of them.
+    found = hosts.from_first(lambda: _regression(np.cov(cond.T, bias=True), read, rank))
+    basis, back = found["basis"], found["back"]
     rest = mean - (mean @ basis) @ back
     compared = cond[:: -(-len(cond) // COMPARED)]
     lost = compared - mean - ((compared - mean) @ basis) @ back
@@ -80,12 +83,12 @@ def _gram(kernel: Float[np.ndarray, "g m d o"]) -> Float[np.ndarray, "d d"]:
 
 def _regression(
     covariance: Float[np.ndarray, "d d"], read: Float[np.ndarray, "d d"], rank: int
-) -> tuple[Float[np.ndarray, "d r"], Float[np.ndarray, "r d"]]:
-    """P and Q of `low_rank`. Directions that calibration never saw keep a little weight, so that
-    the square root has an inverse."""
+) -> dict[str, np.ndarray]:
+    """P, "basis", and Q, "back", of `low_rank`. Directions that calibration never saw keep a little
+    weight, so that the square root has an inverse."""
     values, vectors = np.linalg.eigh(covariance)
     root = np.sqrt(np.maximum(values, 0) + UNSEEN * max(values.mean(), 1e-30))
     half = (vectors * root) @ vectors.T
     _, directions = np.linalg.eigh(half @ read @ half)
     chosen = directions[:, ::-1][:, :rank]
-    return (vectors / root) @ (vectors.T @ chosen), chosen.T @ half
+    return {"basis": (vectors / root) @ (vectors.T @ chosen), "back": chosen.T @ half}

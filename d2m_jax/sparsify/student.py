@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from d2m_jax import hosts
 from d2m_jax.config import KINDS, FluxConfig, ModelConfig, SparsifyConfig, StackConfig, check
 from d2m_jax.keys import named_generator, named_key
 from d2m_jax.models.blocks import FFNS
@@ -70,11 +72,13 @@ def make_student(
                 tokens = _Tokens(scores[kind][i][name] if scores else None, seen, sensitive)
                 generator = named_generator(seed, f"{kind}.{i}.{name}")
                 ffn = jax.tree.map(whole, block[name])
-                block[name], gain, order = _cut(ffn, tokens, student, stack, sparsify, generator)
-                if gain is not None:
-                    _add_bias(block, name, gain)
-                for n, neurons in enumerate(order.reshape(-1, order.shape[-1])):
-                    cut[f"{kind}.{first + n}.{name}"] = neurons.astype(np.int32)
+                new = partial(_cut, ffn, tokens, student, stack, sparsify, generator)
+                new = hosts.from_first(new)  # two machines might round two ways
+                block[name] = new["ffn"]
+                if "gain" in new:
+                    _add_bias(block, name, new["gain"])
+                for n, neurons in enumerate(new["order"].reshape(-1, new["order"].shape[-1])):
+                    cut[f"{kind}.{first + n}.{name}"] = neurons
             made[kind][i] = {"block": block}
     if sparsify.method == "moe":
         said = f"experts: shared {sparsify.shared}, deal {sparsify.deal}, gate {sparsify.gate}"
@@ -105,9 +109,9 @@ def _cut(
     stack: StackConfig,
     sparsify: SparsifyConfig,
     generator: np.random.Generator,
-) -> tuple[dict, Float[np.ndarray, "g m d"] | None, Int[np.ndarray, "g m w"]]:
-    """The FFNs of one stack pruned or as experts, what the bias of their output gains, and the
-    order of their neurons."""
+) -> dict:
+    """`ffn`, the FFNs of one stack pruned or as experts, `gain`, what the bias of their output
+    gains where they were fitted, and the `order` of their neurons."""
     scores, inputs = tokens.scores, tokens.inputs
     if scores is None:
         assert tokens.sensitivity is not None
@@ -116,12 +120,13 @@ def _cut(
         made, order = prune(ffn, scores, student.ffn_width(stack))
     else:
         made, order = make_moe(ffn, scores, inputs, student, stack, sparsify, generator)
+    result = {"ffn": made, "order": order.astype(np.int32)}
     if sparsify.refit == "none":
-        return made, None, order
+        return result
     moe = student.moe if sparsify.method == "moe" else None
     weights = tokens.sensitivity if sparsify.refit == "weighted" else None
     made, gain = refit(made, ffn, inputs, weights, moe, sparsify.refit == "bias")
-    return made, gain, order
+    return result | {"ffn": made, "gain": gain}
 
 
 def wanted(sparsify: SparsifyConfig) -> tuple[str, ...]:

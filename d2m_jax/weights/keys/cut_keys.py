@@ -12,7 +12,7 @@ from d2m_jax.models.flux import abstract
 from d2m_jax.named_arrays import sizes
 from d2m_jax.weights.keys import flux_keys
 from d2m_jax.weights.keys.flux_keys import Layout
-from d2m_jax.weights.keys.key_table import Entry, Picked
+from d2m_jax.weights.keys.key_table import Entry, Part, Picked
 
 FFN = re.compile(r"(double|single)\.(\d+)\.block\.(\w*mlp)\.(in|out)_layer\.(kernel|bias)")
 FACTOR = re.compile(r"(.*\.(?:img_mod|txt_mod|modulation)\.lin)\.kernel")
@@ -55,7 +55,7 @@ def _entries(entry: Entry, config: FluxConfig, cut: Cut) -> Iterator[Entry]:
     def picked(entry: Entry, first: int, width: int) -> Entry:
         # Hidden neurons are rows of what leads to them, columns of what leads on.
         axis = 0 if side == "in" else 1
-        begin = 0 if entry.their_part is None else entry.their_part.start  # of a fused linear
+        begin = entry.their_part.start if isinstance(entry.their_part, Part) else 0  # if fused
         neurons = begin + order[first : first + width]
         return replace(entry, their_part=Picked(axis, neurons, begin + order.size))
 

@@ -110,7 +110,7 @@ def by_hand(found, config, cut):
         stack_of = [stack for stack in stacks for _ in range(stack.depth)]
         for b, stack in enumerate(stack_of):
             start = f"{kind}.0.block."
-            block = {n.removeprefix(start): a[b, 0] for n, a in found.items() if start in n}
+            block: dict = {n.removeprefix(start): a[b, 0] for n, a in found.items() if start in n}
             for name in ffns:
                 order = cut.get(f"{kind}.{b}.{name}")
                 if order is None:
