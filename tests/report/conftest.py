@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -24,7 +23,8 @@ from d2m_jax.config import (
     to_json,
 )
 from d2m_jax.data import icons
-from d2m_jax.models.flux import initialise
+from d2m_jax.kernels.grouped_matmul import EXPERTS
+from d2m_jax.models.flux import abstract
 from tests.seed import generator
 
 DATA = IconsConfig(glyphs=48)
@@ -53,8 +53,8 @@ def model(ffn="dense", mlp_ratio=4.0, blocks=1, **others) -> ModelConfig:
 def parameters(config: ModelConfig, seed: int) -> dict:
     """Random everywhere, so that models differ in what they answer, and no program is compiled."""
     rng = generator(seed)
-    abstract = jax.eval_shape(partial(initialise, config.transformer, seed))
-    return jax.tree.map(lambda a: 0.2 * rng.normal(size=a.shape).astype(a.dtype), abstract)
+    shapes = abstract(config.transformer)
+    return jax.tree.map(lambda a: 0.2 * rng.normal(size=a.shape).astype(a.dtype), shapes)
 
 
 def stages(**steps: int) -> dict[str, StageConfig]:
@@ -75,35 +75,40 @@ def leave(directory: Path, name: str, models: dict, seed: int, steps: dict) -> N
     (directory / "metrics.jsonl").write_text("".join(lines))
 
 
+@pytest.fixture(autouse=True)
+def plain_experts(monkeypatch):
+    """Nothing here depends on how experts are computed, and this way compiles soonest."""
+    monkeypatch.setenv(EXPERTS, "reference")
+
+
 @pytest.fixture
 def make_run(tmp_path):
-    """Makes a run of a pruned rival, one by the paper's stages, and the main student `fitted`."""
+    """Makes a run of a pruned rival, one by the paper's stages, and the main student `fitted`; of
+    the rivals those asked for."""
 
-    def make() -> Path:
+    def make(*asked: str) -> Path:
         dense, pruned, moe = model(), model(mlp_ratio=1.5), model("moe")
         weights.save(tmp_path / "teacher", dense, parameters(dense, 0))
         paper = {**stages(shared=10, moe=10)}
         paper["shared"] = replace(paper["shared"], top_k=0)
+        rivals = {
+            "pruned": StudentConfig(SparsifyConfig(method="prune"), stages(retrain=20, longer=10)),
+            "paper": StudentConfig(SparsifyConfig(), paper),
+        }
+        rivals = {name: rival for name, rival in rivals.items() if name in (asked or rivals)}
         config = RunConfig(
             name="fitted",
             teacher=str(tmp_path / "teacher"),
             data=DATA,
             stages=stages(moe=20, mob=20),
-            rivals={
-                "pruned": StudentConfig(
-                    SparsifyConfig(method="prune"), stages(retrain=20, longer=10)
-                ),
-                "paper": StudentConfig(SparsifyConfig(), paper),
-            },
+            rivals=rivals,
             evaluate_prompts=12,
             sweep_top_k=(0,),
             held_out_batches=1,
         )
         directory = tmp_path / "run"
-        for name, models, student in (
-            ("pruned", {"retrain": pruned, "longer": pruned}, config.rivals["pruned"]),
-            ("paper", {"shared": moe, "moe": moe}, config.rivals["paper"]),
-        ):
+        for name, student in rivals.items():
+            models = dict.fromkeys(student.stages, pruned if name == "pruned" else moe)
             leave(directory / "rivals" / name, name, models, len(name), student.stages)
         leave(directory, "fitted", {"moe": moe, "mob": model("moe", blocks=2)}, 9, config.stages)
         (directory / "config.json").write_text(json.dumps(to_json(config)))

@@ -42,7 +42,7 @@ def with_cache(directory):
 
 
 def test_report_without_a_judge(make_run, monkeypatch, capsys):
-    directory = make_run()
+    directory = make_run("pruned")
     with_cache(directory)
     teacher = rows.read(directory).teacher.config
     monkeypatch.setattr(latency, "ROUNDS", 1)
