@@ -21,6 +21,7 @@ from d2m_jax.config import (
 from d2m_jax.data import generate
 from d2m_jax.encoders import Encoders
 from d2m_jax.evaluate import latency
+from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.report import write
 from d2m_jax.sampling.pipeline import load_pipeline, noise
 from d2m_jax.training import run
@@ -43,8 +44,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder, tmp_path_factory):
+    """Ours, which reads prompts of 16 tokens: [dev]'s 512 would only take time."""
     path = tmp_path_factory.mktemp("ours") / "flux"
     convert.convert(folder, path)
+    config = json.loads((path / "config.json").read_text())
+    config["text"]["length"] = 16
+    (path / "config.json").write_text(json.dumps(config))
     return path
 
 
@@ -146,21 +151,16 @@ def test_all_stages_with_its_own_encoders_in_the_loop(model, images, tmp_path):
 
 def test_from_prompts_alone(model, tmp_path, monkeypatch):
     """The teacher makes the data, in two sizes; neither T5 nor the autoencoder is loaded to cut the
-    student and to train it."""
+    student and to train it. The stages and the kernels are those of the test above."""
+    monkeypatch.setenv(EXPERTS, "reference")
     (tmp_path / "prompts.txt").write_text("red anchor\nblue earth\nred earth\nblue anchor\n")
     monkeypatch.setattr(generate, "use_cores", lambda: None)
     cache = str(tmp_path / "cache")
     command = f"{model} --prompts {tmp_path / 'prompts.txt'} --output {cache} --images_per_prompt 6"
     command += " --sizes 16x16 16x24 --steps 2 --guidance 2 5"
     generate.main(command.split())
-    groups = GroupsConfig(keep_double=2, single_blocks=2, single_active=1)
     config = replace(
-        distillation(
-            model,
-            shared=stage(train=("*.shared.*",), top_k=0),
-            moe=stage(train=("*.experts.*", "*.gate.*", "*mlp.scale")),
-            mob=stage(groups=groups, loss=LossConfig(feature=0.0)),
-        ),
+        distillation(model, moe=stage(loss=LossConfig(feature=0.0))),
         data=CacheConfig(path=cache, validation=4),
         fixed_times=True,
         held_out_batches=2,
@@ -174,7 +174,7 @@ def test_from_prompts_alone(model, tmp_path, monkeypatch):
         run.run(config, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     validated = [line for line in map(json.loads, lines) if "validation" in line]
-    assert len(validated) == 6 and all(np.isfinite(line["validation"]) for line in validated)
+    assert len(validated) == 2 and all(np.isfinite(line["validation"]) for line in validated)
     for kind in ("flow", "distillation"):
         by_time = validated[-1][f"validation_{kind}_at_half_eighths"]
         assert len(by_time) == 8 and np.mean(by_time) == pytest.approx(
