@@ -141,6 +141,7 @@ def home(tmp_path_factory):
         "HF_HOME": str(tmp_path_factory.mktemp("hf")),
         "HF_TOKEN": "hf_of_mine",
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
         "no_proxy": "*",
     }
     server.shutdown()

@@ -91,6 +91,9 @@ class Sizes:
     def __init__(self, *sizes):
         self.sizes = sizes
 
+    def fingerprint(self):
+        return ""
+
     def vocabulary(self):
         return ()
 
