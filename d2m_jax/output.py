@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import glob
+import json
 import os
 import shutil
 import socket
@@ -12,6 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from d2m_jax.config import ConfigError, check
 from d2m_jax.progress import size
@@ -76,6 +78,12 @@ def new_file(path: Path | str) -> Iterator[Path]:
             new.rename(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """A file of JSON that appears whole or not at all. A full disk is a ConfigError."""
+    with new_file(path) as new:
+        new.write_text(json.dumps(value, indent=1) + "\n")
 
 
 @contextlib.contextmanager

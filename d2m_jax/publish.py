@@ -107,9 +107,8 @@ def push_to_hub(
     )
     found = _read(Path(source))
     text = card(found, repository, base_model, license)
-    config = found.config if found.own_encoders else replace(found.config, encoders=None)
-    if found.own_encoders:
-        config = replace(config, encoders=model_directory.ENCODERS)
+    own = model_directory.ENCODERS if found.own_encoders else None
+    config = replace(found.config, encoders=own)
     told = {CARD: str(text), "config.json": json.dumps(to_json(config), indent=1) + "\n"}
     files = sorted(path for path in found.folder.rglob("*") if path.is_file())
     added = {file.relative_to(found.folder).as_posix(): str(file) for file in files}
@@ -230,10 +229,11 @@ def _use(found: Published, repository: str, base_model: str | None) -> str:
 
 def _refused(error: Exception) -> str:
     """What happened and what helps, for one line."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
     line = getattr(error, "server_message", None) or first_line(error)
-    if status in (401, 403) or isinstance(error, huggingface_hub.errors.LocalTokenNotFoundError):
-        return f"log in with `hf auth login` or set HF_TOKEN, with a token that may write ({line})"
+    if hub.status(error) in (401, 403) or isinstance(
+        error, huggingface_hub.errors.LocalTokenNotFoundError
+    ):
+        return f"{hub.LOGIN}, with a token that may write ({line})"
     return line
 
 

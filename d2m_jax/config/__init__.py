@@ -2,7 +2,7 @@
 
 from d2m_jax.config.data import CacheConfig, DataConfig, IconsConfig, ImagesConfig
 from d2m_jax.config.errors import SHOWN, ConfigError, at_path, check, first_line, listed, suggestion
-from d2m_jax.config.json_form import differences, from_json, to_json
+from d2m_jax.config.json_form import check_same, differences, from_json, to_json
 from d2m_jax.config.models import (
     KINDS,
     AutoencoderConfig,
@@ -65,6 +65,7 @@ __all__ = [
     "WordsConfig",
     "at_path",
     "check",
+    "check_same",
     "differences",
     "first_line",
     "from_json",

@@ -82,3 +82,9 @@ def differences(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any
             yield from differences(one.get(key, absent), other.get(key, absent), inner)
     elif one != other:
         yield name, one, other
+
+
+def check_same(found: Any, expected: Any, where: Any, hint: str) -> None:
+    """Raise ConfigError for the first difference of what lies at `where` from what a run has."""
+    for name, there, here in differences(found, expected):
+        raise ConfigError(f"{where}: {name} = {there}, this run's is {here}; {hint}")

@@ -14,6 +14,7 @@ from d2m_jax.config import (
     ModelConfig,
     PixelsConfig,
     check,
+    check_same,
 )
 from d2m_jax.data import preprocessed, records
 from d2m_jax.data.batches import Bad, Batches, Endless, endless, held_out
@@ -137,7 +138,7 @@ def _check(cache: Cache, model: ModelConfig, config: CacheConfig) -> None:
         mine["encoders"] = made["encoders"]
     found = {name: made.get(name) for name in mine}
     hint = "the cache was made by other encoders; make one for this model"
-    records.refuse(found, mine, str(cache.folder / records.FILE), hint)
+    check_same(found, mine, cache.folder / records.FILE, hint)
     length = made["text_length"]
     check(
         length <= model.text.length,

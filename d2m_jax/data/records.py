@@ -19,9 +19,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from d2m_jax.config import ConfigError, ModelConfig, PromptsConfig, check, differences, to_json
+from d2m_jax.config import ConfigError, ModelConfig, PromptsConfig, check, check_same, to_json
 from d2m_jax.data.buckets import Size
-from d2m_jax.output import new_file
+from d2m_jax.output import new_file, write_json
 
 FILE, EMPTY, SUFFIX = "cache.json", "empty.array_record", ".array_record"
 FORMAT = 1  # of this layout
@@ -164,22 +164,16 @@ def begin(folder: Path, made: dict[str, Any]) -> None:
     made = json.loads(json.dumps(made))
     if (folder / FILE).exists():
         found = _read(folder)["made"]
-        refuse(found, made, str(folder / FILE), "expected the same, or another folder")
+        check_same(found, made, folder / FILE, "expected the same, or another folder")
         return
     others = list(folder.iterdir()) if folder.is_dir() else []
     check(not others, f"{folder}: not empty, and no cache; expected a free folder")
-    _write(folder, {"format": FORMAT, "made": made, "shards": None})
+    write_json(folder / FILE, {"format": FORMAT, "made": made, "shards": None})
 
 
 def finish(folder: Path, counts: dict[str, int]) -> None:
     """Say that all shards are there."""
-    _write(folder, _read(folder) | {"shards": dict(sorted(counts.items()))})
-
-
-def refuse(found: Any, expected: Any, where: str, hint: str) -> None:
-    """ConfigError for the first difference of what a cache was made with."""
-    for name, there, here in differences(found, expected):
-        raise ConfigError(f"{where}: {name} = {there}, this run's is {here}; {hint}")
+    write_json(folder / FILE, _read(folder) | {"shards": dict(sorted(counts.items()))})
 
 
 def model_facts(model: ModelConfig) -> dict[str, Any]:
@@ -233,8 +227,3 @@ def _read(folder: Path) -> dict[str, Any]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{file}: damaged, expected the JSON of a cache") from None
-
-
-def _write(folder: Path, value: dict[str, Any]) -> None:
-    with new_file(folder / FILE) as new:
-        new.write_text(json.dumps(value, indent=1) + "\n")

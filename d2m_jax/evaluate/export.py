@@ -21,10 +21,9 @@ from d2m_jax.config import (
     AutoencoderConfig,
     ConfigError,
     ModelConfig,
-    PromptsConfig,
     WordsConfig,
     check,
-    differences,
+    check_same,
 )
 from d2m_jax.cores import use_cores
 from d2m_jax.encoders import Encoders
@@ -32,15 +31,16 @@ from d2m_jax.evaluate.arguments import Drawn, Export, Sampled
 from d2m_jax.evaluate.layouts import SCORERS, Layout, Picture, layout
 from d2m_jax.grid import to_image
 from d2m_jax.named_arrays import fingerprint
-from d2m_jax.output import check_writable, full_disk, new_file
+from d2m_jax.output import check_writable, full_disk, new_file, write_json
 from d2m_jax.progress import bar
 from d2m_jax.sampling.pipeline import Pipeline, load_pipeline, noise_of
 from d2m_jax.sharding import local_mesh
 from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.files.hub import check_folder_name
-from d2m_jax.weights.torch_files.diffusers_folder import pipeline_folder
+from d2m_jax.weights.torch_files.diffusers_folder import parts, pipeline_folder
 
 FILE, LIST, IMAGES, UNFINISHED = "export.json", "images.jsonl", "images", "unfinished"
+OTHER = "expected the same, or another folder"
 KEPT = "the images that were finished are kept, and the same command goes on from there"
 
 
@@ -65,10 +65,7 @@ def check_model(asked: Drawn, model: str, prompts: Sequence[str], square: bool =
     folder = pipeline_folder(model)
     if model_directory.is_model_directory(folder):
         config = model_directory.load_config(folder)
-        needs = isinstance(config.text, PromptsConfig) or isinstance(
-            config.image, AutoencoderConfig
-        )
-        if asked.encoders is None and (config.encoders is not None or not needs):
+        if asked.encoders is None and (config.encoders is not None or not parts(config)):
             encoders = Encoders(config, load=False)
             words = isinstance(config.text, WordsConfig)  # a line of all unknown ones is long
             for some in [[prompt] for prompt in prompts] if words else [prompts]:
@@ -137,7 +134,7 @@ def export(
     hosts.barrier("export")
     if hosts.first():
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-        _write(folder, _read(folder) | {"finished": True})
+        write_json(folder / FILE, _read(folder) | {"finished": True})
 
 
 def _facts(pipe: Pipeline, options: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +214,7 @@ def _begin(
     check_writable(folder / FILE)
     found = _read(folder) if (folder / FILE).exists() else None
     if found is not None and found["model"] is not None:
-        _refuse(folder, found["made"], made)
+        check_same(found["made"], made, folder / FILE, OTHER)
         listed = folder / LIST
         same = not listed.exists() or listed.read_text(encoding="utf-8") == wanted
         check(same, f"{listed}: made of other prompts; expected the same, or another folder")
@@ -228,7 +225,7 @@ def _begin(
             f"{folder}: not empty, and no export; expected a free folder",
         )
         shutil.rmtree(folder / IMAGES, ignore_errors=True)  # where no model has drawn yet
-        _write(folder, {"made": made, "model": None, "finished": False})
+        write_json(folder / FILE, {"made": made, "model": None, "finished": False})
     with full_disk(folder):
         with new_file(folder / LIST) as new:
             new.write_text(wanted, encoding="utf-8")
@@ -244,16 +241,8 @@ def _begin(
 def _same_model(folder: Path, model: dict[str, Any]) -> None:
     value = _read(folder)
     if value["model"] is not None:
-        _refuse(folder, {"model": value["model"]}, {"model": model})
-    _write(folder, value | {"model": model})
-
-
-def _refuse(folder: Path, found: Any, made: Any) -> None:
-    for name, there, here in differences(found, made):
-        raise ConfigError(
-            f"{folder / FILE}: {name} = {there}, this run's is {here}; expected the same, or"
-            " another folder"
-        )
+        check_same({"model": value["model"]}, {"model": model}, folder / FILE, OTHER)
+    write_json(folder / FILE, value | {"model": model})
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -264,8 +253,3 @@ def _read(folder: Path) -> dict[str, Any]:
     except (ValueError, AttributeError):
         raise ConfigError(f"{file}: damaged, expected the JSON of an export") from None
     return value
-
-
-def _write(folder: Path, value: dict[str, Any]) -> None:
-    with new_file(folder / FILE) as new:
-        new.write_text(json.dumps(value, indent=1) + "\n")

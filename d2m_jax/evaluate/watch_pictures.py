@@ -66,23 +66,13 @@ def _maps(rows: Sequence[tuple[str, Float[np.ndarray, "h w n"]]], title: str) ->
 
 def experts(sums: Sums, names: Names) -> Figure:
     """Loads by time, and by group of prompts."""
-    some = _some(len(names.layers))
-    figure = _figure(9, 1.3 * len(some) + 0.8)
-    panels = figure.subplots(len(some), 2, squeeze=False)
-    image: Any = None
-    for line, i in zip(panels, some, strict=True):
+    rows = []
+    for i in _some(len(names.layers)):
         load = sums["load"][i]
-        for axes, values in zip(line, (load.sum(1), load.sum(0)), strict=True):
-            shares = _shares(values) * values.shape[-1]
-            image = axes.imshow(shares.T, aspect="auto", cmap="magma", vmin=0, vmax=3)
-            axes.set(xticks=[])
-            axes.tick_params(labelsize=7)
-        line[0].set_ylabel(f"{names.layers[i]}\nexpert", fontsize=7)
-    _time_axis(panels[-1, 0], sums)
-    _group_axis(panels[-1, 1], names)
+        even = load.shape[-1]
+        rows.append((f"{names.layers[i]}\nexpert", *(_shares(load.sum(a)) * even for a in (1, 0))))
+    figure, panels = _by_time_and_group(rows, sums, names, 1.3, ("magma", 3, "× even"))
     panels[0, 0].set_title("by time", fontsize=9)
-    panels[0, 1].set_title("by group of prompts", fontsize=9)
-    figure.colorbar(image, ax=panels.ravel().tolist(), label="× even", shrink=0.6)
     return figure
 
 
@@ -102,26 +92,42 @@ def loads(sums: Sums, names: Names) -> Figure:
 
 def blocks(sums: Sums, names: Names) -> Figure:
     """Which blocks of each mixture run, by time and by group of prompts."""
-    count = len(names.mixtures)
-    figure = _figure(9, 1.2 * count + 0.8)
-    panels = figure.subplots(count, 2, squeeze=False)
+    rows = []
+    for i, size in enumerate(names.sizes):
+        used, samples = sums["used"][i, ..., :size], sums["samples"]
+        shares = (used.sum(a) / np.maximum(samples.sum(a)[:, None], 1) for a in (1, 0))
+        rows.append((names.mixtures[i], *shares))
+    figure, panels = _by_time_and_group(rows, sums, names, 1.2, ("viridis", 1, "of samples"))
+    panels[0, 0].set_title("blocks that run, by time", fontsize=9)
+    for line, size in zip(panels, names.sizes, strict=True):
+        for axes in line:
+            axes.set_yticks(range(size))
+    return figure
+
+
+def _by_time_and_group(
+    rows: Sequence[tuple[str, Float[np.ndarray, "t n"], Float[np.ndarray, "c n"]]],
+    sums: Sums,
+    names: Names,
+    height: float,
+    colours: tuple[str, float, str],
+) -> tuple[Figure, np.ndarray]:
+    """Two panels a row; `colours` are a map's name, its highest value and what values mean."""
+    cmap, highest, meaning = colours
+    figure = _figure(9, height * len(rows) + 0.8)
+    panels = figure.subplots(len(rows), 2, squeeze=False)
     image: Any = None
-    for i, line in enumerate(panels):
-        size = names.sizes[i]
-        for axes, axis in zip(line, (1, 0), strict=True):
-            values = sums["used"][i, ..., :size].sum(axis)
-            samples = sums["samples"].sum(axis)[:, None]
-            share = values / np.maximum(samples, 1)
-            image = axes.imshow(share.T, aspect="auto", cmap="viridis", vmin=0, vmax=1)
-            axes.set(xticks=[], yticks=range(size))
+    for line, (label, *both) in zip(panels, rows, strict=True):
+        for axes, shares in zip(line, both, strict=True):
+            image = axes.imshow(shares.T, aspect="auto", cmap=cmap, vmin=0, vmax=highest)
+            axes.set(xticks=[])
             axes.tick_params(labelsize=7)
-        line[0].set_ylabel(f"{names.mixtures[i]}", fontsize=7)
+        line[0].set_ylabel(label, fontsize=7)
     _time_axis(panels[-1, 0], sums)
     _group_axis(panels[-1, 1], names)
-    panels[0, 0].set_title("blocks that run, by time", fontsize=9)
     panels[0, 1].set_title("by group of prompts", fontsize=9)
-    figure.colorbar(image, ax=panels.ravel().tolist(), label="of samples", shrink=0.6)
-    return figure
+    figure.colorbar(image, ax=panels.ravel().tolist(), label=meaning, shrink=0.6)
+    return figure, panels
 
 
 def contributions(sums: Sums, names: Names) -> Figure:

@@ -1,7 +1,6 @@
 """What `evaluate.py routing` does: watch a model, keep arrays, pictures and a summary."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from d2m_jax.evaluate.benchmark import data_of
 from d2m_jax.evaluate.export import check_model
 from d2m_jax.evaluate.watch import Names, Sums, information, watch
 from d2m_jax.evaluate.watch_pictures import pictures
-from d2m_jax.output import check_writable, new_file
+from d2m_jax.output import check_writable, new_file, write_json
 from d2m_jax.sampling.pipeline import load_pipeline
 from d2m_jax.sharding import local_mesh
 from d2m_jax.weights.directory import model_directory
@@ -89,8 +88,7 @@ def _finish(folder: Path, names: Names) -> dict[str, Any]:
         with new_file(folder / f"{name}.png") as new:
             figure.savefig(new, format="png")
     found = summary(total, names)
-    with new_file(folder / SUMMARY) as new:
-        new.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(folder / SUMMARY, found)
     for file in parts:
         file.unlink()
     return found

@@ -23,7 +23,7 @@ from d2m_jax.config import (
     to_json,
 )
 from d2m_jax.named_arrays import fingerprint, names, restructure
-from d2m_jax.output import new_file
+from d2m_jax.output import write_json
 from d2m_jax.training import lock
 from d2m_jax.weights.directory import orbax_blocks
 
@@ -225,8 +225,7 @@ def _open_run(directory: Path, config: RunConfig) -> Path:
         raise ConfigError(
             f"{directory}: holds a run without config.json; expected a free directory"
         )
-    with new_file(file) as new:
-        new.write_text(json.dumps(mine, indent=1) + "\n")
+    write_json(file, mine)
     return directory
 
 

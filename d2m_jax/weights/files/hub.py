@@ -26,6 +26,7 @@ FILES = re.compile(r"\.(safetensors|sft|gguf|bin|ckpt|pth?|pkl|png|jpe?g|webp)$"
 SMALL = (".json", ".txt", ".model", ".jinja")  # configs and vocabularies
 # Of a model that fills the root: a model directory, an export for torch, diffusers' transformer.
 OWN = ("params/", "sparse_flux.py", "diffusion_pytorch_model")
+LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 ADAPTER, LORA_CONFIG = "adapter_model", "adapter_config.json"  # PEFT's
 
 
@@ -113,14 +114,14 @@ def _download(name: str, revision: str | None, file: str | None, parts: Sequence
         info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=20)
         files = [file.rfilename for file in info.siblings or ()]
     except Exception as error:  # huggingface_hub's own, and those of the connection
-        if _status(error) in (401, 403, 404):
+        if status(error) in (401, 403, 404):
             raise
         try:
             # No patterns at all: with some, or None, what we never wanted would be missed.
             cached = {"local_files_only": True, "allow_patterns": []}
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **cached))
         except Exception:  # nothing of it in the cache
-            if _status(error) is None:
+            if status(error) is None:
                 raise
             raise error from None
         kept = (path for path in folder.rglob("*") if path.is_file())
@@ -140,7 +141,8 @@ def _download(name: str, revision: str | None, file: str | None, parts: Sequence
     return Path(folder) / meant
 
 
-def _status(error: Exception) -> int | None:
+def status(error: Exception) -> int | None:
+    """What a server answered, if that is what went wrong."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
@@ -200,18 +202,17 @@ def variant(file: str) -> str:
 def _told(name: str, error: Exception) -> str:
     """What happened and what helps, for one line."""
     page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
-    status = _status(error)
+    code = status(error)
     nowhere = f"no such file or folder in {Path.cwd()}; taken for a repository of Hugging Face,"
-    login = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
-        if status == 403:
+        if code == 403:
             return (
                 f"gated, and your login has no access to it: accept its licence on {page}, and let"
                 " the token read gated repositories"
             )
-        return f"gated: accept its licence on {page}, then {login}"
+        return f"gated: accept its licence on {page}, then {LOGIN}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{nowhere} which is not there: {page} (is it misspelt? for a private one, {login})"
+        return f"{nowhere} which is not there: {page} (is it misspelt? for a private one, {LOGIN})"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository {page} has no such revision"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
@@ -222,8 +223,8 @@ def _told(name: str, error: Exception) -> str:
     line = (getattr(error, "server_message", None) or first_line(error))[:160]
     if isinstance(error, errors.DisabledRepoError):
         return f"the repository {page} is disabled"
-    if status is not None and status not in (401, 403):
-        return f"{page} answers {status}, try again later ({line})"
-    if status in (401, 403):
-        return f"Hugging Face refuses the login ({line}): {login}"
+    if code is not None and code not in (401, 403):
+        return f"{page} answers {code}, try again later ({line})"
+    if code in (401, 403):
+        return f"Hugging Face refuses the login ({line}): {LOGIN}"
     return f"{nowhere} which is not to be had from {page} ({line})"
