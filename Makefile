@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 CREATED := $(VENV)/created-$(VERSION)
 INSTALLED := $(VENV)/installed-$(VERSION)
 
-.PHONY: demo test test-elsewhere test-newest newest test-slow lint clean
+.PHONY: demo test test-elsewhere test-newest newest test-slow lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train.py configs/icons_moe_s.py --run-dir runs/demo
@@ -60,6 +60,11 @@ lint: $(INSTALLED)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+# What their makers announce about their next programs is left out: docs/decisions.md.
+docs: $(INSTALLED)-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo 'open build/docs/index.html, or with search: $(BIN)/python -m http.server --directory build/docs'
 
 $(CREATED):
 	@command -v $(PYTHON) >/dev/null || { \
