@@ -58,9 +58,8 @@ def main() -> None:
         return [encoders.encode(batch) for batch in islice(drawn, count)]
 
     calibration = batches(0, 16)
-    tested = importance.calibrate(
-        config.transformer, params, batches(1, 8), noisy, jax.random.key(1), 2048, want=()
-    ).inputs
+    given = config.transformer, params, batches(1, 8), noisy, jax.random.key(1), 2048
+    tested = importance.calibrate(*given, want=("inputs",), count=8).inputs
     for deal, gate in RECIPES:
         cut = SparsifyConfig(deal=deal, gate=gate)
         _, student, _ = make_student(config, params, cut, calibration, noisy, seed=0)

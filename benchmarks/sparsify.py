@@ -44,7 +44,9 @@ def cut(dim: int, tokens: int, out_bias: bool) -> None:
     ffn["out_layer"] = {"kernel": draw(width, dim)} | ({"bias": draw(dim)} if out_bias else {})
     x = generator.standard_normal((1, 1, tokens, dim), np.float32)
     s = np.square(generator.standard_normal((1, 1, tokens, dim), np.float32))
-    scores = told("sensitivity score", lambda: sensitivity.scores(ffn, x, s))
+    read = x[:, :, None], s[:, :, None]
+    sums = told("sensitivity score", lambda: jax.jit(sensitivity.sums)(ffn, *read))
+    scores = sensitivity.scores(jax.tree.map(np.asarray, sums))
     order = ranked(scores)
     weights = *ffn["in_layer"].values(), ffn["out_layer"]["kernel"]
     vectors = told("features", lambda: features(x[0, 0], *(a[0, 0] for a in weights)))
@@ -56,7 +58,7 @@ def cut(dim: int, tokens: int, out_bias: bool) -> None:
     kernel, bias = told("gate", lambda: fit_gate(x[0, 0], *parts))
     gate = {"kernel": np.asarray(kernel)[None, None], "bias": np.asarray(bias)[None, None]}
     made |= {"gate": gate, "scale": np.ones((1, 1), np.float32)}
-    told("refit, weighted", lambda: refit(made, ffn, x, s, moe))
+    told("refit, weighted", lambda: refit(made, ffn, x, s.sum(-1), moe))
 
 
 def main() -> None:

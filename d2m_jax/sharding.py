@@ -389,6 +389,12 @@ def whole(array: Array | np.ndarray) -> np.ndarray:
     return np.asarray(array)
 
 
+def in_parts(batch: Tree, parts: int) -> Tree:
+    """Micro-batches of a batch, one after the other on a new first axis. Rows i, i + parts, … form
+    one, so that every device keeps its own rows."""
+    return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+
+
 def over_all_devices(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where a frozen array is stored: cut over all devices, along the last axis they divide."""
     for axis in reversed(range(len(shape))):

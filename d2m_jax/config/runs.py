@@ -122,8 +122,8 @@ class SparsifyConfig(Config):
     refit: Literal["none", "bias", "plain", "weighted"] = "none"
     routed_scale: float = 1.0  # start of the learnable scale of the normal experts' sum
     modulation_rank: int | None = None
-    batches: int = 16  # of calibration; their size is what its memory grows with
-    batch_size: int = 64  # of calibration
+    batches: int = 16  # of calibration, one at a time
+    batch_size: int = 64  # of calibration; computed in micro-batches as the first stage has
     tokens: int = 16_384  # calibration tokens per FFN for clusters, gates, scores and fits
     text_share: float = 0.25  # of them: a double block's text FFN has this many, a single's both
 

@@ -15,7 +15,7 @@ ROUNDS = 20  # of k-means, fewer where it settles
 def make_moe(
     ffn: dict,
     scores: Float[np.ndarray, "g m w"],
-    inputs: Float[np.ndarray, "g m t d"],
+    inputs: Float[np.ndarray, "g m t d"] | None,
     config: FluxConfig,
     stack: StackConfig,
     sparsify: SparsifyConfig,
@@ -25,7 +25,7 @@ def make_moe(
     the order that their neurons are in.
 
     The top-scored neurons are the shared expert, the others are dealt to the normal ones. `inputs`
-    are calibration tokens; only a clustered deal and a fitted gate read them.
+    are calibration tokens, which only a clustered deal and a fitted gate need.
     """
     shared, experts = config.shared_width(stack), config.moe.experts
     order, lead = ranked(scores), scores.shape[:2]
@@ -36,6 +36,7 @@ def make_moe(
         elif sparsify.deal == "random":
             labels = generator.permutation(np.arange(len(rest)) % experts)
         else:
+            assert inputs is not None
             hidden = features(
                 inputs[layer],
                 ffn["in_layer"]["kernel"][layer],
@@ -51,6 +52,7 @@ def make_moe(
     bias = np.zeros((*lead, experts), np.float32)
     for layer in np.ndindex(lead):
         if sparsify.gate == "fitted":
+            assert inputs is not None
             kernel[layer], bias[layer] = fit_gate(
                 inputs[layer], *(parts[n][layer] for n in ("in_kernel", "in_bias", "out_kernel"))
             )

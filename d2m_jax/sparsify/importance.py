@@ -3,9 +3,10 @@
 Values per FFN are trees {"double": {stack: {"img_mlp": …}}, "single": …}, as `ffns` gives.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -13,134 +14,202 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from d2m_jax.config import FluxConfig
+from d2m_jax.config import FluxConfig, check
 from d2m_jax.keys import inner_key
 from d2m_jax.models.blocks import FFNS
 from d2m_jax.models.flux import model_of
 from d2m_jax.models.protocol import Body, GroupReport, Known
-from d2m_jax.sharding import whole
+from d2m_jax.sharding import in_parts, whole
+from d2m_jax.sparsify import sensitivity
 
 # (batch, key) → the arguments of Flux.embed at random times, and the velocity that is true there
 Noisy = Callable[[dict, Array], tuple[tuple, Array]]
 
 PROJECTIONS = 2  # of the velocity at random, per batch, that sensitivities are the mean of
+ALL = ("taylor", "sensitivity", "inputs", "weights")  # what can be asked for
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration batches tell of a teacher. Tokens are the same in all arrays of an FFN."""
+    """What calibration batches tell of a teacher; {} for what was not asked for. Tokens are the
+    same in all arrays of an FFN."""
 
-    taylor: dict  # scores [groups, blocks, width] per FFN; {} if not asked for
+    taylor: dict  # scores [groups, blocks, width] per FFN (docs/method.md, step 0)
+    sensitivity: dict  # scores [groups, blocks, width] per FFN (sparsify/sensitivity.py)
     inputs: dict  # of every FFN, [groups, blocks, tokens, D]
-    sensitivity: dict  # of the velocity to every FFN's output, [groups, blocks, tokens, D]; {}
+    weights: dict  # of these tokens: the velocity's sensitivity, Σ_d S_td, [groups, blocks, tokens]
     cond: Float[np.ndarray, "n d"]  # of the modulations: silu(vec), one per sample
 
 
 def calibrate(
     config: FluxConfig,
     params: dict,
-    batches: Sequence[dict],
+    batches: Iterable[dict],
     noisy: Noisy,
     key: Array,
     tokens: int,
     text_share: float = 0.25,
-    want: tuple[str, ...] = ("taylor", "sensitivity"),
+    want: tuple[str, ...] = ALL,
+    *,
+    count: int,
+    micro_batch: int | None = None,
 ) -> Calibration:
-    """One pass over the batches, forward and backward; about `tokens` inputs are kept, those of
-    text being `text_share` of them: a double block's FFNs have a part each, a single block's all.
+    """One pass over the first `count` batches, forward and backward, for what is in `want`. About
+    `tokens` tokens of every FFN are read, `text_share` of them text: a double block's FFNs have a
+    part each, a single block's all.
 
     Positions are drawn anew for every sample. Padding is text like other: the model attends to it,
     and a student that was not calibrated on it is farther from its teacher (docs/decisions.md).
     Everything is float32, whatever the teacher is stored in, so that the cut depends on the mesh no
     more than float32's sums do; what is kept of tokens has the teacher's type.
-    `want`: "taylor", scores as docs/method.md's step 0 has them, L the flow matching loss, averaged
-    over the batches; "sensitivity", E_u (∂(u · v) / ∂y)² of the velocity v to an FFN's output y at
-    these tokens, u random projections: no loss, no labels (sparsify/sensitivity.py).
+    "taylor": scores by the flow matching loss of a batch, averaged over the batches. "sensitivity":
+    scores by S_td = E_u (∂(u · v) / ∂y_td)² of the velocity v to an FFN's output y at these tokens,
+    u random projections: no loss, no labels. Scores are sums that tokens are added to; "inputs" and
+    "weights" alone keep something of every token, on the host.
+    Held on the devices: one batch at a time, the activations of `micro_batch` of its samples (None:
+    all), and for "taylor" the batch's gradient of all FFNs. The results are those of whole batches,
+    to the rounding of float32's sums. ConfigError where there are fewer batches.
     """
     params = jax.tree.map(jnp.asarray, params)
-    samples = sum(jax.tree.leaves(batch)[0].shape[0] for batch in batches)
-    image = max(1, round(tokens * (1 - text_share) / samples))
-    counts = image, max(1, round(tokens * text_share / samples))
-    parts = []
-    for i, batch in enumerate(batches):
-        mine = jax.random.fold_in(key, i)
+    found, kept, counts = [], [], None
+    score_sums = {}
+    for i, batch in enumerate(islice(batches, count)):
+        size = jax.tree.leaves(batch)[0].shape[0]
+        if counts is None:
+            samples = count * size
+            image = max(1, round(tokens * (1 - text_share) / samples))
+            counts = image, max(1, round(tokens * text_share / samples))
+        mine, parts = jax.random.fold_in(key, i), size // (micro_batch or size)
         with jax.default_matmul_precision("float32"):
-            found = _measure(
-                params, batch, mine, config=config, noisy=noisy, counts=counts, want=want
+            taylor, sums, tokens_seen, cond = measure(
+                params, batch, mine, config, noisy, counts, want, parts
             )
-        parts.append(jax.tree.map(whole, found))
-    scores, inputs, sensitivity, cond = zip(*parts, strict=True)
-
-    def joined(*a: np.ndarray) -> np.ndarray:
-        return np.concatenate(a, axis=2)
-
+        found.append(jax.tree.map(whole, (taylor, cond)))
+        kept.append(jax.tree.map(_in_order, jax.tree.map(whole, tokens_seen)))
+        sums = jax.tree.map(lambda a: np.asarray(whole(a), np.float64), sums)
+        score_sums = each(sensitivity.merged, score_sums, sums) if score_sums else sums
+        del batch, tokens_seen
+    check(
+        len(found) == count, f"calibration: expected batches = {count} of them, found {len(found)}"
+    )
+    scores, cond = zip(*found, strict=True)
+    joined = _joined(kept)
     return Calibration(
         taylor=jax.tree.map(lambda *a: sum(a) / len(a), *scores),
-        inputs=jax.tree.map(joined, *inputs),
-        sensitivity=jax.tree.map(joined, *sensitivity),
+        sensitivity=each(sensitivity.scores, score_sums),
+        inputs=joined.get("inputs", {}),
+        weights=joined.get("weights", {}),
         cond=np.concatenate(cond),
     )
 
 
-@partial(jax.jit, static_argnames=("config", "noisy", "counts", "want"))
-def _measure(
+@partial(jax.jit, static_argnames=("config", "noisy", "counts", "want", "parts"))
+def measure(
     params: dict,
     batch: dict,
     key: Array,
-    *,
     config: FluxConfig,
     noisy: Noisy,
     counts: tuple[int, int],
     want: tuple[str, ...],
-):
-    """Calibration of one batch, as a tuple."""
+    parts: int,
+) -> tuple[dict, dict, dict, Array]:
+    """Calibration of one batch in so many parts: Taylor scores, sums for the sensitivity's, what is
+    kept of tokens ([parts, groups, blocks, samples, …] per FFN), `cond`."""
     noise, drawn, spread = jax.random.split(key, 3)
-    inputs, target = noisy(batch, noise)
-    image, _, txt, *_ = inputs
+    (image, image_ids, txt, text_ids, *others), target = noisy(batch, noise)
     tokens = _positions(drawn, (*image.shape[:2], txt.shape[1]), counts)
+    projections = tuple(
+        jax.random.normal(inner_key(key, f"projection {i}"), target.shape)
+        for i in range(PROJECTIONS)
+    )
+    chosen = ffns(params)
 
-    def run(chosen: dict, probes: dict):
-        model = model_of(config, _with_ffns(params, chosen), jnp.float32)
-        known = {
-            kind: [Known(probes=probes[kind][i]) for i in range(len(probes[kind]))]
-            for kind in probes
-        }
-        streams, context = model.embed(*inputs, tokens=tokens)
-        return model.run(streams, context, *([known] if probes else []), remat=True)
+    def of_part(gradient: dict, part: tuple) -> tuple[tuple[dict, dict], dict]:
+        (image, txt, *others), target, tokens, projections = part
 
-    chosen, taylor, sensitivity = ffns(params), {}, {}
+        def run(chosen: dict, probes: dict, asked: tuple | None):
+            model = model_of(config, _with_ffns(params, chosen), jnp.float32)
+            given = image, image_ids, txt, text_ids, *others
+            known = {
+                kind: [Known(probes=probes[kind][i]) for i in range(len(probes[kind]))]
+                for kind in probes
+            }
+            streams, context = model.embed(*given, tokens=asked)
+            return model.run(streams, context, *([known] if probes else []), remat=True)
+
+        sums, seen, squares = {}, {}, {}
+        if "taylor" in want:
+
+            def loss(chosen: dict):
+                return jnp.square(run(chosen, {}, None)[0] - target).mean() / parts
+
+            gradient = jax.tree.map(jnp.add, gradient, jax.grad(loss)(chosen))
+        if "sensitivity" in want or "weights" in want:
+            like = jax.eval_shape(lambda: _by_sample(run(chosen, {}, tokens)[1]))
+            probes = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), like)
+            _, back, report = jax.vjp(
+                lambda probes: run(chosen, probes, tokens), probes, has_aux=True
+            )
+            seen = _by_sample(report)
+            for i, u in enumerate(projections):
+                more = jax.tree.map(lambda g: jnp.square(g) / PROJECTIONS, *back(u))
+                squares = jax.tree.map(jnp.add, squares, more) if i else more
+        elif "inputs" in want:
+            seen = _by_sample(run(chosen, {}, tokens)[1])
+        if "sensitivity" in want:
+            sums = each(sensitivity.sums, chosen, seen, squares)
+        return (gradient, sums), _kept(seen, squares, want, params["img_in"]["kernel"].dtype)
+
+    def add(total: tuple[dict, dict], part: tuple):
+        gradient, before = total
+        (gradient, sums), kept = of_part(gradient, part)
+        return (gradient, each(sensitivity.merged, before, sums) if sums else {}), kept
+
+    per_sample = (image, txt, *others), target, tokens, projections
+    start = {}, {}
     if "taylor" in want:
-
-        def loss(chosen: dict):
-            velocity, report = run(chosen, {})
-            return jnp.square(velocity - target).mean(), report
-
-        gradient, report = jax.grad(loss, has_aux=True)(chosen)
-        product = jax.tree.map(
-            lambda w, g: jnp.abs(w.astype(jnp.float32) * g.astype(jnp.float32)), chosen, gradient
-        )
-        taylor = each(_per_neuron, product)
-    else:
-        _, report = run(chosen, {})
-    seen = _inputs(report)
+        start = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), chosen), {}
     if "sensitivity" in want:
-        probes = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), _by_sample(report))
-        velocity, back = jax.vjp(lambda probes: run(chosen, probes)[0], probes)
-        for i in range(PROJECTIONS):
-            u = jax.random.normal(inner_key(key, f"projection {i}"), velocity.shape)
-            (gradient,) = back(u)
-            squares = jax.tree.map(lambda g: jnp.square(g) / PROJECTIONS, gradient)
-            sensitivity = jax.tree.map(jnp.add, sensitivity, squares) if i else squares
-        sensitivity = jax.tree.map(_over_samples, sensitivity)
+        start = start[0], each(sensitivity.no_tokens, chosen)
+    (gradient, sums), kept = jax.lax.scan(add, start, in_parts(per_sample, parts))
+    product = jax.tree.map(
+        lambda w, g: jnp.abs(w.astype(jnp.float32) * g), chosen if gradient else {}, gradient
+    )
     # Modulations must hold for other guidance too: from 0 to twice the calibration's.
-    *others, guidance = inputs
+    t, y, guidance = others
     if guidance is not None:
         guidance = guidance * jax.random.uniform(spread, guidance.shape, maxval=2.0)
-    _, context = model_of(config, params).embed(*others, guidance=guidance)
-    # 64 thousand tokens of FLUX.1's FFNs are 46 GB in float32.
-    stored = params["img_in"]["kernel"].dtype
-    seen, sensitivity = jax.tree.map(lambda a: a.astype(stored), (seen, sensitivity))
-    return taylor, seen, sensitivity, jax.nn.silu(context.vec)
+    vec, _ = model_of(config, params).condition(t, y, guidance)
+    return each(_per_neuron, product), sums, kept, jax.nn.silu(vec)
+
+
+def _kept(seen: dict, squares: dict, want: tuple[str, ...], stored: Any) -> dict:
+    """What the host keeps of these tokens: 64 thousand of FLUX.1's FFNs are 46 GB in float32."""
+    kept = {}
+    if "inputs" in want:
+        kept["inputs"] = jax.tree.map(lambda a: a.astype(stored), seen)
+    if "weights" in want:
+        kept["weights"] = jax.tree.map(lambda a: a.sum(-1), squares)
+    return kept
+
+
+def _in_order(a: Float[np.ndarray, "parts g m b t *d"]) -> Float[np.ndarray, "g m n *d"]:
+    """The tokens of a batch that was cut by in_parts, sample after sample."""
+    a = np.moveaxis(a, 0, 3)
+    return a.reshape(*a.shape[:2], -1, *a.shape[5:])
+
+
+def _joined(kept: list[dict]) -> dict:
+    """The tokens of all batches together; each batch's are freed on the way."""
+    leaves, structures = zip(*(jax.tree.flatten(tree) for tree in kept), strict=True)
+    kept.clear()
+    found = []
+    for i in range(len(leaves[0])):
+        found.append(np.concatenate([mine[i] for mine in leaves], axis=2))
+        for mine in leaves:
+            mine[i] = None
+    return jax.tree.unflatten(structures[0], found)
 
 
 def _positions(
@@ -167,14 +236,6 @@ def _by_sample(report: Body[GroupReport]) -> dict:
     }
 
 
-def _inputs(report: Body[GroupReport]) -> dict:
-    return jax.tree.map(_over_samples, _by_sample(report))
-
-
-def _over_samples(x: Float[Array, "g m b t d"]) -> Float[Array, "g m n d"]:
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
-
 def magnitude(params: dict) -> dict:
     """Σ |w| over a neuron's weights, [groups, blocks, width] per FFN."""
     absolute = jax.tree.map(lambda w: np.abs(whole(w).astype(np.float32)), ffns(params))
@@ -196,13 +257,14 @@ def ffns(params: dict) -> dict:
     }
 
 
-def each(function: Callable[[dict], Any], tree: dict) -> dict:
-    """The function of every FFN of a tree, as a tree."""
+def each(function: Callable[..., Any], *trees: dict) -> dict:
+    """The function of every FFN of a tree, or of what several trees have of it, as a tree."""
     return {
         kind: {
-            i: {name: function(ffn) for name, ffn in named.items()} for i, named in stacks.items()
+            i: {name: function(*(tree[kind][i][name] for tree in trees)) for name in named}
+            for i, named in stacks.items()
         }
-        for kind, stacks in tree.items()
+        for kind, stacks in trees[0].items()
     }
 
 

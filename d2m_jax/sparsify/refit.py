@@ -38,7 +38,7 @@ def refit(
     cut: dict,
     whole: dict,
     inputs: Float[np.ndarray, "g m t d"],
-    sensitivity: Float[np.ndarray, "g m t d"] | None,
+    sensitivity: Float[np.ndarray, "g m t"] | None,
     moe: MoEConfig | None,
     bias_alone: bool = False,
 ) -> tuple[dict, Float[np.ndarray, "g m d"]]:
@@ -54,7 +54,7 @@ def refit(
         mine, old = (jax.tree.map(lambda a, i=layer: a[i], tree) for tree in (cut, whole))
         weights = np.ones(inputs.shape[2], np.float32)
         if sensitivity is not None:
-            weights = sensitivity[layer].sum(-1, dtype=np.float64)
+            weights = sensitivity[layer].astype(np.float64)
             weights = ((weights / weights.mean()) ** DAMPING).astype(np.float32)
         kernel, bias = fit(features, mine, old, inputs[layer], weights, bias_alone)
         kernels.append(np.asarray(kernel))

@@ -13,22 +13,61 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-CHUNK = 4096  # tokens at a time
+# Per neuron, over tokens: `count`, `mean` of h, and with r_t = Σ_d S_td W_jd² the sums of r
+# (`worth`), of (h − mean) r (`first`) and of (h − mean)² r (`second`).
+Sums = dict[str, Array | np.ndarray]
 
 
-def scores(
-    ffn: dict, inputs: Float[np.ndarray, "g m t d"], sensitivity: Float[np.ndarray, "g m t d"]
-) -> Float[np.ndarray, "g m w"]:
-    """The score of every neuron of a stack's FFNs."""
-    result = np.zeros(ffn["in_layer"]["bias"].shape, np.float32)
-    for layer in np.ndindex(result.shape[:2]):
-        kernel, bias = (ffn["in_layer"][part][layer] for part in ("kernel", "bias"))
-        out, x, s = ffn["out_layer"]["kernel"][layer], inputs[layer], sensitivity[layer]
-        parts = [slice(i, i + CHUNK) for i in range(0, len(x), CHUNK)]
-        mean = sum(np.asarray(hidden(x[i], kernel, bias).sum(0)) for i in parts) / len(x)
-        found = [np.asarray(_score(x[i], s[i], kernel, bias, out, mean)) for i in parts]
-        result[layer] = np.sum(found, axis=0, dtype=np.float64) / len(x)
-    return result
+def sums(
+    ffn: dict,
+    inputs: Float[Array | np.ndarray, "g m b t d"],
+    sensitivity: Float[Array | np.ndarray, "g m b t d"],
+) -> Sums:
+    """Of a stack's FFNs over these tokens, [groups, blocks, width]; float32."""
+
+    def of_layer(layer: tuple):
+        ffn, x, s = layer
+        h = hidden(x, **ffn["in_layer"])
+        squares = jnp.square(ffn["out_layer"]["kernel"].astype(jnp.float32)).T
+        worth = jnp.matmul(s, squares, precision=jax.lax.Precision.HIGHEST)
+        mean, count = h.mean(0), jnp.full(h.shape[1], len(h), jnp.float32)
+        h = h - mean
+        products = {"worth": worth, "first": h * worth, "second": h * h * worth}
+        return {"count": count, "mean": mean} | jax.tree.map(lambda a: a.sum(0), products)
+
+    parts = {"in_layer": ffn["in_layer"], "out_layer": {"kernel": ffn["out_layer"]["kernel"]}}
+    dim, (groups, blocks) = inputs.shape[-1], inputs.shape[:2]
+    x, s = (a.reshape(groups * blocks, -1, dim) for a in (inputs, sensitivity))
+    layers = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
+    found = jax.lax.map(of_layer, (layers, x, s))
+    return jax.tree.map(lambda a: a.reshape(groups, blocks, -1), found)
+
+
+def no_tokens(ffn: dict) -> Sums:
+    """The sums before any token."""
+    shape = ffn["in_layer"]["bias"].shape
+    names = ("count", "mean", "worth", "first", "second")
+    return {name: jnp.zeros(shape, jnp.float32) for name in names}
+
+
+def merged(some: Sums, others: Sums) -> Sums:
+    """The sums over both sets of tokens, about the mean of all, so that nothing large cancels."""
+    count = some["count"] + others["count"]
+    mean = (some["count"] * some["mean"] + others["count"] * others["mean"]) / count
+    moved = [_about(mean, part) for part in (some, others)]
+    both = {name: moved[0][name] + moved[1][name] for name in moved[0]}
+    return both | {"count": count, "mean": mean}
+
+
+def _about(mean: Array | np.ndarray, part: Sums) -> Sums:
+    away, worth, first = part["mean"] - mean, part["worth"], part["first"]
+    second = part["second"] + 2 * away * first + away * away * worth
+    return {"worth": worth, "first": first + away * worth, "second": second}
+
+
+def scores(sums: Sums) -> Float[np.ndarray, "g m w"]:
+    """The score of every neuron."""
+    return np.asarray(sums["second"] / sums["count"], np.float32)
 
 
 @jax.jit
@@ -41,18 +80,3 @@ def hidden(
     into, kernel, bias = (a.astype(jnp.float32) for a in (x, kernel, bias))
     into = jnp.matmul(into, kernel, precision=jax.lax.Precision.HIGHEST)
     return jax.nn.gelu(into + bias, approximate=True)
-
-
-@jax.jit
-def _score(
-    x: Float[Array | np.ndarray, "t d"],
-    s: Float[Array | np.ndarray, "t d"],
-    kernel: Float[Array | np.ndarray, "d w"],
-    bias: Float[Array | np.ndarray, " w"],
-    out: Float[Array | np.ndarray, "w d"],
-    mean: Float[Array | np.ndarray, " w"],
-) -> Float[Array, " w"]:
-    """The sum over these tokens."""
-    squares = jnp.square(out.astype(jnp.float32)).T
-    worth = jnp.matmul(s.astype(jnp.float32), squares, precision=jax.lax.Precision.HIGHEST)
-    return (jnp.square(hidden(x, kernel, bias) - mean) * worth).sum(0)

@@ -1,21 +1,30 @@
 """A student from its teacher, as SparsifyConfig says: experts or pruning, modulation."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from d2m_jax import hosts
-from d2m_jax.config import KINDS, FluxConfig, ModelConfig, SparsifyConfig, StackConfig, check
+from d2m_jax.config import (
+    KINDS,
+    FluxConfig,
+    ModelConfig,
+    SparsifyConfig,
+    StackConfig,
+    StageConfig,
+    check,
+)
 from d2m_jax.keys import named_generator, named_key
 from d2m_jax.models.blocks import FFNS
 from d2m_jax.models.cut import MODULATION
 from d2m_jax.sharding import whole
-from d2m_jax.sparsify import importance, sensitivity
+from d2m_jax.sparsify import importance
 from d2m_jax.sparsify.experts import make_moe
 from d2m_jax.sparsify.groups import align, aligned, shapes
 from d2m_jax.sparsify.importance import Noisy
@@ -32,31 +41,38 @@ def make_student(
     noisy: Noisy,
     seed: int,
     say: Callable[[str], None] = lambda line: None,
+    micro_batch: int | None = None,
 ) -> tuple[ModelConfig, dict, dict[str, np.ndarray]]:
     """The student, its parameters, which are on the host where new, and where they lie in the
     teacher (models/cut.py); equal seeds, equal students.
 
-    Of `batches` the first `sparsify.batches` calibrate; `noisy(batch, key)` gives the arguments of
-    Flux.embed and the true velocity, jitted once for all calls with the same function. Raises
-    ConfigError where sizes do not fit.
+    Of `batches` the first `sparsify.batches` calibrate, one at a time and `micro_batch` samples of
+    it together (None: all); `noisy(batch, key)` gives the arguments of Flux.embed and the true
+    velocity, jitted once for all calls with the same function. Raises ConfigError where sizes do
+    not fit.
     """
     student = student_config(teacher.transformer, sparsify)
     config, params = align(teacher.transformer, params, shapes(student))
-    batches = list(islice(batches, sparsify.batches))
-    check(len(batches) > 0, "calibration: expected at least one batch, found none")
-    key = named_key(seed, "calibration")
-    want = wanted(sparsify)
     measured = importance.calibrate(
-        config, params, batches, noisy, key, sparsify.tokens, sparsify.text_share, want
+        config,
+        params,
+        batches,
+        noisy,
+        named_key(seed, "calibration"),
+        sparsify.tokens,
+        sparsify.text_share,
+        wanted(sparsify),
+        count=sparsify.batches,
+        micro_batch=micro_batch,
     )
-    say(f"calibrated on {len(batches)} batches")
+    say(f"calibrated on {sparsify.batches} batches")
 
     if sparsify.shared == "magnitude":
         scores = importance.magnitude(params)
     elif sparsify.shared == "random":
         scores = importance.random(params, named_generator(seed, "scores"))
     else:
-        scores = measured.taylor  # of "sensitivity" each FFN's, when its turn comes
+        scores = getattr(measured, sparsify.shared)
     made, cut = dict(params), {}
     for kind in KINDS:
         made[kind] = dict(params[kind])
@@ -67,9 +83,11 @@ def make_student(
             first = sum(before.depth for before in stacks[:i])
             block = dict(params[kind][i]["block"])
             for name in FFNS[kind]:
-                seen = measured.inputs[kind][i][name]
-                sensitive = measured.sensitivity[kind][i][name] if measured.sensitivity else None
-                tokens = _Tokens(scores[kind][i][name] if scores else None, seen, sensitive)
+                seen, weights = (
+                    tree[kind][i][name] if tree else None
+                    for tree in (measured.inputs, measured.weights)
+                )
+                tokens = _Tokens(scores[kind][i][name], seen, weights)
                 generator = named_generator(seed, f"{kind}.{i}.{name}")
                 ffn = jax.tree.map(whole, block[name])
                 new = partial(_cut, ffn, tokens, student, stack, sparsify, generator)
@@ -97,9 +115,9 @@ def make_student(
 class _Tokens:
     """What calibration tells of a stack's FFNs."""
 
-    scores: Float[np.ndarray, "g m w"] | None  # None: those of the sensitivity
-    inputs: Float[np.ndarray, "g m t d"]
-    sensitivity: Float[np.ndarray, "g m t d"] | None
+    scores: Float[np.ndarray, "g m w"]
+    inputs: Float[np.ndarray, "g m t d"] | None
+    weights: Float[np.ndarray, "g m t"] | None
 
 
 def _cut(
@@ -113,9 +131,6 @@ def _cut(
     """`ffn`, the FFNs of one stack pruned or as experts, `gain`, what the bias of their output
     gains where they were fitted, and the `order` of their neurons."""
     scores, inputs = tokens.scores, tokens.inputs
-    if scores is None:
-        assert tokens.sensitivity is not None
-        scores = sensitivity.scores(ffn, inputs, tokens.sensitivity)
     if sparsify.method == "prune":
         made, order = prune(ffn, scores, student.ffn_width(stack))
     else:
@@ -124,16 +139,28 @@ def _cut(
     if sparsify.refit == "none":
         return result
     moe = student.moe if sparsify.method == "moe" else None
-    weights = tokens.sensitivity if sparsify.refit == "weighted" else None
-    made, gain = refit(made, ffn, inputs, weights, moe, sparsify.refit == "bias")
+    assert inputs is not None  # `wanted` asked for them
+    made, gain = refit(made, ffn, inputs, tokens.weights, moe, sparsify.refit == "bias")
     return result | {"ffn": made, "gain": gain}
+
+
+def micro_batch(sparsify: SparsifyConfig, stages: Mapping[str, StageConfig]) -> int:
+    """Samples whose activations calibration holds at a time: as many as the first of the stages
+    that follow, or all where none follows."""
+    size, first = sparsify.batch_size, next(iter(stages.values()), None)
+    return math.gcd(size, first.batch_size // first.optimizer.accumulate if first else size)
 
 
 def wanted(sparsify: SparsifyConfig) -> tuple[str, ...]:
     """What this cut needs of importance.calibrate."""
-    taylor = ("taylor",) if sparsify.shared == "taylor" else ()
-    sensitive = sparsify.shared == "sensitivity" or sparsify.refit == "weighted"
-    return taylor + (("sensitivity",) if sensitive else ())
+    fitted = sparsify.deal == "clustered" or sparsify.gate == "fitted"
+    needs = {
+        "taylor": sparsify.shared == "taylor",
+        "sensitivity": sparsify.shared == "sensitivity",
+        "inputs": sparsify.refit != "none" or (sparsify.method == "moe" and fitted),
+        "weights": sparsify.refit == "weighted",
+    }
+    return tuple(name for name, needed in needs.items() if needed)
 
 
 def _add_bias(block: dict, name: str, gain: Float[np.ndarray, "g m d"]) -> None:

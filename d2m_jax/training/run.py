@@ -48,7 +48,7 @@ from d2m_jax.sharding import (
 )
 from d2m_jax.sparsify.groups import align, aligned, grouped, regroup, shapes
 from d2m_jax.sparsify.importance import Noisy
-from d2m_jax.sparsify.student import make_student, student_config
+from d2m_jax.sparsify.student import make_student, micro_batch, student_config
 from d2m_jax.training.checkpoint import open_run
 from d2m_jax.training.loop import check_batch, train_stage
 from d2m_jax.training.step import Step
@@ -152,9 +152,9 @@ def _run(
     teacher = work.load(path)
     for name, rival in config.rivals.items():
         hosts.say(f"rival {name}")
-        start = partial(_cut, work, path, teacher, rival.sparsify)
+        start = partial(_cut, work, path, teacher, rival.sparsify, rival.stages)
         _train(work, run_directory / "rivals" / name, start, rival.stages, teacher)
-    start = partial(_cut, work, path, teacher, config.sparsify)
+    start = partial(_cut, work, path, teacher, config.sparsify, config.stages)
     _train(work, run_directory, start, config.stages, teacher)
 
 
@@ -231,7 +231,11 @@ def models_of(
 
 
 def _cut(
-    work: _Work, path: Path, teacher: tuple[ModelConfig, dict], sparsify: SparsifyConfig
+    work: _Work,
+    path: Path,
+    teacher: tuple[ModelConfig, dict],
+    sparsify: SparsifyConfig,
+    stages: Mapping[str, StageConfig],
 ) -> Start:
     """The student before any training, its neurons' places those in the dense model from which the
     teacher, at `path`, may have been cut itself."""
@@ -242,7 +246,14 @@ def _cut(
             work.encoders.encode(put_batch(work.mesh, batch)) for batch in work.batches(size)
         )
         made = make_student(
-            model, params, sparsify, batches, work.noisy, work.config.seed, hosts.say
+            model,
+            params,
+            sparsify,
+            batches,
+            work.noisy,
+            work.config.seed,
+            hosts.say,
+            micro_batch(sparsify, stages),
         )
     return *made[:2], composed(model_directory.load_cut(path, model.transformer), made[2])
 

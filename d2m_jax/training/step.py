@@ -15,7 +15,7 @@ from d2m_jax.config import StageConfig
 from d2m_jax.distill.fixed_times import TIMES, FixedTimes
 from d2m_jax.distill.objective import Means, Objective, remembered
 from d2m_jax.named_arrays import names, restructure
-from d2m_jax.sharding import parameter_shardings, replicated
+from d2m_jax.sharding import in_parts, parameter_shardings, replicated
 from d2m_jax.training.optimizer import make_optimizer, make_schedule, merge, select, split
 
 Tree = TypeVar("Tree")
@@ -88,13 +88,11 @@ class Step:
         parts = self.stage.optimizer.accumulate
         if parts == 1:
             return function(batch)
-        # Rows i, i + parts, … form a micro-batch, so that every device keeps its own rows.
-        micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
         def add(total: Tree, part: dict):
             return jax.tree.map(jnp.add, total, function(part)), None
 
-        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), micro)
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), in_parts(batch, parts))
         return jax.tree.map(lambda a: a / parts, total)
 
     def train(self) -> Callable:

@@ -71,5 +71,5 @@ def small():
 def calibration(small):
     from d2m_jax.sparsify.importance import calibrate  # after the root conftest's import hook
 
-    key = jax.random.key(0)
-    return calibrate(small.config, small.params, small.batches(3), small.noisy, key, tokens=96)
+    key, batches = jax.random.key(0), small.batches(3)
+    return calibrate(small.config, small.params, batches, small.noisy, key, tokens=96, count=3)

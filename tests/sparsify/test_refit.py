@@ -37,7 +37,7 @@ def whole():
 def inputs():
     rng = generator(3)
     x = rng.standard_normal((1, 1, TOKENS, DIM), np.float32)
-    return x, rng.random((1, 1, TOKENS, DIM), np.float32) ** 6
+    return x, rng.random((1, 1, TOKENS), np.float32) ** 6
 
 
 def cut(whole, inputs, method):
@@ -77,7 +77,7 @@ def test_refit_is_the_dense_solution(whole, inputs, method, kind, monkeypatch):
     y = np.asarray(output(whole, x[0, 0], None), np.float64) - whole["out_layer"]["bias"][0, 0]
     w = np.ones(TOKENS)
     if kind == "weighted":
-        w = sensitivity[0, 0].sum(-1, dtype=np.float64)
+        w = sensitivity[0, 0].astype(np.float64)
         w = (w / w.mean()) ** refit.DAMPING
     # the intercept as one more feature, without a ridge
     centred = phi - (w @ phi) / w.sum()

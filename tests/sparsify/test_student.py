@@ -4,15 +4,23 @@ import jax
 import numpy as np
 import pytest
 
-from d2m_jax.config import ConfigError, ModelConfig, MoEConfig, SparsifyConfig
+from d2m_jax.config import (
+    ConfigError,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    SparsifyConfig,
+    StageConfig,
+)
 from d2m_jax.models.flux import initialise
 from d2m_jax.sparsify import align, make_student, shapes
+from d2m_jax.sparsify.student import micro_batch
 
 UNMODULATED = MoEConfig(router_input="unmodulated")
 SMALL = SparsifyConfig(batches=3, batch_size=8, tokens=96)
 
 
-def make(small, sparsify, seed=0, batches=None, **changes):
+def make(small, sparsify, seed=0, batches=None, micro_batch=None, **changes):
     teacher = ModelConfig(transformer=replace(small.config, **changes))
     lines = []
     made = make_student(
@@ -23,6 +31,7 @@ def make(small, sparsify, seed=0, batches=None, **changes):
         small.noisy,
         seed,
         lines.append,
+        micro_batch,
     )
     assert lines
     return made[0].transformer, made[1]
@@ -53,6 +62,25 @@ def test_student_is_whole_and_the_seed_decides(small, sparsify):
     assert same(params, make(small, sparsify)[1])
     if sparsify.method == "moe":
         assert not same(params, make(small, sparsify, seed=1)[1])
+
+
+def test_micro_batches_cut_the_same_student(small):
+    """To a place in a hundred, for neurons that are nearly equal may trade theirs."""
+    cut = replace(SMALL, shared="sensitivity", deal="rank", gate="random")
+    for sparsify in (cut, replace(cut, shared="taylor")):
+        (_, whole), (_, parts) = (make(small, sparsify, micro_batch=size) for size in (None, 2))
+        pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True)
+        assert all(np.mean(np.asarray(a) == np.asarray(b)) > 0.99 for a, b in pairs)
+
+
+def test_micro_batch_is_that_of_the_first_stage():
+    def stage(size, parts):
+        return StageConfig(batch_size=size, optimizer=OptimizerConfig(accumulate=parts))
+
+    cut = SparsifyConfig(batch_size=48)
+    assert micro_batch(cut, {"a": stage(64, 2), "b": stage(64, 64)}) == 16
+    assert micro_batch(cut, {"a": stage(64, 64)}) == 1
+    assert micro_batch(cut, {}) == 48
 
 
 def test_dense_blocks_stay_and_the_rest_is_exact(small):
