@@ -59,7 +59,7 @@ def get_config() -> RunConfig:
     return RunConfig(
         name="icons_moe_s",
         teacher="teachers/icons",
-        data=IconsConfig(task="scenes", glyphs=512, seed=0),
+        data=IconsConfig(task="scenes"),
         sparsify=SparsifyConfig(deal="clustered", gate="fitted"),
         stages={
             "moe": stage(STEPS, **fitted),

@@ -1,31 +1,27 @@
-"""The quick task: a small dense teacher for one glyph in the middle of a small canvas, in minutes.
+"""The shipped teacher's first lesson: one pictogram on a canvas of its own, a third of the tokens.
 
 python train.py configs/icons_single.py
+
+What it learns here of the pictograms it need not learn from scenes (configs/icons_teacher.py).
 """
 
 import dataclasses
 
-from configs.icons_teacher import get_config as get_scenes_config
+from configs.icons_teacher import MODEL, stage
 from d2m_jax.config import IconsConfig, PixelsConfig, RunConfig, WordsConfig
 
-STEPS = 4000
+STEPS = 6_000
 
 
 def get_config() -> RunConfig:
-    scenes = get_scenes_config()
-    flow = scenes.stages["flow"]
-    return dataclasses.replace(
-        scenes,
+    return RunConfig(
         name="icons_single",
         model=dataclasses.replace(
-            scenes.model,
+            MODEL,
             text=WordsConfig(dim=128, length=2),
-            image=PixelsConfig(height=12, width=12, patch=6),
+            image=PixelsConfig(height=16, width=16, patch=8),
         ),
-        data=IconsConfig(task="single", glyphs=512),
-        stages={
-            "flow": dataclasses.replace(
-                flow, steps=STEPS, evaluate_every=500, checkpoint_every=500, sample_every=1000
-            )
-        },
+        data=IconsConfig(task="single", train_size=100_000_000),
+        # No cooling down: it goes on in scenes, and the average of its weights is what is kept.
+        stages={"flow": stage(STEPS, schedule="constant")},
     )

@@ -1,5 +1,6 @@
-"""The dense teacher that ships with the repository: text to scenes of coloured glyphs.
+"""The dense teacher that ships with the repository: text to scenes of coloured pictograms.
 
+python train.py configs/icons_single.py
 python train.py configs/icons_teacher.py
 """
 
@@ -15,42 +16,44 @@ from d2m_jax.config import (
     WordsConfig,
 )
 
+STEPS = 6_000
+MODEL = ModelConfig(
+    transformer=FluxConfig(
+        in_channels=192,
+        vec_in_dim=128,
+        context_in_dim=128,
+        hidden_size=256,
+        num_heads=4,
+        axes_dim=(16, 24, 24),
+        guidance_embed=False,
+        double=(StackConfig(1),),
+        single=(StackConfig(6),),
+        modulation_rank=64,
+    ),
+    text=WordsConfig(dim=128, length=6),
+    image=PixelsConfig(height=32, width=32, patch=8),
+    shift=3.0,
+    sample_steps=28,
+)
 
-def stage(steps: int, learning_rate: float) -> StageConfig:
+
+def stage(steps: int, **fields) -> StageConfig:
     return StageConfig(
         steps=steps,
         batch_size=128,
-        optimizer=OptimizerConfig(
-            learning_rate=learning_rate, warmup=200, ema=0.999, final_rate=0.01
-        ),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=200, ema=0.999, **fields),
         remat=False,
-        log_every=50,
-        evaluate_every=1000,
-        checkpoint_every=500,
-        sample_every=2000,
+        log_every=20,
+        evaluate_every=250,
+        checkpoint_every=250,
+        sample_every=500,
     )
 
 
 def get_config() -> RunConfig:
     return RunConfig(
         name="icons_teacher",
-        model=ModelConfig(
-            transformer=FluxConfig(
-                in_channels=108,
-                vec_in_dim=128,
-                context_in_dim=128,
-                hidden_size=128,
-                num_heads=4,
-                axes_dim=(8, 12, 12),
-                guidance_embed=False,
-                double=(StackConfig(1),),
-                single=(StackConfig(4),),
-            ),
-            text=WordsConfig(dim=128, length=6),
-            image=PixelsConfig(height=24, width=24, patch=6),
-            shift=3.0,
-            sample_steps=28,
-        ),
-        data=IconsConfig(task="scenes", glyphs=512, train_size=100_000_000),
-        stages={"flow": stage(20_000, 2e-3)},
+        model=MODEL,
+        data=IconsConfig(task="scenes", train_size=100_000_000),
+        stages={"flow": stage(STEPS, final_rate=0.01)},
     )

@@ -120,7 +120,7 @@ def distillation(model, **stages) -> RunConfig:
     return RunConfig(
         name="flux",
         teacher=str(model),
-        data=IconsConfig(glyphs=40),
+        data=IconsConfig(task="single", pictograms=40),
         sparsify=SparsifyConfig(batches=2, batch_size=4, tokens=64, routed_scale=0.0),
         stages=stages,
         held_out_batches=1,

@@ -13,7 +13,7 @@ class IconsConfig(Config):
     """The embedded task of data/icons.py."""
 
     task: Literal["single", "scenes"] = "scenes"
-    glyphs: int = 512
+    pictograms: int = 2048  # the first of data/pictograms.npz
     seed: int = 0
     train_size: int = 10_000_000  # scenes per epoch: each is rendered from its index
     workers: int = 0  # grain worker processes; 0 renders in threads of this process
@@ -21,7 +21,7 @@ class IconsConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        check_whole(self, 1, "glyphs", "train_size")
+        check_whole(self, 1, "pictograms", "train_size")
         check_whole(self, 0, "seed", "workers")
 
 

@@ -14,6 +14,7 @@ from d2m_jax.config.fields import hints
 
 # Fields that files of earlier versions have, and that no longer mean anything.
 RETIRED = {
+    "IconsConfig": ("glyphs",),
     "LossConfig": ("timesteps",),
     "MoEConfig": ("implementation",),
     "StageConfig": ("kind",),

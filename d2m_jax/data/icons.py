@@ -1,8 +1,8 @@
-"""The embedded task: captioned scenes of coloured glyphs, each a pure function of its index.
+"""The embedded task: captioned scenes of coloured pictograms, each a pure function of its index.
 
 Captions come in GenEval's six categories: `red anchor` (single, and colours), `red anchor and
 blue earth` (two, and attribution), `two red anchor` (counting), `red anchor left of blue earth`
-(position). Task `single` has the first form alone, its glyph on a canvas of its own size.
+(position), on 32 × 32 pixels. Task `single` has the first form alone, on 16 × 16.
 """
 
 import functools
@@ -17,31 +17,27 @@ from absl import flags
 from jaxtyping import Float, Int, UInt8
 
 from d2m_jax.config import IconsConfig, check
-from d2m_jax.data.glyphs import COLOURS, MARGIN, Lexicon, lexicon
+from d2m_jax.data.pictograms import CELL, COLOURS, Lexicon, lexicon
 from d2m_jax.data.protocol import Canvas, Split, Tokenizer
 
 CATEGORIES = ("single", "two", "counting", "colours", "position", "attribution")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("two", "three")
-WORDS = ("and", "of", *NUMBERS, "left", "right", "above", "below", *COLOURS)  # before the glyphs
+WORDS = ("and", "of", *NUMBERS, "left", "right", "above", "below", *COLOURS)  # before the names
 LONGEST = 6  # words of a caption
+SIDES = {"single": CELL, "scenes": 2 * CELL}  # task → pixels of its canvas, either way
 
 
-def lexicon_for(config: IconsConfig, image: Canvas) -> Lexicon:
-    """The task's glyphs, at the size that fits a cell of its canvas."""
-    return lexicon(config.glyphs, image.height // _grid(config, image) - MARGIN)
-
-
-def vocabulary(config: IconsConfig, image: Canvas) -> tuple[str, ...]:
-    """Every word that captions use, the glyphs' names last."""
-    return WORDS + lexicon_for(config, image).names
+def vocabulary(config: IconsConfig) -> tuple[str, ...]:
+    """Every word that captions use, the pictograms' names last."""
+    return WORDS + lexicon(config.pictograms).names
 
 
 @dataclass(frozen=True)
 class Object:
-    """A coloured glyph; its place is counted in cells, in fractions where an oracle found it."""
+    """A coloured pictogram; its place is in cells, in fractions where an oracle found it."""
 
-    glyph: str
+    name: str
     colour: str
     row: float
     column: float
@@ -65,14 +61,14 @@ def render(
     colours = list(COLOURS)
     for i, scene in enumerate(scenes):
         for o in scene.objects:
-            tile = lexicon.index[o.glyph] * len(colours) + colours.index(o.colour)
+            tile = lexicon.index[o.name] * len(colours) + colours.index(o.colour)
             canvas[i, int(o.row) * grid + int(o.column)] = tile
     return _paint(canvas, lexicon)
 
 
 def prompts(config: IconsConfig, image: Canvas, count: int, held_out: bool = False) -> list[Scene]:
     """`count` scenes to evaluate on, the categories in turn; held_out of pairs never trained."""
-    known, grid = lexicon_for(config, image), _grid(config, image)
+    known, grid = lexicon(config.pictograms), _grid(config, image)
     key = _key(config.seed, "prompts", held_out)
     drawn = _scenes(config, known, key, np.arange(count), held_out)
     captions, colours = _captions(drawn, known), list(COLOURS)
@@ -98,7 +94,8 @@ class Icons:
 
     def __init__(self, config: IconsConfig, image: Canvas):
         self.config, self.image = config, image
-        self.lexicon = lexicon_for(config, image)
+        self.lexicon = lexicon(config.pictograms)
+        _grid(config, image)  # tells where the canvas is not the task's
 
     encoded = False
 
@@ -113,7 +110,7 @@ class Icons:
 
     def vocabulary(self) -> tuple[str, ...]:
         """Every word of its captions."""
-        return vocabulary(self.config, self.image)
+        return vocabulary(self.config)
 
     def batches(
         self,
@@ -176,15 +173,15 @@ class Batches:
         )
         self.config, self.batch_size, self.held_out = config, batch_size, split == "held_out"
         self.rows = rows
-        self.lexicon = lexicon_for(config, image)
+        self.lexicon = lexicon(config.pictograms)
         self.grid = _grid(config, image)
         self.key = _key(config.seed, seed, split)
         self.tokenizer = tokenizer
         # Unknown words and captions that are too long are told here, not by a worker.
-        glyphs = self.lexicon.names
-        tokenizer.ids([*WORDS, *glyphs])
+        names = self.lexicon.names
+        tokenizer.ids([*WORDS, *names])
         if config.task == "scenes":
-            tokenizer.ids([f"red {glyphs[0]} left of blue {glyphs[1]}"])
+            tokenizer.ids([f"red {names[0]} left of blue {names[1]}"])
 
     def __len__(self) -> int:
         return self.config.train_size // self.batch_size
@@ -240,9 +237,9 @@ def _scenes(
     second = pairs[choose("second", len(pairs))]
     attempt = 0
     while True:
-        same_glyph = first // colours == second // colours
+        same_name = first // colours == second // colours
         same_colour = first % colours == second % colours
-        bad = np.flatnonzero(same_glyph | (kind["attribution"] & same_colour))
+        bad = np.flatnonzero(same_name | (kind["attribution"] & same_colour))
         if not len(bad):
             break
         attempt += 1
@@ -273,59 +270,60 @@ def _scenes(
     places[:, :2] = np.where(kind["position"][:, None], lines[relation, line], places[:, :2])
 
     words = np.full((len(index), LONGEST), -1)
-    (colour1, glyph1), (colour2, glyph2) = _pair_words(first), _pair_words(second)
-    words[:, 0], words[:, 1] = colour1, glyph1
+    (colour1, name1), (colour2, name2) = _pair_words(first), _pair_words(second)
+    words[:, 0], words[:, 1] = colour1, name1
     joined = kind["two"] | kind["attribution"]
     words[joined, 2] = WORDS.index("and")
-    words[joined, 3], words[joined, 4] = colour2[joined], glyph2[joined]
+    words[joined, 3], words[joined, 4] = colour2[joined], name2[joined]
     counted = kind["counting"]
     words[counted, 0] = WORDS.index("two") + three[counted]
-    words[counted, 1], words[counted, 2] = colour1[counted], glyph1[counted]
+    words[counted, 1], words[counted, 2] = colour1[counted], name1[counted]
     related = kind["position"]
     words[related, 2] = WORDS.index("left") + relation[related]
     for of, at in ((relation < 2, 4), (relation >= 2, 3)):  # left of, right of; above, below
         rows = related & of
         words[rows, 3] = WORDS.index("of")
-        words[rows, at], words[rows, at + 1] = colour2[rows], glyph2[rows]
+        words[rows, at], words[rows, at + 1] = colour2[rows], name2[rows]
     return _Scenes(category, objects, places, relation, words)
 
 
 def _pair_words(tile: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """The words of a tile's colour and glyph, as indices into WORDS and the names after it."""
+    """The words of a tile's colour and name, as indices into WORDS and the names after it."""
     colours = len(COLOURS)
     return len(WORDS) - colours + tile % colours, len(WORDS) + tile // colours
 
 
 @functools.lru_cache
 def _pairs(known: Lexicon, held_out: bool) -> Int[np.ndarray, " p"]:
-    """Tiles of the pairs of glyph and colour that never train, one in twenty, or the others."""
-    names = [f"{colour} {glyph}" for glyph in known.names for colour in COLOURS]
-    chosen = np.flatnonzero([(_key(name) % 20 == 0) == held_out for name in names])
-    glyphs, colours = {t // len(COLOURS) for t in chosen}, {t % len(COLOURS) for t in chosen}
+    """Tiles of the pairs of pictogram and colour that never train, one in twenty, or the others."""
+    pairs = [f"{colour} {name}" for name in known.names for colour in COLOURS]
+    chosen = np.flatnonzero([(_key(pair) % 20 == 0) == held_out for pair in pairs])
+    names, colours = {t // len(COLOURS) for t in chosen}, {t % len(COLOURS) for t in chosen}
     check(
-        len(glyphs) >= 3 and len(colours) >= 3,  # enough that a second object is always found
-        f"IconsConfig.glyphs = {len(known.names)}: too few to combine"
-        f" {'held-out' if held_out else 'training'} pairs of glyph and colour, expected 32 or more",
+        len(names) >= 3 and len(colours) >= 3,  # enough that a second object is always found
+        f"IconsConfig.pictograms = {len(known.names)}: too few to combine"
+        f" {'held-out' if held_out else 'training'} pairs of pictogram and colour, expected 32 or"
+        " more",
     )
     return chosen
 
 
 def _grid(config: IconsConfig, image: Canvas) -> int:
     """Cells per side of the canvas."""
-    grid = 1 if config.task == "single" else 2
+    side = SIDES[config.task]
     check(
-        image.height == image.width and image.height % grid == 0 and image.height // grid >= 8,
-        f"PixelsConfig: {image.height} × {image.width} pixels,"
-        f" expected a square of {grid} × {grid} cells of 8 pixels or more",
+        image.height == image.width == side,
+        f"PixelsConfig: {image.height} × {image.width} pixels, expected {side} × {side} for"
+        f" IconsConfig.task = {config.task!r}, whose pictograms stand in cells of {CELL}",
     )
-    return grid
+    return side // CELL
 
 
 def _paint(canvas: Int[np.ndarray, "n g"], known: Lexicon) -> UInt8[np.ndarray, "n h w 3"]:
     """Images from the tile of each cell."""
-    grid, cell = round(canvas.shape[1] ** 0.5), known.cell
-    cells = known.tiles[canvas].reshape(-1, grid, grid, cell, cell, 3)
-    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid * cell, grid * cell, 3)
+    grid = round(canvas.shape[1] ** 0.5)
+    cells = known.tiles[canvas].reshape(-1, grid, grid, CELL, CELL, 3)
+    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid * CELL, grid * CELL, 3)
 
 
 # ------------------------------------------------------------------------------------------- draws

@@ -8,22 +8,14 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy import ndimage
 
 from d2m_jax.config import ConfigError, IconsConfig, ModelConfig, WordsConfig, check
-from d2m_jax.data.icons import (
-    COLOURS,
-    LONGEST,
-    WORDS,
-    Lexicon,
-    Object,
-    Scene,
-    render,
-    vocabulary,
-)
+from d2m_jax.data.icons import LONGEST, SIDES, WORDS, Object, Scene, render, vocabulary
+from d2m_jax.data.pictograms import CELL, COLOURS, SIZE, Lexicon
 from d2m_jax.evaluate.scores import Score, strata
 
 SPECK = 4  # pixels; a smaller component is no object
-# intersection over union from which an object is a glyph; no two glyphs exceed 0.65
+# intersection over union from which an object is a pictogram; no two exceed 0.75
 KNOWN = 0.6
-UNKNOWN = ""  # the glyph of an object that is like none
+UNKNOWN = ""  # the name of an object that is like none
 NEIGHBOURS = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # never across images
 
 
@@ -35,9 +27,9 @@ def read(image: Float[Array | np.ndarray, "h w 3"], lexicon: Lexicon) -> list[Ob
 def read_all(images: Float[Array | np.ndarray, "n h w 3"], lexicon: Lexicon) -> list[list[Object]]:
     """The objects in each image: nearest palette colour, components, best template by overlap.
 
-    Components (8-connected) whose centres share a cell are one object, so a glyph may have breaks;
-    its colour is the majority's. An object that no glyph overlaps by KNOWN has the glyph UNKNOWN,
-    and still counts.
+    Components (8-connected) whose centres share a cell are one object, so a pictogram may be in
+    pieces; its colour is the majority's. An object that no pictogram overlaps by KNOWN has the name
+    UNKNOWN, and still counts.
     """
     count, height, width, _ = images.shape
     lit = np.asarray(images) > 0.5  # the palette is the corners of the colour cube
@@ -49,7 +41,7 @@ def read_all(images: Float[Array | np.ndarray, "n h w 3"], lexicon: Lexicon) -> 
         return [[] for _ in range(count)]
 
     centres = np.array(ndimage.center_of_mass(label > 0, label, kept))
-    places = np.column_stack([centres[:, 0], centres[:, 1:] // lexicon.cell]).astype(int)
+    places = np.column_stack([centres[:, 0], centres[:, 1:] // CELL]).astype(int)
     places, owner = np.unique(places, axis=0, return_inverse=True)
     objects_of = np.full(found + 1, -1)
     objects_of[kept] = owner.ravel()
@@ -63,26 +55,28 @@ def read_all(images: Float[Array | np.ndarray, "n h w 3"], lexicon: Lexicon) -> 
     np.minimum.at(low, owner, np.column_stack([row, column]))
     np.maximum.at(high, owner, np.column_stack([row, column]))
 
-    # crops around the middle of each object, larger than a glyph by what the shifts need
-    side = lexicon.size + 4
+    # crops around the middle of each object, larger than a pictogram by what the shifts need
+    side = SIZE + 4
     start = (low + high + 1) // 2 - side // 2
     y, x = (np.column_stack([row, column]) - start[owner]).T
     inside = (y >= 0) & (y < side) & (x >= 0) & (x < side)
     crops = np.zeros((objects, side, side), np.float32)
     crops[owner[inside], y[inside], x[inside]] = 1
-    glyphs = _match(crops, pixels, lexicon)
+    names = _match(crops, pixels, lexicon)
 
     corners = lit[image, row, column] @ np.array([4, 2, 1])
     votes = np.zeros((objects, 8), int)
     np.add.at(votes, (owner, corners), 1)
-    names = {int(np.array(rgb) // 255 @ np.array([4, 2, 1])): name for name, rgb in COLOURS.items()}
-    middle = (low + high + 1) / 2 / lexicon.cell - 0.5
+    colours = {
+        int(np.array(rgb) // 255 @ np.array([4, 2, 1])): name for name, rgb in COLOURS.items()
+    }
+    middle = (low + high + 1) / 2 / CELL - 0.5
 
     read: list[list[Object]] = [[] for _ in range(count)]
     for i in range(objects):
-        colour = names[int(votes[i].argmax())]
+        colour = colours[int(votes[i].argmax())]
         read[places[i, 0]].append(
-            Object(glyphs[i], colour, float(middle[i, 0]), float(middle[i, 1]))
+            Object(names[i], colour, float(middle[i, 0]), float(middle[i, 1]))
         )
     return read
 
@@ -90,13 +84,13 @@ def read_all(images: Float[Array | np.ndarray, "n h w 3"], lexicon: Lexicon) -> 
 def _match(
     crops: Float[np.ndarray, "m a a"], pixels: Int[np.ndarray, " m"], lexicon: Lexicon
 ) -> list[str]:
-    """The glyph that overlaps each crop best at any shift by up to 2 pixels, or UNKNOWN."""
+    """The pictogram that overlaps each crop best at any shift by up to 2 pixels, or UNKNOWN."""
     templates = lexicon.masks.reshape(len(lexicon.names), -1).astype(np.float32)
     areas = pixels[:, None] + templates.sum(axis=1)
     best = np.zeros(areas.shape, np.float32)
     for y in range(5):
         for x in range(5):
-            window = crops[:, y : y + lexicon.size, x : x + lexicon.size].reshape(len(crops), -1)
+            window = crops[:, y : y + SIZE, x : x + SIZE].reshape(len(crops), -1)
             np.maximum(best, window @ templates.T, out=best)
     overlap = best / (areas - best)
     chosen = overlap.argmax(axis=1)
@@ -106,22 +100,22 @@ def _match(
 def correct(found: Sequence[Object], prompt: Scene) -> bool:
     """Whether the objects found are what the prompt asks for.
 
-    Every category wants exactly the objects asked for, none beside them, and their glyphs right.
-    On top, colours and attribution want each glyph in its own colour, and position wants the first
-    to lie at least half a cell on its side of the second. As in GenEval, single, two, counting and
-    position do not judge colours.
+    Every category wants exactly the objects asked for, none beside them, and their names right.
+    On top, colours and attribution want each in its own colour, and position wants the first to lie
+    at least half a cell on its side of the second. As in GenEval, single, two, counting and position
+    do not judge colours.
     """
     coloured = prompt.category in ("colours", "attribution")
 
     def looks(objects: Sequence[Object]) -> list[tuple[str, str]]:
-        return sorted((o.glyph, o.colour if coloured else "") for o in objects)
+        return sorted((o.name, o.colour if coloured else "") for o in objects)
 
     if looks(found) != looks(prompt.objects):
         return False
     if prompt.category != "position":
         return True
-    place = {o.glyph: o for o in found}
-    first, second = (place[o.glyph] for o in prompt.objects)
+    place = {o.name: o for o in found}
+    first, second = (place[o.name] for o in prompt.objects)
     right, down = first.column - second.column, first.row - second.row
     away = {"left of": -right, "right of": right, "above": -down, "below": down}
     return away[prompt.relation] >= 0.5
@@ -137,7 +131,7 @@ def score(
     )
     alone = [name for name, rows in strata(prompts).items() if len(rows) < 2]
     check(not alone, f"score: found one prompt of {', '.join(alone)}, expected two or more of each")
-    truth = render(prompts, lexicon, images.shape[1] // lexicon.cell)
+    truth = render(prompts, lexicon, images.shape[1] // CELL)
     other = np.empty(len(prompts), int)  # the next prompt of the same category
     for rows in strata(prompts).values():
         other[rows] = np.roll(rows, -1)
@@ -162,12 +156,14 @@ def task_of(config: ModelConfig) -> IconsConfig:
             "its prompts go through T5 and CLIP, expected a model of the embedded task's words"
         )
     words, image = config.text.vocabulary, config.image
-    glyphs = len(words) - len(WORDS)
+    pictograms = len(words) - len(WORDS)
     for task in ("scenes", "single"):
-        candidate = IconsConfig(task=task, glyphs=glyphs)
+        fits = image.height == image.width == SIDES[task]
         long_enough = task == "single" or config.text.length >= LONGEST
-        if glyphs > 0 and long_enough and vocabulary(candidate, image) == words:
-            return candidate
+        if pictograms > 0 and fits and long_enough:
+            candidate = IconsConfig(task=task, pictograms=pictograms)
+            if vocabulary(candidate) == words:
+                return candidate
     raise ConfigError(
         f"its vocabulary of {len(words)} words is not that of a task of data/icons.py on"
         f" {image.height} × {image.width} pixels"

@@ -52,8 +52,9 @@ FEWEST = 12  # prompts that are scored: two of every category, for a standard er
 
 
 def splits(judged: bool) -> dict[str, Split]:
-    """What a report calls examples → the split of the data. Of judged data: pairs of glyph and
-    colour that train ("seen"), and such that never do; of others what never trains is one."""
+    """What a report calls examples → the split of the data. Of judged data: pairs of
+    pictogram and colour that train ("seen"), and such that never do; of others what never trains is
+    one."""
     return {"seen": "validation", "held_out": "held_out"} if judged else {"seen": "validation"}
 
 

@@ -59,8 +59,8 @@ def worth(findings: Findings) -> Table:
     seen, held_out = (f"{findings.prompts[pairs]:,}" for pairs in ("seen", "held_out"))
     notes = [
         "Distillation error: E ‖v teacher − v student‖² on images that no training saw. Scores:"
-        f" {seen} prompts, and {held_out} of new pairs of glyph and colour, with the same noise for"
-        " all; ± is half a 95 % interval. Chance: the right image judged by another caption.",
+        f" {seen} prompts, and {held_out} of new pairs of pictogram and colour, with the same noise"
+        " for all; ± is half a 95 % interval. Chance: the right image judged by another caption.",
     ]
     return Table("What it is worth", head, rows, notes, _sections(findings))
 

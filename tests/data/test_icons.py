@@ -1,28 +1,19 @@
-import hashlib
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import ndimage
 
 from d2m_jax.config import ConfigError, IconsConfig, PixelsConfig, WordsConfig
-from d2m_jax.data.glyphs import COLOURS, OVERLAP, lexicon
-from d2m_jax.data.icons import (
-    CATEGORIES,
-    WORDS,
-    Batches,
-    batches,
-    lexicon_for,
-    prompts,
-    render,
-    vocabulary,
-)
+from d2m_jax.data.icons import CATEGORIES, Batches, batches, prompts, render, vocabulary
+from d2m_jax.data.pictograms import COLOURS, lexicon
 from d2m_jax.models.words import Words
 
-SCENES, CANVAS = IconsConfig(), PixelsConfig(24, 24)
-SINGLE, CELL = IconsConfig(task="single"), PixelsConfig(12, 12)
-TEXT = Words(WordsConfig(vocabulary=vocabulary(SCENES, CANVAS)))
-SHORT = Words(WordsConfig(length=4, vocabulary=vocabulary(SCENES, CANVAS)))
+SCENES, CANVAS = IconsConfig(pictograms=512), PixelsConfig(32, 32)
+SINGLE, SMALL = IconsConfig(task="single", pictograms=512), PixelsConfig(16, 16)
+KNOWN = lexicon(512)
+TEXT = Words(WordsConfig(vocabulary=vocabulary(SCENES)))
+SHORT = Words(WordsConfig(length=4, vocabulary=vocabulary(SCENES)))
 
 
 def caption(row):
@@ -30,55 +21,9 @@ def caption(row):
 
 
 def pair(words):
-    """Colour and glyph pairs of a caption, as written."""
+    """Pairs of colour and name of a caption, as written."""
     names = [w for w in words.split() if w not in ("and", "of")]
     return {(c, g) for c, g in itertools.pairwise(names) if c in COLOURS and g not in COLOURS}
-
-
-# ------------------------------------------------------------------------------------ lexicon
-
-
-def test_glyphs_are_whole_and_unlike_each_other():
-    known = lexicon(512, 10)
-    assert known.masks.shape == (512, 10, 10) and len(set(known.names)) == 512
-    assert all(ndimage.label(mask, np.ones((3, 3)))[1] == 1 for mask in known.masks)
-    spans = [max(np.ptp(np.argwhere(mask), axis=0)) + 1 for mask in known.masks]
-    assert set(spans) == {10}
-
-    padded = np.pad(known.masks, ((0, 0), (1, 1), (1, 1))).astype(np.float32)
-    flat = known.masks.reshape(512, -1).astype(np.float32)
-    area = flat.sum(axis=1)
-    for y in range(3):
-        for x in range(3):
-            both = padded[:, y : y + 10, x : x + 10].reshape(512, -1) @ flat.T
-            overlap = both / (area[:, None] + area - both)
-            np.fill_diagonal(overlap, 0)
-            assert overlap.max() <= OVERLAP
-
-
-def test_a_small_lexicon_begins_a_large_one():
-    small, large = lexicon(256, 10), lexicon(512, 10)
-    assert small.names == large.names[:256]
-    np.testing.assert_array_equal(small.masks, large.masks[:256])
-
-
-def test_names_are_single_words_apart_from_the_other_words():
-    names = lexicon(512, 10).names
-    assert all(name == name.lower() and name.isascii() and " " not in name for name in names)
-    assert not set(names) & set(WORDS)
-    assert {"anchor", "saturn", "digit-five", "cyrillic-zhe"} <= set(names)
-
-
-def test_the_lexicon_is_the_one_that_shipped_models_know():
-    """Another release of the font or its renderer must not rename glyphs under a trained model."""
-    known = lexicon(512, 10)
-    digest = hashlib.sha256(" ".join(known.names).encode() + known.masks.tobytes()).hexdigest()
-    assert digest[:16] == "f5176a17f84d575d"
-
-
-def test_too_many_glyphs_are_refused_with_the_number_there_is():
-    with pytest.raises(ConfigError, match=r"IconsConfig.glyphs = 5000: expected at most \d{3}, "):
-        lexicon(5000, 10)
 
 
 # ------------------------------------------------------------------------------------ batches
@@ -98,7 +43,7 @@ def test_splits_and_seeds_are_other_draws():
     def words(config=SCENES, seed=0, split="train"):
         return Batches(config, TEXT, CANVAS, 64, seed, split)[0]["text"].tolist()
 
-    draws = [words(), words(seed=1), words(split="validation"), words(IconsConfig(seed=1))]
+    draws = [words(), words(seed=1), words(split="validation"), words(replace(SCENES, seed=1))]
     assert all(a != b for i, a in enumerate(draws) for b in draws[:i])
 
 
@@ -138,36 +83,30 @@ def test_the_iterator_resumes_exactly():
 
 
 def test_the_data_repeats_after_train_size():
-    small = IconsConfig(train_size=16)
+    small = replace(SCENES, train_size=16)
     iterator = batches(small, TEXT, CANVAS, 8)
     a, _, b = (next(iterator)["text"] for _ in range(3))
     np.testing.assert_array_equal(a, b)
 
 
-def test_single_is_one_centred_glyph():
-    batch = Batches(
-        SINGLE,
-        Words(WordsConfig(length=2, vocabulary=TEXT.config.vocabulary)),
-        CELL,
-        32,
-        0,
-        "train",
-    )
-    known, rows = lexicon_for(SINGLE, CELL), batch[0]
-    assert rows["image"].shape == (32, 12, 12, 3) and rows["text"].shape == (32, 2)
+def test_single_is_one_centred_pictogram():
+    words = Words(WordsConfig(length=2, vocabulary=TEXT.config.vocabulary))
+    rows = Batches(SINGLE, words, SMALL, 32, 0, "train")[0]
+    assert rows["image"].shape == (32, 16, 16, 3) and rows["text"].shape == (32, 2)
     for image, row in zip(rows["image"], rows["text"], strict=True):
-        colour, glyph = caption(row).split()
-        mask = np.pad(known.masks[known.index[glyph]], 1)
+        colour, name = caption(row).split()
+        mask = np.pad(KNOWN.masks[KNOWN.index[name]], 1)
         np.testing.assert_array_equal(image, mask[..., None] * np.array(COLOURS[colour]))
 
 
 @pytest.mark.parametrize(
     "config, text, image, message",
     [
-        (SCENES, TEXT, PixelsConfig(24, 32), "24 × 32 pixels, expected a square"),
+        (SCENES, TEXT, PixelsConfig(32, 48), "32 × 48 pixels, expected 32 × 32 for .*'scenes'"),
+        (SINGLE, TEXT, CANVAS, "32 × 32 pixels, expected 16 × 16 for .*'single'"),
         (SCENES, SHORT, CANVAS, "6 words, expected at most 4"),
         (SCENES, Words(WordsConfig(vocabulary=("red",))), CANVAS, "unknown word 'and'"),
-        (IconsConfig(train_size=4), TEXT, CANVAS, "train_size = 4"),
+        (replace(SCENES, train_size=4), TEXT, CANVAS, "train_size = 4"),
     ],
 )
 def test_what_cannot_work_is_refused(config, text, image, message):
@@ -183,7 +122,7 @@ def test_prompts_agree_with_their_captions_and_places():
     assert [s.category for s in scenes[:6]] == list(CATEGORIES)
     assert scenes[:30] == prompts(SCENES, CANVAS, 30)
     for scene in scenes:
-        texts = [f"{o.colour} {o.glyph}" for o in scene.objects]
+        texts = [f"{o.colour} {o.name}" for o in scene.objects]
         first, *others = scene.objects
         assert len({(o.row, o.column) for o in scene.objects}) == len(scene.objects)
         if scene.category in ("single", "colours"):
@@ -193,7 +132,7 @@ def test_prompts_agree_with_their_captions_and_places():
             assert scene.caption == f"{ {2: 'two', 3: 'three'}[len(texts)] } {texts[0]}"
         else:
             (second,) = others
-            assert first.glyph != second.glyph
+            assert first.name != second.name
             assert scene.caption == f" {scene.relation or 'and'} ".join(texts)
         if scene.category == "attribution":
             assert first.colour != second.colour
@@ -205,11 +144,10 @@ def test_prompts_agree_with_their_captions_and_places():
 
 def test_render_draws_each_object_in_its_cell():
     scenes = prompts(SCENES, CANVAS, 12)
-    known = lexicon_for(SCENES, CANVAS)
-    for scene, image in zip(scenes, render(scenes, known), strict=True):
-        expected = np.zeros((24, 24, 3), np.uint8)
+    for scene, image in zip(scenes, render(scenes, KNOWN), strict=True):
+        expected = np.zeros((32, 32, 3), np.uint8)
         for o in scene.objects:
-            mask = np.pad(known.masks[known.index[o.glyph]], 1)[..., None]
-            rows, columns = (slice(at, at + 12) for at in (int(o.row) * 12, int(o.column) * 12))
+            mask = np.pad(KNOWN.masks[KNOWN.index[o.name]], 1)[..., None]
+            rows, columns = (slice(at, at + 16) for at in (int(o.row) * 16, int(o.column) * 16))
             expected[rows, columns] = mask * np.array(COLOURS[o.colour])
         np.testing.assert_array_equal(image, expected)

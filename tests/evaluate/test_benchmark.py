@@ -14,10 +14,10 @@ from d2m_jax.evaluate import icons as oracle
 from d2m_jax.evaluate import scores as tables
 from d2m_jax.sampling.pipeline import Pipeline
 
-TASK = IconsConfig(glyphs=48)
-IMAGE = PixelsConfig(24, 24, 4)
+TASK = IconsConfig(pictograms=48)
+IMAGE = PixelsConfig(32, 32, 4)
 DATA = open_data(TASK, ModelConfig(image=IMAGE))
-CONFIG = ModelConfig(text=WordsConfig(vocabulary=icons.vocabulary(TASK, IMAGE)), image=IMAGE)
+CONFIG = ModelConfig(text=WordsConfig(vocabulary=icons.vocabulary(TASK)), image=IMAGE)
 
 
 class Painter(Pipeline):
@@ -31,7 +31,7 @@ class Painter(Pipeline):
         for held_out in (False, True):
             scenes = icons.prompts(TASK, IMAGE, len(captions), held_out=held_out)
             if [scene.caption for scene in scenes] == captions:
-                images = icons.render(scenes, icons.lexicon_for(TASK, IMAGE)) / np.float32(255)
+                images = icons.render(scenes, DATA.lexicon) / np.float32(255)
                 # one in `fails` of every category, which take turns
                 images[np.arange(len(images)) // len(icons.CATEGORIES) % self.fails == 0] = 0
                 return images
@@ -66,9 +66,10 @@ def test_json_and_table_hold_scores_with_their_chance():
 
 @pytest.mark.parametrize("task, length", [("single", 2), ("scenes", 6)])
 def test_the_task_is_told_by_the_model(task, length):
-    data = IconsConfig(task=task, glyphs=40)
-    words = WordsConfig(vocabulary=icons.vocabulary(data, IMAGE), length=length)
-    assert oracle.task_of(ModelConfig(text=words, image=IMAGE)) == data
+    data = IconsConfig(task=task, pictograms=40)
+    words = WordsConfig(vocabulary=icons.vocabulary(data), length=length)
+    image = PixelsConfig(icons.SIDES[task], icons.SIDES[task], 4)
+    assert oracle.task_of(ModelConfig(text=words, image=image)) == data
 
 
 def test_a_model_of_another_task_is_refused():

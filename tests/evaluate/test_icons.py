@@ -5,18 +5,19 @@ import pytest
 from scipy import ndimage
 
 from d2m_jax.config import ConfigError, IconsConfig, PixelsConfig
-from d2m_jax.data.icons import CATEGORIES, Object, Scene, lexicon_for, prompts, render
+from d2m_jax.data.icons import CATEGORIES, Object, Scene, prompts, render
+from d2m_jax.data.pictograms import lexicon
 from d2m_jax.evaluate.icons import UNKNOWN, correct, read, score
 from d2m_jax.evaluate.scores import paired_difference
 
-CONFIG, CANVAS = IconsConfig(), PixelsConfig(24, 24)
-LEXICON = lexicon_for(CONFIG, CANVAS)
+CONFIG, CANVAS = IconsConfig(), PixelsConfig(32, 32)
+LEXICON = lexicon(CONFIG.pictograms)
 PROMPTS = prompts(CONFIG, CANVAS, 600)
 TRUTH = render(PROMPTS, LEXICON).astype(np.float32) / 255
 
 
 def objects(*texts):
-    """Objects from `colour glyph row column`."""
+    """Objects from `colour name row column`."""
     split = (text.split() for text in texts)
     return tuple(Object(g, c, float(row), float(column)) for c, g, row, column in split)
 
@@ -33,9 +34,9 @@ def test_the_oracle_is_right_on_true_images_and_near_zero_by_chance():
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_the_oracle_is_right_on_the_quick_task(held_out):
-    config, canvas = IconsConfig(task="single"), PixelsConfig(12, 12)
-    known, asked = lexicon_for(config, canvas), prompts(config, canvas, 200, held_out)
-    result = score(render(asked, known, grid=1) / 255, asked, known)
+    config, canvas = IconsConfig(task="single"), PixelsConfig(16, 16)
+    asked = prompts(config, canvas, 200, held_out)
+    result = score(render(asked, LEXICON, grid=1) / 255, asked, LEXICON)
     assert set(result.categories) == {"single", "colours"} and result.overall.mean >= 0.99
 
 
@@ -47,28 +48,28 @@ def test_the_oracle_bears_noise_and_blur():
         assert min(result.categories.values()) >= 0.99
 
 
-def test_read_finds_glyph_colour_and_place():
-    scene = Scene("", "", objects("red anchor 0 1", "cyan saturn 1 0"))
+def test_read_finds_name_colour_and_place():
+    scene = Scene("", "", objects("red anchor 0 1", "cyan umbrella 1 0"))
     found = read(render([scene], LEXICON)[0] / 255, LEXICON)
-    assert [(o.glyph, o.colour) for o in found] == [("anchor", "red"), ("saturn", "cyan")]
+    assert [(o.name, o.colour) for o in found] == [("anchor", "red"), ("umbrella", "cyan")]
     np.testing.assert_allclose([(o.row, o.column) for o in found], [(0, 1), (1, 0)], atol=0.1)
 
 
 def test_read_bears_specks_breaks_and_a_shift():
-    image = render([Scene("", "", objects("red saturn 0 0"))], LEXICON)[0] / 255
-    image[6] = 0  # breaks the glyph in two
-    image[20, 20:23] = 1  # three white pixels
+    image = render([Scene("", "", objects("red umbrella 0 0"))], LEXICON)[0] / 255
+    image[8] = 0  # breaks the pictogram in two
+    image[26, 26:29] = 1  # three white pixels
     image = np.roll(image, (2, 1), axis=(0, 1))
-    assert [(o.glyph, o.colour) for o in read(image, LEXICON)] == [("saturn", "red")]
+    assert [(o.name, o.colour) for o in read(image, LEXICON)] == [("umbrella", "red")]
 
 
-def test_read_gives_no_name_to_what_is_no_glyph():
-    image = np.zeros((24, 24, 3))
+def test_read_gives_no_name_to_what_is_no_pictogram():
+    image = np.zeros((32, 32, 3))
     assert read(image, LEXICON) == []
-    image[14:22, 14:22, 0] = np.random.default_rng(0).random((8, 8)) < 0.5
-    image[1:23, 3:6] = 1
-    assert {o.glyph for o in read(image, LEXICON)} == {UNKNOWN}
-    assert read(np.full((24, 24, 3), np.nan), LEXICON) == []
+    image[18:30, 18:30, 0] = np.random.default_rng(0).random((12, 12)) < 0.5
+    image[1:31, 3:6] = 1
+    assert {o.name for o in read(image, LEXICON)} == {UNKNOWN}
+    assert read(np.full((32, 32, 3), np.nan), LEXICON) == []
 
 
 # ------------------------------------------------------------------------------------ judging

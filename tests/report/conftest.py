@@ -27,15 +27,15 @@ from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.models.flux import abstract
 from tests.seed import generator
 
-DATA = IconsConfig(glyphs=48)
-IMAGE = PixelsConfig(24, 24, 12)
+DATA = IconsConfig(pictograms=48)
+IMAGE = PixelsConfig(32, 32, 16)
 SECONDS_PER_STEP = {"pruned": 0.1, "paper": 0.2, "fitted": 0.5}
 
 
 def model(ffn="dense", mlp_ratio=4.0, blocks=1, **others) -> ModelConfig:
     """A teacher or a student of it; with `blocks` = 2 its single blocks are one group."""
     transformer = FluxConfig(
-        in_channels=432,
+        in_channels=768,
         vec_in_dim=16,
         context_in_dim=16,
         hidden_size=32,
@@ -46,7 +46,7 @@ def model(ffn="dense", mlp_ratio=4.0, blocks=1, **others) -> ModelConfig:
         single=(StackConfig(2 // blocks, blocks, 1, ffn, mlp_ratio),),
         moe=replace(MoEConfig(experts=4, top_k=2), **others),
     )
-    words = WordsConfig(dim=16, vocabulary=icons.vocabulary(DATA, IMAGE))
+    words = WordsConfig(dim=16, vocabulary=icons.vocabulary(DATA))
     return ModelConfig(transformer, words, IMAGE, sample_steps=2)
 
 

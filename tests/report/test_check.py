@@ -57,8 +57,8 @@ def checked(model: ModelConfig, caption="red anchor"):
 @pytest.mark.parametrize(
     "task, message",
     [
-        (IconsConfig(glyphs=48, train_size=20), "train_size = 20: expected at least"),
-        (IconsConfig(glyphs=8), "too few to combine held-out pairs"),
+        (IconsConfig(pictograms=48, train_size=20), "train_size = 20: expected at least"),
+        (IconsConfig(pictograms=8), "too few to combine held-out pairs"),
     ],
 )  # fmt: skip
 def test_what_the_report_draws_of_the_task(task, message):
@@ -97,7 +97,7 @@ def test_before_anything_trains(make_run, monkeypatch):
     directory = make_run()
     teacher = directory.parent / "teacher"
     config = replace(
-        CONFIG, teacher=str(teacher), data=IconsConfig(glyphs=8),
+        CONFIG, teacher=str(teacher), data=IconsConfig(pictograms=8),
         stages={"moe": StageConfig(batch_size=8)},
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ def scratch(mesh: MeshConfig) -> RunConfig:
     model = ModelConfig(
         replace(tiny.TRANSFORMER, hidden_size=48, num_heads=4, axes_dim=(4, 4, 4)),
         WordsConfig(dim=32),
-        PixelsConfig(24, 24, 6),
+        PixelsConfig(32, 32, 8),
         sample_steps=2,
     )
     stage = replace(tiny.STAGE, steps=STEPS, evaluate_every=6, checkpoint_every=3, sample_every=0)

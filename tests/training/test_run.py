@@ -32,7 +32,7 @@ from d2m_jax.training.run import run
 from d2m_jax.weights.directory import model_directory
 
 TRANSFORMER = FluxConfig(
-    in_channels=108,
+    in_channels=192,
     vec_in_dim=32,
     context_in_dim=32,
     hidden_size=32,
@@ -46,7 +46,7 @@ STAGE = StageConfig(
     steps=2, batch_size=8, log_every=1, evaluate_every=2, checkpoint_every=1, sample_every=2,
     optimizer=OptimizerConfig(warmup=1), remat=False,
 )  # fmt: skip
-DATA = IconsConfig(task="scenes", glyphs=48)
+DATA = IconsConfig(task="scenes", pictograms=48)
 CUT = SparsifyConfig(
     moe=MoEConfig(experts=4, top_k=1), batches=2, batch_size=8, tokens=64, modulation_rank=8
 )
@@ -60,7 +60,7 @@ def teacher(tmp_path_factory):
         model=ModelConfig(
             transformer=TRANSFORMER,
             text=WordsConfig(dim=32),
-            image=PixelsConfig(24, 24, 6),
+            image=PixelsConfig(32, 32, 8),
             sample_steps=2,
         ),
         data=DATA,
@@ -81,7 +81,7 @@ def teacher(tmp_path_factory):
 def test_weights_of_another_canvas_are_where_a_run_starts(teacher, tmp_path):
     config = RunConfig(
         name="single",
-        model=ModelConfig(TRANSFORMER, WordsConfig(dim=32, length=2), PixelsConfig(12, 12, 6)),
+        model=ModelConfig(TRANSFORMER, WordsConfig(dim=32, length=2), PixelsConfig(16, 16, 8)),
         start=str(teacher),
         data=replace(DATA, task="single"),
         stages={"flow": replace(STAGE, sample_every=0)},
@@ -92,7 +92,7 @@ def test_weights_of_another_canvas_are_where_a_run_starts(teacher, tmp_path):
     assert start.keys() == arrays(teacher).keys()
     for name, array in arrays(teacher).items():
         np.testing.assert_array_equal(start[name], array)
-    assert model_directory.load_config(tmp_path / "run" / "model").image.height == 12
+    assert model_directory.load_config(tmp_path / "run" / "model").image.height == 16
 
     other = replace(config, model=replace(config.model, transformer=replace(TRANSFORMER, theta=9)))
     with pytest.raises(ConfigError, match=r"its transformer\.theta is 10000, this run's 9"):
@@ -158,13 +158,13 @@ def test_samples_stand_beside_the_teacher_s(teacher, finished):
     with Image.open(finished / "samples" / "mob_000002.png") as file:
         drawn = np.asarray(file)
     config = student(teacher)
-    captions = [p.caption for p in icons.prompts(DATA, PixelsConfig(24, 24, 6), 36)]
+    captions = [p.caption for p in icons.prompts(DATA, PixelsConfig(32, 32, 8), 36)]
     images = load_pipeline(teacher)(captions[:2], seed=config.seed)
-    scale, cell = 3, 24 * 3 + GAP  # small images are enlarged
+    scale, cell = 2, 32 * 2 + GAP  # small images are enlarged
     assert drawn.shape[1] == 8 * cell - GAP and drawn.shape[0] == 9 * cell - GAP
     mine = load_pipeline(finished / "model")(captions[:2], seed=config.seed)
     for column, image in enumerate([images[0], mine[0], images[1], mine[1]]):
-        found = drawn[: 24 * scale : scale, column * cell : column * cell + 24 * scale : scale]
+        found = drawn[: 32 * scale : scale, column * cell : column * cell + 32 * scale : scale]
         np.testing.assert_allclose(found, np.asarray(image) * 255, atol=1.01)
 
 
