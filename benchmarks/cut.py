@@ -25,7 +25,7 @@ from d2m_jax.models.flux import model_of
 from d2m_jax.sparsify.student import make_student
 from d2m_jax.weights.directory import model_directory
 
-TEACHER, BATCHES = "teachers/icons", 4
+TEACHER, BATCHES = "teachers/pictograms", 4
 CUTS = {
     "pruned": SparsifyConfig(method="prune"),
     "rank deal, random gate": SparsifyConfig(deal="rank", gate="random"),

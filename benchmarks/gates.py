@@ -22,7 +22,7 @@ from d2m_jax.sparsify import importance
 from d2m_jax.sparsify.student import make_student
 from d2m_jax.weights.directory import model_directory
 
-TEACHER, TOP_K = "teachers/icons", 2
+TEACHER, TOP_K = "teachers/pictograms", 2
 RECIPES = (("clustered", "fitted"), ("rank", "fitted"), ("rank", "random"), ("random", "fitted"))
 
 

@@ -54,7 +54,7 @@ def errors(config: FluxConfig, params: dict, seen: np.ndarray, held_out: np.ndar
 
 
 def main() -> None:
-    config, params = model_directory.load("teachers/icons")
+    config, params = model_directory.load("teachers/pictograms")
     encoders, task = Encoders(config), task_of(config)
 
     @partial(jax.jit, static_argnums=2)

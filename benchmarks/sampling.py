@@ -56,7 +56,7 @@ def compare(options):
 
 def main() -> None:
     options = parser(__doc__, rounds=7)
-    options.add_argument("--model", default="teachers/icons", help="as load_pipeline takes it")
+    options.add_argument("--model", default="teachers/pictograms", help="as load_pipeline takes it")
     options.add_argument("--prompt", default="red anchor left of blue earth")
     options.add_argument("--steps", type=int, default=28)
     options.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])

@@ -22,7 +22,7 @@ from d2m_jax.evaluate.icons import task_of
 from d2m_jax.models.flux import model_of
 from d2m_jax.weights.directory import model_directory
 
-TEACHER, TOP_KS, BATCHES = "teachers/icons", (0, 1, 2, 4, 8, 12), 4
+TEACHER, TOP_KS, BATCHES = "teachers/pictograms", (0, 1, 2, 4, 8, 12), 4
 
 
 @partial(jax.jit, static_argnums=0)

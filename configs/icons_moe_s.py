@@ -58,7 +58,7 @@ def get_config() -> RunConfig:
     routed = {"rates": {"*.experts.*": 4.0, "*mlp.scale": 30.0}, "loss": LossConfig()}
     return RunConfig(
         name="icons_moe_s",
-        teacher="teachers/icons",
+        teacher="teachers/pictograms",
         data=IconsConfig(task="scenes"),
         sparsify=SparsifyConfig(deal="clustered", gate="fitted"),
         stages={

@@ -126,9 +126,9 @@ def test_names_of_stages():
 
 def test_a_teacher_is_found_from_the_shell_and_from_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert teacher_path("teachers/icons") == ROOT / "teachers/icons"
-    (tmp_path / "teachers" / "icons").mkdir(parents=True)
-    assert teacher_path("teachers/icons") == tmp_path / "teachers/icons"
+    assert teacher_path("teachers/pictograms") == ROOT / "teachers/pictograms"
+    (tmp_path / "teachers" / "pictograms").mkdir(parents=True)
+    assert teacher_path("teachers/pictograms") == tmp_path / "teachers/pictograms"
     with pytest.raises(ConfigError, match=f"^teacher = a/b: found nothing in {tmp_path} nor in"):
         teacher_path("a/b")
 

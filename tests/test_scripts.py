@@ -364,9 +364,9 @@ def test_a_model_that_needs_no_encoders_says_so(error_of, model, tmp_path):
 def test_folders_do_not_get_names_of_files(error_of, tmp_path, name):
     new = tmp_path / name
     for arguments in (
-        ("sample", "teachers/icons", "--prompt", "red anchor", "--output", new),
+        ("sample", "teachers/pictograms", "--prompt", "red anchor", "--output", new),
         ("train", "configs/tiny.py", "--run-dir", new),
-        ("convert_torch_weights", "teachers/icons", new),
+        ("convert_torch_weights", "teachers/pictograms", new),
     ):
         assert f"{name}: would be a" in error_of(*arguments)
     assert not new.exists()
@@ -387,10 +387,10 @@ NO_NUMBER = "JAX_NUM_CPU_DEVICES=abc", 'Invalid value "abc" for JAX flag jax_num
 )
 def test_an_environment_in_which_jax_cannot_start(tmp_path, name, variable, message):
     arguments = {
-        "sample": ["teachers/icons", "--prompt", "red", "--output", tmp_path / "images"],
+        "sample": ["teachers/pictograms", "--prompt", "red", "--output", tmp_path / "images"],
         "train": ["configs/tiny.py", "--run-dir", tmp_path / "run"],
-        "evaluate": ["icons", "teachers/icons"],
-        "convert_torch_weights": ["teachers/icons", tmp_path / "model"],
+        "evaluate": ["icons", "teachers/pictograms"],
+        "convert_torch_weights": ["teachers/pictograms", tmp_path / "model"],
     }[name]
     done = subprocess.run(
         [sys.executable, f"{name}.py", *arguments],

@@ -102,8 +102,8 @@ def correct(found: Sequence[Object], prompt: Scene) -> bool:
 
     Every category wants exactly the objects asked for, none beside them, and their names right.
     On top, colours and attribution want each in its own colour, and position wants the first to lie
-    at least half a cell on its side of the second. As in GenEval, single, two, counting and position
-    do not judge colours.
+    at least half a cell on its side of the second. As in GenEval, single, two, counting and
+    position do not judge colours.
     """
     coloured = prompt.category in ("colours", "attribution")
 

@@ -15,7 +15,7 @@ from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.sparsify.student import make_student
 from d2m_jax.weights.directory import model_directory
 
-TEACHER = Path(__file__).parents[2] / "teachers" / "icons"
+TEACHER = Path(__file__).parents[2] / "teachers" / "pictograms"
 PROMPTS = 120
 
 
