@@ -16,6 +16,7 @@ import numpy as np
 from timing import finish, measure, parser, table
 
 from d2m_jax.data import icons
+from d2m_jax.data.pictograms import lexicon
 from d2m_jax.evaluate.icons import score, task_of
 from d2m_jax.evaluate.scores import paired_difference
 from d2m_jax.sampling.pipeline import Pipeline, load_pipeline
@@ -42,7 +43,7 @@ def compare(options):
     }
     config = pipes[None].config
     task = task_of(config)
-    lexicon = icons.lexicon_for(task, config.image)
+    known = lexicon(task.pictograms)
     scenes = [
         scene
         for held_out in (False, True)
@@ -59,7 +60,7 @@ def compare(options):
     plain = None
     for name, asked in OPTIONS.items():
         images = [paint(captions, seed=seed, **asked) for seed in range(options.seeds)]
-        scores = [score(mine, scenes, lexicon) for mine in images]
+        scores = [score(mine, scenes, known) for mine in images]
         # Of every prompt the share of noises from which it comes out right.
         mean = replace(scores[0], correct=np.mean([mine.correct for mine in scores], axis=0))
         plain = plain or (mean, images)

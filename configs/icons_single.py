@@ -10,7 +10,7 @@ import dataclasses
 from configs.icons_teacher import MODEL, stage
 from d2m_jax.config import IconsConfig, PixelsConfig, RunConfig, WordsConfig
 
-STEPS = 6_000
+STEPS = 2_500
 
 
 def get_config() -> RunConfig:

@@ -2,6 +2,8 @@
 
 python train.py configs/icons_single.py
 python train.py configs/icons_teacher.py
+
+It starts with what the first of them learned of single pictograms.
 """
 
 from d2m_jax.config import (
@@ -54,6 +56,7 @@ def get_config() -> RunConfig:
     return RunConfig(
         name="icons_teacher",
         model=MODEL,
+        start="runs/icons_single/model",
         data=IconsConfig(task="scenes", train_size=100_000_000),
         stages={"flow": stage(STEPS, final_rate=0.01)},
     )

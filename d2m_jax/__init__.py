@@ -1,6 +1,6 @@
 """Dense2MoE in JAX: from a dense diffusion transformer to a sparse one, and what that bought.
 
-    pipe = d2m_jax.load_pipeline("teachers/pictograms")  # a model directory, a diffusers FluxPipeline
+    pipe = d2m_jax.load_pipeline("teachers/pictograms")  # a model directory, a FluxPipeline's
     images = pipe("two green anchor", seed=1)  # float32 [b, h, w, 3] in [0, 1]; images.pil: PIL's
     model = d2m_jax.load_model("flux1-dev.safetensors")  # the transformer alone
     d2m_jax.push_to_hub("runs/flux", "OWNER/NAME")  # with a card that tells what it is
