@@ -22,6 +22,6 @@ def get_config() -> RunConfig:
             image=PixelsConfig(height=16, width=16, patch=8),
         ),
         data=IconsConfig(task="single", train_size=100_000_000),
-        # No cooling down: it goes on in scenes, and the average of its weights is what is kept.
-        stages={"flow": stage(STEPS, schedule="constant")},
+        # The rate stays: the average of the weights goes on in scenes.
+        stages={"flow": stage(STEPS, 128, 2e-3, "constant")},
     )

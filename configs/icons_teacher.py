@@ -6,6 +6,8 @@ python train.py configs/icons_teacher.py
 It starts with what the first of them learned of single pictograms.
 """
 
+from typing import Literal
+
 from d2m_jax.config import (
     FluxConfig,
     IconsConfig,
@@ -18,7 +20,7 @@ from d2m_jax.config import (
     WordsConfig,
 )
 
-STEPS = 6_000
+STEPS, SETTLE = 4_000, 2_000  # at a constant rate, and while it falls to nothing
 MODEL = ModelConfig(
     transformer=FluxConfig(
         in_channels=192,
@@ -39,11 +41,13 @@ MODEL = ModelConfig(
 )
 
 
-def stage(steps: int, **fields) -> StageConfig:
+def stage(
+    steps: int, batch_size: int, learning_rate: float, schedule: Literal["constant", "linear"]
+) -> StageConfig:
     return StageConfig(
         steps=steps,
-        batch_size=128,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=200, ema=0.999, **fields),
+        batch_size=batch_size,
+        optimizer=OptimizerConfig(learning_rate, schedule, warmup=200, ema=0.999),
         remat=False,
         log_every=20,
         evaluate_every=250,
@@ -58,5 +62,8 @@ def get_config() -> RunConfig:
         model=MODEL,
         start="runs/icons_single/model",
         data=IconsConfig(task="scenes", train_size=100_000_000),
-        stages={"flow": stage(STEPS, final_rate=0.01)},
+        stages={
+            "flow": stage(STEPS, 64, 1.5e-3, "constant"),
+            "settle": stage(SETTLE, 64, 1.5e-3, "linear"),
+        },
     )
