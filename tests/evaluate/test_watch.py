@@ -180,9 +180,9 @@ def test_files_of_a_model_and_a_file_of_prompts(params, tmp_path, without_cores)
 
 def test_the_embedded_task_needs_no_file(tmp_path, without_cores):
     """A dense model: of what it has, how much its blocks change."""
-    task, image = IconsConfig(task="single", glyphs=8), PixelsConfig(24, 24, 6)
-    words = WordsConfig(dim=16, vocabulary=icons.vocabulary(task, image), length=2)
-    transformer = replace(toy.DENSE, in_channels=108, context_in_dim=16, vec_in_dim=16)
+    task, image = IconsConfig(task="single", pictograms=8), PixelsConfig(16, 16, 8)
+    words = WordsConfig(dim=16, vocabulary=icons.vocabulary(task), length=2)
+    transformer = replace(toy.DENSE, in_channels=192, context_in_dim=16, vec_in_dim=16)
     config = ModelConfig(transformer=transformer, text=words, image=image, sample_steps=2)
     weights.save(tmp_path / "model", config, toy.random_like(initialise(transformer, 0)))
     found = watch_run.run(Routing(model=str(tmp_path / "model"), output=tmp_path / "out", count=3))

@@ -27,6 +27,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.data import icons
 from d2m_jax.data.cache import cache
+from d2m_jax.data.pictograms import lexicon
 from d2m_jax.training.run import run
 from d2m_jax.weights.directory import model_directory
 from tests.test_hosts import assert_all_ended_well, together
@@ -154,11 +155,11 @@ def test_two_processes_distil_as_one(alone, tmp_path):
 
 def pictures(folder: Path) -> Path:
     """Captioned drawings of the embedded task, half of them cropped to another shape."""
-    scenes = icons.prompts(tiny.DATA, PixelsConfig(24, 24, 6), 60)
-    drawn = icons.render(scenes, icons.lexicon_for(tiny.DATA, PixelsConfig(24, 24, 6)))
+    scenes = icons.prompts(tiny.DATA, PixelsConfig(32, 32, 8), 60)
+    drawn = icons.render(scenes, lexicon(tiny.DATA.pictograms))
     folder.mkdir()
     for i, (scene, image) in enumerate(zip(scenes, drawn, strict=True)):
-        Image.fromarray(image[:16] if i % 2 else image).save(folder / f"{i:02}.png")
+        Image.fromarray(image[:20] if i % 2 else image).save(folder / f"{i:02}.png")
         (folder / f"{i:02}.txt").write_text(scene.caption)
     return folder
 
@@ -166,7 +167,7 @@ def pictures(folder: Path) -> Path:
 def images(folder: str, mesh: MeshConfig) -> RunConfig:
     """A dense model of these drawings from scratch, in batches of two sizes."""
     data = ImagesConfig(
-        sources={f"{folder}/images": 1.0}, resolutions=(24,), aspect_ratio=1.5, validation=12
+        sources={f"{folder}/images": 1.0}, resolutions=(32,), aspect_ratio=1.7, validation=12
     )
     return replace(scratch(mesh), data=data)
 
