@@ -49,7 +49,7 @@ class Pictures:
         return [Asked(self.caption)] if self.caption else []
 
 
-def checked(model: ModelConfig, caption="red anchor"):
+def checked(model: ModelConfig, caption="red balloon"):
     data = Pictures(caption)
     check_report(CONFIG, model, data, data, Encoders(model, load=False))
 
@@ -58,7 +58,7 @@ def checked(model: ModelConfig, caption="red anchor"):
     "task, message",
     [
         (IconsConfig(pictograms=48, train_size=20), "train_size = 20: expected at least"),
-        (IconsConfig(pictograms=8), "too few to combine held-out pairs"),
+        (IconsConfig(pictograms=3), "too few to combine held-out pairs"),
     ],
 )  # fmt: skip
 def test_what_the_report_draws_of_the_task(task, message):
@@ -71,8 +71,8 @@ def test_what_the_report_draws_of_the_task(task, message):
 def test_prompts_that_the_model_cannot_read():
     checked(conftest.model())
     checked(conftest.model(), "")  # no prompts, no samples
-    with pytest.raises(ConfigError, match="unknown word 'ancor', did you mean anchor"):
-        checked(conftest.model(), "red ancor")
+    with pytest.raises(ConfigError, match="unknown word 'baloon', did you mean balloon"):
+        checked(conftest.model(), "red baloon")
 
 
 def test_encoders_are_asked_for_before_they_draw(tmp_path, capsys):
@@ -97,7 +97,7 @@ def test_before_anything_trains(make_run, monkeypatch):
     directory = make_run()
     teacher = directory.parent / "teacher"
     config = replace(
-        CONFIG, teacher=str(teacher), data=IconsConfig(pictograms=8),
+        CONFIG, teacher=str(teacher), data=IconsConfig(pictograms=3),
         stages={"moe": StageConfig(batch_size=8)},
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_before_anything_trains(make_run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "caption, message", [("red ancor", "unknown word 'ancor'"), ("", "the data have no prompts")]
+    "caption, message", [("red baloon", "unknown word 'baloon'"), ("", "the data have no prompts")]
 )
 def test_so_is_what_sample_grids_draw(make_run, monkeypatch, caption, message):
     directory = make_run().parent
