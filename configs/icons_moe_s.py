@@ -1,9 +1,9 @@
-"""From the icons teacher to MoE with Mixture of Blocks, beside the paper's recipe and a rival.
+"""From the pictograms teacher to MoE with Mixture of Blocks, beside the paper's recipe and a rival.
 
     python train.py configs/icons_moe_s.py --run-dir runs/demo        (or: make demo)
 
 1S12E2A: a shared expert of a quarter of the FFN and 2 of 12 normal experts, 37.5 % of the FFN per
-token, then one group of 2 single blocks of which 1 runs. The rival is pruned to the 37.5 % of
+token, then two groups of 2 single blocks, of which 1 runs. The rival is pruned to the 37.5 % of
 neurons that matter most, and trains on the same batches for the same steps.
 """
 
@@ -18,8 +18,8 @@ from d2m_jax.config import (
     StudentConfig,
 )
 
-STEPS = 1200  # of every student, whatever its stages
-MOB_STEPS = 400  # on top: of the Mixture of Blocks, and of the rival
+STEPS = 300  # of every student, whatever its stages
+MOB_STEPS = 100  # on top: of the Mixture of Blocks, and of the rival
 
 BLOCKS = ("double.*", "single.*")  # everything but the embedders and the last layer
 SHARED = ("*.shared.*",)
@@ -42,9 +42,9 @@ def stage(steps: int, train: tuple[str, ...] = BLOCKS, **fields) -> StageConfig:
         loss=fields.pop("loss", LossConfig(feature=0.0)),
         remat=False,
         log_every=20,
-        evaluate_every=200,
-        checkpoint_every=200,
-        sample_every=400,
+        evaluate_every=100,
+        checkpoint_every=100,
+        sample_every=100,
         **fields,
     )
 
