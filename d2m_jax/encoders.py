@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from d2m_jax import flow
 from d2m_jax.config import AutoencoderConfig, ModelConfig, PixelsConfig, WordsConfig
@@ -99,7 +99,8 @@ class Encoders:
         if "latents" in batch:
             return batch
         txt, y = self.text(batch["text"])
-        return {"latents": self.latents(batch["image"]), "txt": txt, "y": y}
+        found = {"latents": self.latents(batch["image"]), "txt": txt, "y": y}
+        return found | {"text_length": _lengths(self.tokenizer.padding, batch["text"])}
 
     def images(
         self, latents: Float[Array, "b n c"], height: int, width: int, tile: int | None = None
@@ -117,6 +118,13 @@ def _text(config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], ids: P
     txt = t5.model_of(config.text.t5, params["t5"], dtype)(ids["t5"])
     y = clip.model_of(config.text.clip, params["clip"], dtype)(ids["clip"])
     return txt, y
+
+
+@partial(jax.jit, static_argnums=0)
+def _lengths(padding: int, ids: PyTree) -> Int[Array, " b"]:
+    """How many text tokens are no padding."""
+    ids = ids["t5"] if isinstance(ids, dict) else ids
+    return (ids != padding).sum(1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -49,9 +49,14 @@ class Tokenizers:
             for name, tokenizer in self.loaded.items()
         }
 
+    @property
+    def padding(self) -> int:
+        """T5's id of padding."""
+        return self.loaded["t5"].pad_token_id
+
     def lengths(self, ids: dict[str, Int[np.ndarray, "b l"]]) -> Int[np.ndarray, " b"]:
         """How many of T5's ids are no padding."""
-        return (ids["t5"] != self.loaded["t5"].pad_token_id).sum(1)
+        return (ids["t5"] != self.padding).sum(1)
 
     def lost(self, captions: list[str], length: int | None = None) -> dict[str, dict[int, str]]:
         """What `ids` cuts off: by encoder, the rest of each caption that is too long, by its

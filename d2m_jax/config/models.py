@@ -95,6 +95,8 @@ class FluxConfig(Config):
     single: tuple[StackConfig, ...] = (StackConfig(38),)
     moe: MoEConfig = MoEConfig()
     mob_alpha: float = 0.5  # α of the block router: pooled features against the global vector
+    # Which κ of a group's m blocks run together: any, or such that follow one another.
+    mob_choice: Literal["any", "adjacent"] = "any"
     modulation_rank: int | None = None  # r of the shared basis; None: a full matrix per block
 
     def __post_init__(self):

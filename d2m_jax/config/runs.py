@@ -68,6 +68,7 @@ class StageConfig(Config):
     random_top_k: tuple[int, ...] = ()
     groups: "GroupsConfig | None" = None  # regroup the blocks into MoB groups before this stage
     loss: LossConfig = LossConfig()
+    count_padding: bool = True  # whether texts' padding counts in balance and block features
     optimizer: OptimizerConfig = OptimizerConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; the rest stays float32
     remat: bool = True
@@ -103,6 +104,8 @@ class GroupsConfig(Config):
     keep_single: int = 0
     single_blocks: int = 2
     single_active: int = 1
+    # Which of a group's blocks run together, in all groups of the model (FluxConfig.mob_choice).
+    choice: Literal["any", "adjacent"] = "any"
 
 
 @dataclass(frozen=True)

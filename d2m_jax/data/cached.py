@@ -169,6 +169,8 @@ def _encoded(
             "txt": _padded(text["txt"], model.text.length),
             "y": text["y"],
         }
+        if "text_length" in text:
+            values["text_length"] = text["text_length"]
         if "noisy" in record.arrays:  # points of a teacher's path, of which one is drawn
             point = int(draw.integers(len(record.arrays["noisy"])))
             values["noisy"] = record.arrays["noisy"][point].astype(np.float32)

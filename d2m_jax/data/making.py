@@ -108,19 +108,22 @@ class TextFeatures:
         self.encoders, self.padding = encoders, padding
 
     def __call__(self, captions: list[str]) -> list[dict[str, np.ndarray]]:
-        """`txt` [l, e] and `y` [v] of each."""
+        """`txt` [l, e], `y` [v] and `text_length` [], how much is no padding, of each."""
         tokenizer = self.encoders.tokenizer
         ids = tokenizer.ids(captions)
         mesh = local_mesh()
         with jax.set_mesh(mesh):
             features = self.encoders.text(placed(mesh, ids))
         txt, y = (np.asarray(a).astype(BFLOAT16) for a in features)
-        lengths = [txt.shape[1]] * len(captions)
-        if self.padding == "drop" and isinstance(tokenizer, Tokenizers):
+        if isinstance(tokenizer, Tokenizers):
             assert isinstance(ids, dict)  # which is what Tokenizers gives
-            lengths = tokenizer.lengths(ids).tolist()
+            lengths, dropped = tokenizer.lengths(ids), self.padding == "drop"
+        else:
+            lengths, dropped = (np.asarray(ids) != tokenizer.padding).sum(1), False
+        kept = [t[:length] if dropped else t for t, length in zip(txt, lengths, strict=True)]
         return [
-            {"txt": t[:length], "y": one} for t, one, length in zip(txt, y, lengths, strict=True)
+            {"txt": t, "y": one, "text_length": np.asarray(length, np.int32)}
+            for t, one, length in zip(kept, y, lengths, strict=True)
         ]
 
     def bytes(self) -> int:

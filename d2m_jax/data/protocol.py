@@ -27,7 +27,8 @@ class Batches(Protocol):
 
     A batch is either raw, {"image": uint8 [b, H, W, 3], "text": what the tokenizer makes of the
     captions}, or encoded (Encoders.encode): {"latents": [b, rows, columns, k] float32, "txt": [b,
-    l, e], "y": [b, v]}. All of its images have one size, which may be another in the next batch,
+    l, e], "y": [b, v]}, and "text_length" [b], the text tokens that are no padding, where that is
+    known. All of its images have one size, which may be another in the next batch,
     and is the same on all processes.
     """
 

@@ -79,14 +79,27 @@ def _stacks(
         with jax.named_scope("student"):
             s, of_group = run_student(params[1], streams[1])
         with jax.named_scope("features"):
-            scalars = _compare(t, s) if features else {}
+            scalars = _compare(t, s, s_context) if features else {}
         return (t, s), (scalars, of_group)
 
     (t, s), (scalars, report) = jax.lax.scan(body, (t_streams, s_streams), (t_params, s_params))
     return t, s, scalars, report
 
 
-def _compare(t: Streams, s: Streams) -> dict[str, Array]:
+def _compare(t: Streams, s: Streams, context: Context) -> dict[str, Array]:
+    """Means over the tokens that count of each sample, then over samples."""
     joined_t, joined_s = (jnp.concatenate(streams, axis=1) for streams in (t, s))
-    square = jnp.square(joined_t.astype(jnp.float32)).mean()
-    return {"feature": mean_square(joined_t, joined_s), "square": square}
+    text = context.text_tokens
+    counted = context.counted(text, joined_t.shape[1] - text)
+    if counted is None:
+        square = jnp.square(joined_t.astype(jnp.float32)).mean()
+        return {"feature": mean_square(joined_t, joined_s), "square": square}
+    if len(t) == 2:  # (img, txt), not text first
+        counted = jnp.roll(counted, -text, axis=1)
+    weights = counted / counted.sum(1, keepdims=True) / len(counted)
+
+    def mean(x: Float[Array, "b n d"]) -> Float[Array, ""]:
+        return (jnp.square(x).mean(-1) * weights).sum()
+
+    exact, other = joined_t.astype(jnp.float32), joined_s.astype(jnp.float32)
+    return {"feature": mean(exact - other), "square": mean(exact)}

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from d2m_jax import flow
-from d2m_jax.config import ModelConfig, StageConfig, Timesteps
+from d2m_jax.config import ModelConfig, StageConfig, Timesteps, check
 from d2m_jax.distill.lockstep import check_aligned, lockstep
 from d2m_jax.distill.losses import mean_square, nothing_routed, routing_means, total
 from d2m_jax.distill.objective import Means, Objective
@@ -155,10 +155,19 @@ def _draw(
 def _embed(
     model: Flux, inputs: tuple, stage: StageConfig, batch: dict[str, Array]
 ) -> tuple[Streams, Context]:
-    """The start of a model that trains, with the experts per token that the stage asks for."""
-    if not stage.random_top_k:
-        return model.embed(*inputs, top_k=stage.top_k)
-    return model.embed(*inputs, top_k=max(stage.random_top_k), top_k_each=batch["top_k"])
+    """The start of a model that trains, with the experts per token that the stage asks for.
+    ConfigError for batches that do not say what is padding where the stage must know."""
+    asked: dict[str, Any] = {"top_k": stage.top_k}
+    if stage.random_top_k:
+        asked = {"top_k": max(stage.random_top_k), "top_k_each": batch["top_k"]}
+    if not stage.count_padding:
+        check(
+            "text_length" in batch,
+            "StageConfig.count_padding = False: expected data that tell the length of their texts,"
+            " found none (a cache made before, or of others: make it again)",
+        )
+        asked["text_lengths"] = batch["text_length"]
+    return model.embed(*inputs, **asked)
 
 
 def times(timesteps: Timesteps, key: Array, count: int) -> Float[Array, " b"]:

@@ -48,7 +48,9 @@ def call_ffn(
     """The output and report of the FFN of this name; only a gate reads more than x. What is known
     of it, or asked of it, is in the context."""
     if isinstance(module, MoE):
-        y, report = module(x, unmodulated, context, context.known.routed.get(name))
+        text = {"img_mlp": 0, "txt_mlp": x.shape[1]}.get(name, context.text_tokens)
+        counted = context.counted(text, x.shape[1] - text)
+        y, report = module(x, unmodulated, context, context.known.routed.get(name), counted)
     else:
         y, report = module(x), FFNReport()
     if report.choices is not None:

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -47,13 +48,30 @@ def layer_pool(streams: Streams, text_tokens: int) -> Float[Array, "b e"]:
 
 
 def choose(
-    logits: Float[Array, "b m"], active: int
+    logits: Float[Array, "b m"], active: int, which: Literal["any", "adjacent"] = "any"
 ) -> tuple[Float[Array, "b m"], Int[Array, "b k"], Float[Array, "b k"]]:
     """Probabilities, the chosen blocks in their order, and weights: exactly 1 forward,
-    straight-through backward."""
-    probability = jax.nn.softmax(logits, axis=-1)
-    chosen = jnp.sort(jax.lax.top_k(logits, active)[1], axis=-1)
-    p = jnp.take_along_axis(probability, chosen, axis=-1)
+    straight-through backward.
+
+    "any": the blocks of the largest logits, each by its own probability. "adjacent": the run of
+    blocks that follow one another with the largest sum of logits; all by the probability of that
+    run among the runs, of which a block's probability is its share, so that blocks' sum to 1.
+    """
+    if which == "any":
+        probability = jax.nn.softmax(logits, axis=-1)
+        chosen = jnp.sort(jax.lax.top_k(logits, active)[1], axis=-1)
+        p = jnp.take_along_axis(probability, chosen, axis=-1)
+    else:
+        blocks = logits.shape[-1]
+        runs = np.arange(blocks - active + 1)[:, None] + np.arange(active)  # [runs, κ]
+        of_runs = logits[:, runs].sum(-1)
+        best, of_runs = of_runs.argmax(-1), jax.nn.softmax(of_runs, axis=-1)
+        chosen = best[:, None] + jnp.arange(active)
+        p = jnp.take_along_axis(of_runs, best[:, None], axis=-1)
+        p = jnp.broadcast_to(p, chosen.shape)
+        shares = np.zeros((len(runs), blocks), np.float32)
+        np.put_along_axis(shares, runs, 1 / active, axis=1)
+        probability = jnp.matmul(of_runs, shares, precision=jax.lax.Precision.HIGHEST)
     return probability, chosen, 1 + (p - jax.lax.stop_gradient(p))
 
 
@@ -80,7 +98,7 @@ def run_chosen(
     known = jax.tree.map(lambda a: a.swapaxes(0, 1), known)
     pe = context.pe if pe_mapped else None
     each = context.top_k_each
-    asked = each, context.tokens
+    asked = each, context.tokens, context.text_lengths
     samples = streams, context.vec, context.cond, chosen, weight, pe, known, asked
     arguments = samples, params, None if pe_mapped else context.pe
     run = partial(_run_samples, run_block, context)
@@ -102,9 +120,10 @@ def _run_samples(
     def one(sample: tuple):
         streams, vec, cond, chosen, weight, pe, known, asked = sample
         pe = jax.tree.map(lambda a: a[None], pe) if pe_of_all is None else pe_of_all
-        each, tokens = jax.tree.map(lambda a: a[None], asked)
+        each, tokens, lengths = jax.tree.map(lambda a: a[None], asked)
         own = {"vec": vec[None], "cond": cond[None], "pe": pe}
-        mine = replace(context, **own, top_k_each=each, tokens=tokens)
+        own |= {"top_k_each": each, "tokens": tokens, "text_lengths": lengths}
+        mine = replace(context, **own)
         streams = tuple(x[None] for x in streams)
 
         def step(streams: Streams, choice: tuple[Array, Array]):

@@ -33,9 +33,11 @@ class MoE(nnx.Module):
         unmodulated: Float[Array, "b n d"],
         context: Context,
         routed: Float[Array, "b n d"] | None = None,
+        counted: Float[Array, "b n"] | None = None,
     ) -> tuple[Float[Array, "b n d"], FFNReport]:
         """Output and report. `routed`, what the normal experts added in an earlier step
-        (FFNReport.routed), is added again without computing it."""
+        (FFNReport.routed), is added again without computing it. `counted` says which tokens the
+        report's Routing is of; all are computed."""
         k, each = self.config.top_k if context.top_k is None else context.top_k, context.top_k_each
         y, routing, choices = self.shared(x), None, None
         if routed is None and k > 0:
@@ -45,9 +47,14 @@ class MoE(nnx.Module):
             with jax.named_scope("experts"):
                 routed = self.scale[...].astype(x.dtype) * self.experts(x, chosen, weight)
             choices = jax.nn.one_hot(chosen, self.config.experts).sum(2)
-            load = choices.sum(1)
+            if counted is None:
+                load, probability = choices.sum(1), probability.mean(1)
+            else:
+                load = (choices * counted[..., None]).sum(1)
+                probability = (probability * counted[..., None]).sum(1)
+                probability /= jnp.maximum(counted.sum(1, keepdims=True), 1)
             load = load / jnp.maximum(load.sum(-1, keepdims=True), 1)
-            routing = Routing(load, probability.mean(1))
+            routing = Routing(load, probability)
         kept = None
         if context.keep_routed:
             kept = jnp.zeros_like(y) if routed is None else routed

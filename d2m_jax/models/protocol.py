@@ -58,10 +58,20 @@ class Context:
     top_k_each: Int[Array, " b"] | None = None  # those of each sample, top_k at most; None: top_k
     # Of each sample, the image and the text tokens whose FFN inputs are reported; None: of none.
     tokens: tuple[Int[Array, "b p"], Int[Array, "b q"]] | None = None
+    # Of each sample, how many text tokens are no padding: these alone count in Routing; None: all.
+    text_lengths: Int[Array, " b"] | None = None
     keep_routed: bool = False  # whether to report what the normal experts added
     # Whether to report which experts image tokens chose, and how much blocks changed the streams.
     watched: bool = False
     known: Known = NOTHING  # of the block that reads it
+
+    def counted(self, text: int, image: int) -> Float[Array, "b n"] | None:
+        """1 for a token that counts, else 0, of so many text tokens and then image tokens; None
+        where all count."""
+        if self.text_lengths is None:
+            return None
+        words = jnp.arange(text) < self.text_lengths[:, None]
+        return jnp.pad(words.astype(jnp.float32), ((0, 0), (0, image)), constant_values=1.0)
 
     def tokens_of(self, ffn: str) -> Int[Array, "b t"] | None:
         """Context.tokens, counted as an FFN of this name does."""

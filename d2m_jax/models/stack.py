@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class Stack(nnx.Module):
 
             self.router = over_axes(create_router, (stack.groups,), rngs)
         self.config = stack
+        self.choice: Literal["any", "adjacent"] = config.mob_choice
 
     def split(self) -> tuple[Any, Any]:
         """What run_group needs: the program of one group, and parameters with the leading axis of
@@ -74,7 +75,7 @@ class Stack(nnx.Module):
         logits = known.used
         if logits is None:
             logits = nnx.merge(graphs[1], router)(streams, context)
-        probability, chosen, weight = choose(logits, self.config.active)
+        probability, chosen, weight = choose(logits, self.config.active, self.choice)
         known = replace(known, used=None)
         asked = streams, context, chosen, weight, known
         streams, (reports, changes) = run_chosen(run_block, block, *asked)

@@ -19,6 +19,8 @@ class Words:
     trained model's words; and from the word itself, so that they do not depend on the vocabulary.
     """
 
+    padding = 0  # its id
+
     def __init__(self, config: WordsConfig):
         self.config = config
         self.index = {word: i + 1 for i, word in enumerate(config.vocabulary)}

@@ -80,7 +80,7 @@ def grouped(config: FluxConfig, groups: GroupsConfig) -> FluxConfig:
         stacks[kind] = tuple(
             replace(stack, groups=len(list(equal))) for stack, equal in groupby(single_groups)
         )
-    return replace(config, **stacks)
+    return replace(config, mob_choice=groups.choice, **stacks)
 
 
 def regroup(

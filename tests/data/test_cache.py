@@ -112,6 +112,8 @@ def test_batches_are_what_the_encoders_give(folder, tmp_path):
         expected = encoders.encode(raw)
         np.testing.assert_array_equal(record.arrays["txt"], expected["txt"][0].astype(BFLOAT16))
         np.testing.assert_array_equal(record.arrays["y"], expected["y"][0].astype(BFLOAT16))
+        length = record.arrays["text_length"]
+        assert length == expected["text_length"][0] == len(record.facts["caption"].split())
         found = packed(record.arrays["image"].astype(np.float32) / 127.5 - 1, 4)
         np.testing.assert_allclose(found, expected["latents"][0], atol=1e-6)
     assert {p.caption for p in data.prompts(6)} <= {

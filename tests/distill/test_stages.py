@@ -179,6 +179,81 @@ def test_experts_are_drawn_for_each_sample():
     assert values[0] == pytest.approx(values[1], rel=1e-5) != pytest.approx(values[2], rel=1e-2)
 
 
+def test_padding_is_left_out_of_balance_and_features():
+    """Against reports and streams without it: of experts, of an MoB's too, and of block features;
+    nothing else changes."""
+    groups = (StackConfig(1, blocks=2, active=1, ffn="moe"),)
+    student = replace(STUDENT, transformer=replace(STUDENT.transformer, single=groups))
+    teacher_config = replace(BODY, single=(StackConfig(1, blocks=2, active=2),))
+    teacher = replace(TEACHER, transformer=teacher_config)
+    given = toy.params(teacher.transformer, 1), batch() | {"text_length": jnp.array([0, 1, 2, 3])}
+    params = toy.params(student.transformer)
+    found = {}
+    for counts in (True, False):
+        stage = StageConfig(count_padding=counts)
+        loss = stages.distill_loss(teacher, student, stage)
+
+        def means(params, constants, batch, loss=loss):
+            return loss.means(params, constants, loss.draw(batch, jax.random.key(0)))
+
+        found[counts] = jax.jit(means)(params, *given)
+        drawn = loss.draw(given[1], jax.random.key(0))
+    np.testing.assert_allclose(found[False]["output"], found[True]["output"], rtol=1e-6)
+
+    # By hand, sample by sample, of what the FFNs of the double block read and give.
+    inputs, _ = stages.noisy(student, drawn)
+
+    @jax.jit
+    def streams(params, constants):
+        every = tuple(jnp.tile(jnp.arange(n), (4, 1)) for n in (12, 3))
+        models = model_of(student.transformer, params), model_of(teacher.transformer, constants)
+        reports, ends = [], []
+        for model in models:
+            start, context = model.embed(*inputs, tokens=every)
+            end, report = model.double[0](start, context)
+            reports.append(report)
+            ends.append(end)
+        return reports[0], ends
+
+    report, ((img, txt), (t_img, t_txt)) = streams(params, given[0])
+    lengths = given[1]["text_length"].tolist()
+    squares = [
+        np.concatenate(
+            [np.square(t_img[i] - img[i]), np.square(t_txt[i] - txt[i])[: lengths[i]]]
+        ).mean()
+        for i in range(4)
+    ]
+    np.testing.assert_allclose(found[False]["feature"][0], np.mean(squares), rtol=1e-4)
+    gate = jax.tree.map(lambda a: a[0, 0], params["double"][0]["block"]["txt_mlp"]["gate"])
+    x = np.asarray(report.ffns["txt_mlp"].inputs)[0, 0]
+    logits = np.asarray(jax.nn.softmax(x @ gate["kernel"] + gate["bias"]))
+    probability = [logits[i, : lengths[i]].sum(0) / max(1, lengths[i]) for i in range(4)]
+    got = found[False]["routing"]["double.0.txt_mlp"]["probability"][0, 0]
+    np.testing.assert_allclose(got, np.mean(probability, axis=0), rtol=1e-4, atol=1e-6)
+    # Images have none, and what of blocks is chosen is another matter.
+    for name, one in found[True]["routing"].items():
+        same = jax.tree.map(lambda a, b: np.allclose(a, b), one, found[False]["routing"][name])
+        changed = not all(jax.tree.leaves(same))
+        assert changed == (not name.endswith((".img_mlp", ".blocks"))), name
+
+
+def test_batches_that_do_not_tell_padding_are_refused():
+    stage = StageConfig(count_padding=False)
+    loss = stages.distill_loss(TEACHER, STUDENT, stage)
+    made = {n: a for n, a in batch().items() if n != "text_length"}
+    shapes = toy.shapes(STUDENT.transformer), toy.shapes(BODY)
+    drawn = loss.draw(made, jax.random.key(0))
+    with pytest.raises(ConfigError, match=r"StageConfig.count_padding = False: expected data that"):
+        jax.eval_shape(loss.means, *shapes, drawn)
+
+
+def test_encoded_batches_tell_what_is_padding():
+    text = jnp.array([[1, 2, 0], [0, 0, 0], [3, 1, 2]], jnp.int32)
+    image = jnp.zeros((3, 6, 8, 3), jnp.uint8)
+    found = Encoders(TEACHER).encode({"image": image, "text": text})
+    np.testing.assert_array_equal(found["text_length"], [2, 0, 3])
+
+
 def _features(teacher, key):
     """Mean squares of the teacher's streams after each group."""
     inputs, _ = stages.noisy_inputs(TEACHER, "uniform", batch(), key)

@@ -1,5 +1,7 @@
 """Mixture of Blocks: what runs, what it gives, and how its router learns."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from d2m_jax.models import mob
 from d2m_jax.models.blocks import SingleStreamBlock
 from d2m_jax.models.layers import rope
 from d2m_jax.models.protocol import Context
-from d2m_jax.models.stack import over_axes
+from d2m_jax.models.stack import Stack, over_axes
 from tests.models import toy
 from tests.seed import generator
 
@@ -189,6 +191,50 @@ def test_weight_is_exactly_1_and_its_gradient_reaches_the_router():
 
     np.testing.assert_allclose(through, jax.grad(of_probability)(logits), rtol=1e-6)
     assert jnp.abs(through).max() > 0.1
+
+
+@pytest.mark.parametrize("active", [1, 2, 4])
+def test_adjacent_blocks_are_chosen_as_by_hand(active):
+    """Every run of blocks tried: the one of the largest sum, which need not hold the two best."""
+    logits = generator().normal(size=(20, BLOCKS)).astype(np.float32)
+    logits[0] = [3.0, -3.0, 2.0, 1.0]
+    probability, chosen, weight = jax.jit(mob.choose, static_argnums=(1, 2))(
+        logits, active, "adjacent"
+    )
+    assert (weight == 1).all()
+    runs = [list(range(i, i + active)) for i in range(BLOCKS - active + 1)]
+    for i, mine in enumerate(logits.tolist()):
+        sums = np.array([sum(mine[block] for block in run) for run in runs])
+        assert chosen[i].tolist() == runs[sums.argmax()]
+        of_runs = np.exp(sums) / np.exp(sums).sum()
+        pairs = list(zip(of_runs, runs, strict=True))
+        shares = [sum(q / active for q, run in pairs if j in run) for j in range(BLOCKS)]
+        np.testing.assert_allclose(probability[i], shares, rtol=1e-5)
+    if active == 2:
+        assert chosen[0].tolist() == [2, 3]
+    np.testing.assert_allclose(probability.sum(-1), 1, rtol=1e-5)
+    slope = generator(1).normal(size=(20, active)).astype(np.float32)
+    through = jax.grad(lambda x: (slope * mob.choose(x, active, "adjacent")[2]).sum())(logits)
+
+    def of_best_run(logits):
+        sums = jnp.stack([logits[:, run].sum(1) for run in runs], axis=1)
+        best = jnp.take_along_axis(jax.nn.softmax(sums), sums.argmax(1)[:, None], 1)
+        return (slope * best).sum()
+
+    np.testing.assert_allclose(through, jax.grad(of_best_run)(logits), rtol=1e-4, atol=1e-6)
+    assert active == BLOCKS or jnp.abs(through).max() > 0.1
+
+
+def test_a_stack_runs_the_adjacent_blocks_that_its_config_asks_for():
+    config = replace(toy.DENSE, mob_choice="adjacent")
+    stack = Stack(SingleStreamBlock, config, StackConfig(1, 4, 2), rngs=nnx.Rngs(0))
+    stack.router.vec.kernel[...] = jnp.zeros_like(stack.router.vec.kernel[...])
+    stack.router.features.bias[...] = jnp.asarray([[3.0, -3.0, 2.0, 1.0]])
+    x, vec = entry()
+    for choice, expected in (("adjacent", [0, 0, 1, 1]), ("any", [1, 0, 1, 0])):
+        stack.choice = choice
+        used = stack((0 * x,), context(vec))[1].choice.used
+        np.testing.assert_array_equal(used[0], [expected] * BATCH)
 
 
 def test_a_chosen_block_s_output_passes_as_it_is():

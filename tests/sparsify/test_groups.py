@@ -32,6 +32,10 @@ def test_groups_keep_every_block_and_get_fresh_routers(small):
         strict=True,
     ):
         np.testing.assert_array_equal(new, old.reshape(new.shape))
+    assert config.mob_choice == "any"
+    assert regroup(small.config, small.params, replace(groups, choice="adjacent"), seed=3)[
+        0
+    ] == replace(config, mob_choice="adjacent")
     wanted = jax.eval_shape(lambda: initialise(config, 0))
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, wanted)
 

@@ -135,6 +135,20 @@ def test_mixed_stacks(tmp_path):
     assert np.isfinite(call(half, inputs)).all()
 
 
+def test_adjacent_blocks(tmp_path):
+    config = replace(UNGUIDED, single=(StackConfig(2, blocks=4, active=2),), mob_choice="adjacent")
+    params, model = exported(tmp_path / "out", config)
+    ran = []
+    for router in model.single_routers.values():
+        router.register_forward_hook(lambda _, __, out: ran.extend(out.tolist()))
+    inputs = toy.inputs(config, batch=6)
+    (expected,) = ours(config, params, inputs)
+    assert relative(call(model, inputs), expected) <= TOLERANCE
+    assert len({tuple(run) for run in ran}) > 1 and all(b == a + 1 for a, b in ran)
+    (others,) = ours(replace(config, mob_choice="any"), params, inputs)
+    assert relative(others, expected) > 0.01
+
+
 def test_bfloat16(tmp_path):
     """Weights that bfloat16 holds: what differs from JAX is the rounding of activations."""
     config = replace(UNGUIDED, double=(StackConfig(1),))

@@ -301,25 +301,25 @@ class SingleStreamBlock(nn.Module):
 
 
 class BlockRouter(nn.Module):
-    """Which blocks of a group a sample runs, by pooled image and text and by the global vector."""
+    """Which blocks of a group run, [b, active], by pooled image and text and the global vector."""
 
     def __init__(self, config: Config, blocks: int, active: int):
         super().__init__()
-        self.alpha, self.active = config.mob_alpha, active
+        self.alpha, self.active, self.choice = config.mob_alpha, active, config.mob_choice
         self.features = Linear32(2 * config.hidden_size, blocks)
         self.vec = Linear32(config.hidden_size, blocks, bias=False)
 
     def forward(self, streams: Tensors, context: Context) -> Tensor:
-        """[b, active] numbers of blocks within the group."""
-        if len(streams) == 2:
-            img, txt = streams
-        else:
-            txt, img = streams[0].tensor_split([context.text_tokens], dim=1)
-        means = [part.float().mean(1) for part in (img, txt)]
+        if len(streams) == 1:
+            streams = streams[0].tensor_split([context.text_tokens], dim=1)[::-1]
+        means = [part.float().mean(1) for part in streams]
         means = [m * torch.rsqrt(m.square().mean(-1, keepdim=True) + 1e-6) for m in means]
         features = self.features(torch.cat(means, dim=-1))
         logits = self.alpha * features + (1 - self.alpha) * self.vec(context.vec)
-        return logits.topk(self.active, dim=-1).indices
+        if self.choice == "any":
+            return logits.topk(self.active, dim=-1).indices
+        first = logits.unfold(-1, self.active, 1).sum(-1).argmax(-1, keepdim=True)
+        return first + torch.arange(self.active, device=first.device)
 
 
 class LastLayer(nn.Module):
