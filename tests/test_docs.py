@@ -1,9 +1,11 @@
 """The documentation: the site builds without a warning, holds what it should, and names files that
 are there."""
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,24 @@ def test_files_that_a_page_names_are_there(page):
     for path in re.findall(r"(?<![\w/.*{-])\w[\w/]*/\w+\.py(?!\w)", " ".join(code)):
         found = [root / path for root in (ROOT, ROOT / "d2m_jax")]
         assert any(file.exists() for file in found), f"{page.name} names {path}"
+
+
+def test_troubleshooting_quotes_what_the_code_says():
+    """Of a quoted message every part between two … is in some string of the package."""
+    files = [*ROOT.glob("d2m_jax/**/*.py"), *ROOT.glob("*.py")]
+    said = "\n".join(text for file in files for text in strings(ast.parse(file.read_text())))
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    quoted = re.findall(r"^\| `([^`]*…[^`]*)`", page, re.MULTILINE)
+    assert len(quoted) > 30
+    parts = {part for message in quoted for part in message.split("…")}
+    assert not {part for part in parts if part not in said}
+
+
+def strings(tree: ast.AST) -> Iterator[str]:
+    """The text of all strings, of those with values in them what is around the values."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [getattr(part, "value", "…") for part in node.values]
+            yield "".join(part if isinstance(part, str) else "…" for part in parts)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
