@@ -47,12 +47,13 @@ def line(topology: str, stage: str, plan: dict) -> str:
     axes = " × ".join(f"{axis} {n}" for axis, n in mesh.items() if n > 1) or "one device"
     held, seconds = plan["parts"], plan["seconds"]
     needed = "?" if plan["needed"] is None else f"{plan['needed'] / GIB:.1f}"
+    phase = max(plan["phases"], key=plan["phases"].get)
     cells = [
         topology,
-        stage,
+        "calibration" if stage == "start" else stage,
         f"{axes}; {parts} part{'s' if parts > 1 else ''}",
         "yes" if plan["fits"] else "**no**",
-        f"{needed} of {plan['memory'] / GIB:.1f}",
+        f"{needed} of {plan['memory'] / GIB:.1f}, {phase}",
         *(f"{held.get(name, 0) / GIB:.1f}" for name in ("teacher", "student, frozen")),
         *(f"{held.get(name, 0) / GIB:.1f}" for name in ("student, trains", "optimizer")),
         f"{held.get('temporaries', 0) / GIB:.1f}",
@@ -64,7 +65,7 @@ def line(topology: str, stage: str, plan: dict) -> str:
 
 
 HEAD = (
-    "| topology | stage | mesh; batch of 64 in | fits | GiB per device | teacher | frozen |"
+    "| topology | stage | mesh; batch of 64 in | fits | GiB per device, phase | teacher | frozen |"
     " trains | optimizer | temporaries | GB sent per device and step | predicted s per step | MFU |"
 )
 

@@ -29,8 +29,8 @@ from d2m_jax.config import AutoencoderConfig, MeshConfig, ModelConfig, PromptsCo
 from d2m_jax.measured_on import measured_on
 from d2m_jax.output import new_file
 from d2m_jax.planning import hardware
-from d2m_jax.planning.dry_run import Lowered, lower
 from d2m_jax.planning.plan import Assumptions, plan
+from d2m_jax.planning.programs import Lowered, lower
 from d2m_jax.sharding import make_mesh
 
 SHAPES = {
@@ -44,7 +44,9 @@ def compiled(topology: hardware.Topology, fsdp: int, program: Callable[[Mesh], L
     devices, data = hardware.devices(topology), topology.chips // fsdp
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp), devices)
     step = program(mesh)
-    found = plan(step.program, topology, mesh, step.parts, step.flops, step.recomputed)
+    found = plan(
+        step.program, topology, mesh, step.parts, step.flops, step.recomputed, beside=step.beside
+    )
     own = {"compiled": True, "data": data, "slices": topology.slices}
     return own | found.to_json()
 

@@ -20,7 +20,7 @@ from timing import finish, limits, measure, on_cpu, parser, table, usual_dtype
 
 from d2m_jax.command_line import load_config
 from d2m_jax.config import ROOT, AutoencoderConfig, GroupsConfig, ModelConfig, PromptsConfig
-from d2m_jax.planning.dry_run import Lowered, lower
+from d2m_jax.planning.programs import Lowered, lower
 from d2m_jax.sharding import make_mesh
 
 

@@ -12,9 +12,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from d2m_jax import flow
-from d2m_jax.config import AutoencoderConfig, ModelConfig, PixelsConfig, WordsConfig
+from d2m_jax.config import (
+    AutoencoderConfig,
+    ModelConfig,
+    PixelsConfig,
+    PromptsConfig,
+    WordsConfig,
+)
 from d2m_jax.models import autoencoder, clip, t5
 from d2m_jax.models.words import Words
+from d2m_jax.named_arrays import names, restructure
 from d2m_jax.sharding import local_mesh, over_all_devices
 from d2m_jax.tokenizers import Tokenizers
 from d2m_jax.weights.torch_files.diffusers_folder import check_encoder, load_encoder, parts
@@ -108,7 +115,24 @@ class Encoders:
         """Images in [0, 1] of packed tokens; in tiles of `tile` latents a side, where there is an
         autoencoder, for less memory."""
         params = self._of("autoencoder")
-        return _images(self.config, self.dtype, (height, width), tile, params, latents)
+        return decoding(self.config, self.dtype, (height, width), tile, params, latents)
+
+
+def abstract(config: ModelConfig, mesh: Mesh, stored: DTypeLike = jnp.bfloat16) -> dict[str, dict]:
+    """What Encoders hold by part once all are loaded: shapes and places, in the type that FLUX.1's
+    files have."""
+    text, image, found = config.text, config.image, {}
+    if isinstance(text, PromptsConfig):
+        found = {"t5": t5.abstract(text.t5), "clip": clip.abstract(text.clip)}
+    if isinstance(image, AutoencoderConfig):
+        found["autoencoder"] = autoencoder.abstract(image)
+
+    def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = over_all_devices(mesh, name, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, stored, sharding=sharding)
+
+    placed = {name: place(name, leaf) for name, leaf in names(found).items()}
+    return restructure(found, placed)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -150,7 +174,7 @@ def _moments(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _images(
+def decoding(
     config: ModelConfig,
     dtype: DTypeLike,
     size: tuple[int, int],
@@ -158,6 +182,7 @@ def _images(
     params: dict[str, dict],
     latents: Float[Array, "b n c"],
 ):
+    """Encoders.images as a program."""
     if isinstance(config.image, PixelsConfig):
         pixels = flow.unpack(latents, *size, config.image.patch)
     else:

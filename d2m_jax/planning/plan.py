@@ -50,6 +50,16 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A program, its arguments by what they are, and what else lies on the devices while it runs:
+    name → tree of arrays or ShapeDtypeStructs with shardings, none twice."""
+
+    program: jax.stages.Lowered
+    parts: Mapping[str, Any]
+    beside: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Bytes are of one device, FLOPs of one step on all."""
 
@@ -57,8 +67,9 @@ class Plan:
     chips: int
     compiler: str
     memory: float  # that a program may use
-    needed: float
-    parts: dict[str, float]
+    needed: float  # in the phase that needs most
+    phases: dict[str, float]  # the peak of each; the first is the step's
+    parts: dict[str, float]  # of the step's
     flops: float
     traffic: tuple[Traffic, ...]
     seconds: dict[str, float]  # empty where the program does not fit the compiler
@@ -85,48 +96,43 @@ def plan(
     recomputed: float = 0.0,
     assumptions: Assumptions = Assumptions(),
     compiler_options: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Any] | None = None,
+    others: Mapping[str, Phase] | None = None,
+    name: str = "step",
 ) -> Plan:
     """The plan of a step lowered for `mesh`, which is over `hardware.devices(topology)`.
 
-    `parts` names the arguments: name → tree of arrays or ShapeDtypeStructs with shardings, none
-    twice. `flops` are those of one step on all chips, `recomputed` what rematerialisation adds.
+    `parts` and `beside` as in Phase; `flops` are those of one step on all chips, `recomputed` what
+    rematerialisation adds. `others` runs between steps: its memory counts, its time does not.
     """
     accelerator = topology.accelerator
     platform = mesh.devices.flat[0].platform
     compiler = {"tpu": "XLA for TPU", "cpu": "XLA for CPU"}.get(platform, "XLA for GPU")
     options = dict(compiler_options or (CPU_OPTIONS if platform == "cpu" else {}))
-    sizes = {name: device_bytes(tree) for name, tree in parts.items()}
-    notes = []
+    step = _memory(Phase(lowered, parts, beside or {}), platform, options)
+    phases, notes = {name: sum(step.parts.values())}, []
+    for other, phase in (others or {}).items():
+        found = _memory(phase, platform, options)
+        phases[other] = sum(found.parts.values())
+        if found.compiled is None:
+            notes.append(f"{other}: the compiler gave up, out of memory")
     common = {
         "topology": str(topology),
         "chips": topology.chips,
         "compiler": compiler,
         "memory": accelerator.memory,
+        "needed": max(phases.values()),
+        "phases": phases,
+        "parts": {name: size for name, size in step.parts.items() if size},
         "flops": flops,
         "assumptions": assumptions,
     }
-    try:
-        compiled = lowered.compile(compiler_options=options or None)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        needed = needed_bytes(str(error))
-        if math.isfinite(needed):
-            sizes["temporaries"] = max(0.0, needed - sum(sizes.values()))
+    if step.compiled is None:
         notes.append("the compiler gave up: out of memory; temporaries are what it asked for")
-        return Plan(**common, needed=needed, parts=sizes, traffic=(), seconds={}, notes=(*notes,))
-    stats, hlo = compiled.memory_analysis(), compiled.as_text()
+        return Plan(**common, traffic=(), seconds={}, notes=(*notes,))
+    stats, hlo = step.compiled.memory_analysis(), step.compiled.as_text()
     if stats is None or hlo is None:
-        raise RuntimeError(f"{platform}: its compiler tells neither memory nor program")
-    arguments, program = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
-    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    needed = arguments + fresh + stats.temp_size_in_bytes
-    if platform == "tpu":  # whose temporaries lie in donated arguments too; the compiler counts so
-        needed = stats.peak_memory_in_bytes
-    sizes["padding and others"] = max(0.0, arguments - sum(sizes.values()))
-    sizes["temporaries"] = max(0.0, needed - sum(sizes.values()))
-    sizes["program"] = program
-
+        raise RuntimeError(f"{platform}: its compiler tells no program")
     found = collectives(hlo)
     if platform == "cpu":
         notes.append(
@@ -136,15 +142,47 @@ def plan(
     if not all(one.certain for one in found):
         notes.append("collectives stand in loops of unknown length, counted once: at least")
     traffic = _traffic(found, topology, mesh, assumptions, scheduled=platform != "cpu")
-    reads = arguments + stats.output_size_in_bytes + 2 * sizes["temporaries"]
+    reads = stats.argument_size_in_bytes + stats.output_size_in_bytes
+    reads += 2 * step.parts["temporaries"]
     return Plan(
         **common,
-        needed=needed + program,
-        parts={name: size for name, size in sizes.items() if size},
         traffic=traffic,
         seconds=_seconds(topology, flops, recomputed, reads, traffic, assumptions),
         notes=(*notes,),
     )
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Bytes of one device by what they are; None: the compiler found too little of it."""
+
+    parts: dict[str, float]
+    compiled: jax.stages.Compiled | None
+
+
+def _memory(phase: Phase, platform: str, options: dict[str, Any]) -> _Memory:
+    sizes = {name: device_bytes(tree) for name, tree in phase.parts.items()}
+    beside = {name: device_bytes(tree) for name, tree in phase.beside.items()}
+    try:
+        compiled = phase.program.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = needed_bytes(str(error))
+        sizes["temporaries"] = max(0.0, needed - sum(sizes.values()))
+        return _Memory(sizes | beside, None)
+    stats = compiled.memory_analysis()
+    if stats is None:
+        raise RuntimeError(f"{platform}: its compiler tells no memory")
+    arguments = stats.argument_size_in_bytes
+    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    needed = arguments + fresh + stats.temp_size_in_bytes
+    if platform == "tpu":  # whose temporaries lie in donated arguments too; the compiler counts so
+        needed = stats.peak_memory_in_bytes
+    sizes["padding and others"] = max(0.0, arguments - sum(sizes.values()))
+    sizes["temporaries"] = max(0.0, needed - sum(sizes.values()))
+    sizes["program"] = stats.generated_code_size_in_bytes
+    return _Memory(sizes | beside, compiled)
 
 
 def device_bytes(tree: Any) -> float:
@@ -237,9 +275,12 @@ def table(plan: Plan) -> str:
         f"{verdict}: needs {_gib(plan.needed)} of {_gib(plan.memory)} GiB per device"
         f" ({_gib(plan.memory - plan.needed)} left)",
         "",
-        "memory per device            GiB",
-        *(f"  {name:22} {_gib(size):>8}" for name, size in plan.parts.items()),
+        "memory per device                   GiB",
+        *(f"  {name:29} {_gib(size):>8}" for name, size in plan.parts.items()),
     ]
+    if len(plan.phases) > 1:
+        lines += ["", "peak per phase                      GiB"]
+        lines += [f"  {name:29} {_gib(size):>8}" for name, size in plan.phases.items()]
     if plan.traffic:
         lines += ["", "collectives             link     devices   count        GB       ms  hidden"]
         lines += [

@@ -170,7 +170,7 @@ class Pipeline:
         times = np.pad(times, (0, -steps % STEPS))
         images, batches = [], _batches(count, self.batch_size(count, tokens, batch_size))
         fixed = config, self.encoders.dtype, grid, top_k, reuse
-        call, numbers = partial(_denoise, *fixed, self.params), (guidance, float(true_cfg))
+        call, numbers = partial(denoising, *fixed, self.params), (guidance, float(true_cfg))
         watched = progress and hosts.first()
         shown = bar(len(batches) * steps, "sampling", "steps", "compiling …") if watched else None
         with shown or contextlib.nullcontext() as advance:
@@ -190,14 +190,7 @@ class Pipeline:
     def batch_size(self, count: int, tokens: int, batch_size: int | None = None) -> int:
         """How many of `count` images of so many tokens go together, at most `batch_size` where it
         is given: one compiled program serves many numbers of prompts."""
-        # Batches are equal, and filled up: to a power of two, above 8 to a multiple of 8, never
-        # above what goes together. Images that fill up take time, another program takes more.
-        # FLUX.1's full size goes one by one, and nothing is filled.
-        most = batch_size or max(1, BATCH_TOKENS // tokens)
-        size = -(-count // -(-count // most))
-        size = min(most, 2 ** (size - 1).bit_length(), -(-size // 8) * 8)
-        shards = batch_shards(self.mesh)  # each device has samples
-        return -(-size // shards) * shards
+        return images_together(self.mesh, count, tokens, batch_size)
 
     def _ids(self, captions: list[str], length: int | None):
         tokenizer = self.encoders.tokenizer
@@ -249,6 +242,18 @@ class Pipeline:
                 _tell_lost(name, tokenizer.lost(captions, length), tokenizer.config, length)
 
 
+def images_together(mesh: Mesh, count: int, tokens: int, batch_size: int | None = None) -> int:
+    """Pipeline.batch_size on a mesh."""
+    # Batches are equal, and filled up: to a power of two, above 8 to a multiple of 8, never
+    # above what goes together. Images that fill up take time, another program takes more.
+    # FLUX.1's full size goes one by one, and nothing is filled.
+    most = batch_size or max(1, BATCH_TOKENS // tokens)
+    size = -(-count // -(-count // most))
+    size = min(most, 2 ** (size - 1).bit_length(), -(-size // 8) * 8)
+    shards = batch_shards(mesh)  # each device has samples
+    return -(-size // shards) * shards
+
+
 def _example(text: WordsConfig) -> str:
     """For the embedded task, a whole caption that this model reads."""
     for caption in EXAMPLES:
@@ -291,7 +296,7 @@ def _tell_lost(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _denoise(
+def denoising(
     config: ModelConfig,
     dtype: DTypeLike,
     grid: tuple[int, int],
@@ -306,6 +311,7 @@ def _denoise(
     guidance: Float[Array, "*b"],
     true_cfg: Float[Array, ""],
 ):
+    """Steps of a span, as one program."""
     model = model_of(config.transformer, params, dtype)
     negative = texts[1] if len(texts) > 1 else None
     options = top_k, negative, true_cfg, reuse, steps, span
@@ -326,7 +332,7 @@ def denoise_steps(
     steps = len(times) - 1
     times = np.pad(times, (0, -steps % STEPS))
     fixed = pipe.config, pipe.encoders.dtype, grid, (None,), 1
-    result = _denoise(*fixed, pipe.params, x, span, [text], times, steps, guidance, 1.0)
+    result = denoising(*fixed, pipe.params, x, span, [text], times, steps, guidance, 1.0)
     return jax.device_put(result, x.sharding)  # as before, or the next would be another program
 
 

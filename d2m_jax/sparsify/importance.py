@@ -75,10 +75,7 @@ def calibrate(
     score_sums = {}
     for i, batch in enumerate(islice(batches, count)):
         size = jax.tree.leaves(batch)[0].shape[0]
-        if counts is None:
-            samples = count * size
-            image = max(1, round(tokens * (1 - text_share) / samples))
-            counts = image, max(1, round(tokens * text_share / samples))
+        counts = counts or tokens_of(count * size, tokens, text_share)
         mine, parts = jax.random.fold_in(key, i), size // (micro_batch or size)
         with jax.default_matmul_precision("float32"):
             taylor, sums, tokens_seen, cond = measure(
@@ -101,6 +98,13 @@ def calibrate(
         weights=joined.get("weights", {}),
         cond=np.concatenate(cond),
     )
+
+
+def tokens_of(samples: int, tokens: int, text_share: float) -> tuple[int, int]:
+    """Image and text tokens of each of so many samples, at least one of both."""
+    shares = 1 - text_share, text_share
+    image, text = (max(1, round(tokens * share / samples)) for share in shares)
+    return image, text
 
 
 @partial(jax.jit, static_argnames=("config", "noisy", "counts", "want", "parts"))

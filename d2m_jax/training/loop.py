@@ -68,19 +68,21 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     params = params() if callable(params) else params
     params, constants = put_parameters(mesh, (params, constants))
     program = Step(stage, loss, params, constants, mesh)
-    state, frozen = program.start(params), program.frozen
-    del params
+    frozen, like = program.frozen, program.state()
     identity = {
         "stage": to_json(stage),
         "seed": seed,
-        "parameters": shapes(state),
+        "parameters": shapes(like),
         "frozen": fingerprint(frozen),
         "constants": fingerprint(constants),
     }
     checkpoints = Checkpoints(run_directory / "checkpoints" / name, identity, keep)
     start, progress = 0, {}
-    if restored := checkpoints.restore(state):
+    if restored := checkpoints.restore(like):  # there is never a second state beside it
         start, state, progress = restored.step, restored.state, restored.progress
+    else:
+        state = program.start(params)
+    del params, restored
     if start >= stage.steps:
         checkpoints.close()
         return program.whole(trained(state), frozen, constants)
@@ -104,9 +106,10 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
             pending, batch, no_signal = None, None, hosts.flags(mesh, 0)
             if start == 0 and validation:
                 batch = put(clock.waiting(batches))
-                arguments = state, frozen, constants, batch, keys[0], no_signal
-                with _compiling(mesh, train_step, arguments):
+                first = state, frozen, constants, batch, keys[0], no_signal
+                with _compiling(mesh, train_step, first):
                     at_start = validate(trained(state), frozen, constants)
+                del first  # its batch is to be free after the step
                 metrics.write(0, {"loss": at_start["validation"]} | at_start)
             for step in range(start + 1, stage.steps + 1):
                 batch = batch or put(clock.waiting(batches))

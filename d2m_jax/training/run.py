@@ -45,6 +45,7 @@ from d2m_jax.sharding import (
     own_rows,
     parameter_sharding,
     put_batch,
+    put_parameters,
 )
 from d2m_jax.sparsify.groups import align, aligned, grouped, regroup, shapes
 from d2m_jax.sparsify.importance import Noisy
@@ -311,6 +312,7 @@ def _train_stage(
         transformer = aligned(teacher[0].transformer, shapes(model.transformer))
         same = replace(teacher[0], transformer=transformer)
         constants = align(teacher[0].transformer, teacher[1], shapes(model.transformer))[1]
+        constants = put_parameters(work.mesh, constants)  # here, or both would stay
 
     def start() -> dict:
         old, params = work.load(before)

@@ -165,7 +165,7 @@ def test_images_of_nan_are_refused(params, bad):
         Pipeline(CONFIG, broken)(["red"])
 
 
-PROGRAMS = ("_text", "_denoise", "_images", "_noise")
+PROGRAMS = ("_text", "denoising", "decoding", "_noise")
 
 
 def test_other_numbers_of_prompts_and_steps_are_the_same_program(pipe, caplog):
@@ -205,7 +205,7 @@ def test_batches_are_equal_and_filled_up(pipe, monkeypatch, prompts, asked, size
         seen.append(len(arguments[6]))
         return arguments[6]
 
-    monkeypatch.setattr("d2m_jax.sampling.pipeline._denoise", none)
+    monkeypatch.setattr("d2m_jax.sampling.pipeline.denoising", none)
     assert len(pipe(["red"] * prompts, batch_size=asked)) == prompts
     assert seen == sizes
 

@@ -19,6 +19,7 @@ from d2m_jax.config import ConfigError, MeshConfig, OptimizerConfig
 from d2m_jax.distill.objective import Objective
 from d2m_jax.named_arrays import names
 from d2m_jax.sharding import make_mesh, replicated
+from d2m_jax.training.checkpoint import Checkpoints
 from tests.training import toy
 
 ROOT = Path(__file__).parents[2]
@@ -315,3 +316,17 @@ def test_compiling_for_another_size_is_no_part_of_the_rate(tmp_path):
     toy.run(tmp_path, toy.stage(12, log_every=12, evaluate_every=0), loss=loss, batches=Sizes())
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 < last["seconds_per_step"] < 0.1 and last["seconds"] < 0.5
+
+
+def test_a_resume_holds_no_second_state(tmp_path, monkeypatch):
+    """What is restored takes its places from shapes: no arrays lie there meanwhile."""
+    asked = []
+    restore = Checkpoints.restore
+    monkeypatch.setattr(
+        Checkpoints, "restore", lambda self, like: asked.append(like) or restore(self, like)
+    )
+    toy.run(tmp_path, toy.stage(2))
+    toy.run(tmp_path, toy.stage(2))
+    assert len(asked) == 2
+    for leaf in jax.tree.leaves(asked):
+        assert isinstance(leaf, jax.ShapeDtypeStruct)

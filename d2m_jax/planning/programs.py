@@ -1,0 +1,307 @@
+"""The programs of a run, lowered for devices that need not be there, and what lies on the devices
+with each: calibration, every stage's step, its validation, its samples."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from d2m_jax import encoders
+from d2m_jax.config import (
+    KINDS,
+    AutoencoderConfig,
+    CacheConfig,
+    FluxConfig,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+)
+from d2m_jax.data.source import largest_size
+from d2m_jax.distill.fixed_times import fixed_times
+from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.models.accounting import flops_per_example
+from d2m_jax.models.flux import abstract
+from d2m_jax.named_arrays import names, restructure
+from d2m_jax.planning.plan import Phase
+from d2m_jax.sampling import pipeline
+from d2m_jax.sharding import batch_sharding, parameter_sharding, replicated
+from d2m_jax.sparsify import importance
+from d2m_jax.sparsify.groups import aligned, shapes
+from d2m_jax.sparsify.student import micro_batch, student_config, wanted
+from d2m_jax.training.optimizer import split
+from d2m_jax.training.run import check_stages, models_of, objective
+from d2m_jax.training.step import Step, trained
+
+ENCODERS = "text encoders and autoencoder"
+RESTACKED = "teacher, as it was stored"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A stage's step, or the calibration before the first. `parts` are its arguments by what they
+    are, none twice, `beside` what else is there meanwhile; FLOPs are those of one call on all
+    devices, `recomputed` what rematerialisation adds. `others` lowers what else the stage runs."""
+
+    stage: str
+    program: jax.stages.Lowered
+    parts: Mapping[str, Any]
+    flops: int
+    recomputed: int
+    beside: Mapping[str, Any]
+    others: Callable[[], Iterator[tuple[str, Phase]]]
+
+
+def lower(config: RunConfig, teacher: ModelConfig | None, mesh: Mesh) -> Iterator[Lowered]:
+    """Every stage of a run's student, or of the model that it trains from scratch.
+
+    What is frozen is taken to be stored in the stage's dtype, or in float32 after it has trained;
+    frozen parameters that have never trained and that the teacher has too are the teacher's arrays.
+    """
+    start, before = config.model, set()
+    if teacher is not None:
+        transformer = student_config(teacher.transformer, config.sparsify)
+        start = replace(teacher, transformer=transformer)
+    assert start is not None  # a run has a teacher or a model (RunConfig)
+    check_stages("", config.stages, start, mesh, config.timesteps, teacher)
+    for name, stage, model in models_of(config.stages, start):
+        yield _Stage(config, name, stage, model, teacher, before, mesh).lowered()
+        training, _ = split(abstract(model.transformer), stage.train, stage.freeze)
+        before |= {_of_any_stack(path) for path in names(training)}
+
+
+def calibration(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> Lowered:
+    """Calibration of one batch (sparsify/importance.py), the teacher being stored as the first
+    stage computes."""
+    cut, stage = config.sparsify, next(iter(config.stages.values()))
+    student = student_config(teacher.transformer, cut)
+    params = _placed(mesh, abstract(aligned(teacher.transformer, shapes(student))), stage.dtype)
+    grid = teacher.grid(*largest_size(config.data, teacher))
+    batch = _batch(teacher, cut.batch_size, stage.dtype, mesh, grid)
+    want, size = wanted(cut), cut.batch_size
+    noisy = partial(noisy_inputs, teacher, config.timesteps, guidance=config.guidance)
+    with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
+        program = importance.measure.lower(
+            params,
+            batch,
+            _key(mesh),
+            config=aligned(teacher.transformer, shapes(student)),
+            noisy=noisy,
+            counts=importance.tokens_of(size * cut.batches, cut.tokens, cut.text_share),
+            want=want,
+            parts=size // micro_batch(cut, config.stages),
+        )
+    text = teacher.text.length
+    forward = flops_per_example(teacher.transformer, math.prod(grid), text) * size
+    backward = 2 * ("taylor" in want)  # towards weights and activations, then towards the latter
+    squares = "sensitivity" in want or "weights" in want
+    backward += importance.PROJECTIONS * squares
+    forwards = ("taylor" in want) + (squares or "inputs" in want)
+    again = ("taylor" in want) + importance.PROJECTIONS * squares
+    return Lowered(
+        "start",
+        program,
+        {"teacher": params, "batch": batch},
+        (forwards + backward) * forward,
+        again * forward,
+        _encoders(config, teacher, mesh) | _restacked(teacher, student, params),
+        lambda: iter(()),
+    )
+
+
+class _Stage:
+    """One stage: trees of shapes and places, and the programs that take them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        name: str,
+        stage: StageConfig,
+        model: ModelConfig,
+        teacher: ModelConfig | None,
+        before: set[str],
+        mesh: Mesh,
+    ):
+        self.config, self.name, self.stage, self.mesh = config, name, stage, mesh
+        self.model, self.same = model, None
+        params, constants = _placed(mesh, abstract(model.transformer), stage.dtype, before), {}
+        self.beside = _encoders(config, model, mesh)
+        if teacher is not None:
+            transformer = aligned(teacher.transformer, shapes(model.transformer))
+            self.same = replace(teacher, transformer=transformer)
+            constants = _placed(mesh, abstract(transformer), stage.dtype)
+            theirs = names(constants)
+            shared = {
+                path: theirs[path] if theirs.get(path) == leaf else leaf
+                for path, leaf in names(params).items()
+            }
+            params = restructure(params, shared)
+            self.beside |= _restacked(teacher, transformer, constants)
+        self.grid = model.grid(*largest_size(config.data, model))
+        loss, self.count, self.again = objective(
+            model, stage, teacher, config.timesteps, math.prod(self.grid)
+        )
+        self.step = Step(stage, loss, params, constants, mesh)
+        self.constants, self.state = constants, self.step.state()
+        self.batch = _batch(model, stage.batch_size, stage.dtype, mesh, self.grid)
+
+    def lowered(self) -> Lowered:
+        """The step. The next batch is made while it runs."""
+        everywhere = jax.sharding.NamedSharding(
+            self.mesh, jax.sharding.PartitionSpec(self.mesh.axis_names)
+        )
+        signals = jax.ShapeDtypeStruct((self.mesh.size,), np.int32, sharding=everywhere)
+        state, frozen = self.state, self.step.frozen
+        arguments = state, frozen, self.constants, self.batch, _key(self.mesh), signals
+        with jax.set_mesh(self.mesh):
+            program = self.step.train().lower(*arguments)
+        size, held = self.stage.batch_size, self.config.held_out_batches
+        return Lowered(
+            self.name,
+            program,
+            self._models(state["trainable"]) | {"batch": self.batch},
+            size * self.count,
+            size * self.again,
+            {"next batch": self.batch, "held-out batches": [self.batch] * held} | self.beside,
+            self.others,
+        )
+
+    def _models(self, student: dict) -> dict[str, Any]:
+        rest = {n: part for n, part in self.state.items() if part is not student}
+        return {
+            "teacher": self.constants,
+            "student, frozen": self.step.frozen,
+            "student, trains": student,
+            "optimizer": rest,
+        }
+
+    def others(self) -> Iterator[tuple[str, Phase]]:
+        """What runs between steps: what it does not read of the state lies beside it."""
+        held = self.config.held_out_batches
+        models = self._models(trained(self.state))
+        kept = {"optimizer": models.pop("optimizer"), "next batch": self.batch} | self.beside
+        three = trained(self.state), self.step.frozen, self.constants
+        with jax.set_mesh(self.mesh):
+            if held:
+                parts = models | {"batch": self.batch}
+                beside = kept | {"held-out batches": [self.batch] * (held - 1)}
+                asked = *three, self.batch, _key(self.mesh)
+                yield "validation", Phase(self.step.evaluate().lower(*asked), parts, beside)
+                if self.config.fixed_times:
+                    fixed = fixed_times(self.model, self.stage, self.same)
+                    numbers = (_scalar(self.mesh, dtype) for dtype in (np.int32, np.float32))
+                    program = self.step.at_fixed_times(fixed).lower(*asked, *numbers)
+                    yield "validation at fixed times", Phase(program, parts, beside)
+            if self.stage.sample_every:
+                beside = kept | {"held-out batches": [self.batch] * held}
+                beside.pop(ENCODERS, None)
+                yield from self._samples(models, beside, self.step.whole(*three))
+
+    def _samples(
+        self, models: dict[str, Any], beside: dict[str, Any], params: dict
+    ) -> Iterator[tuple[str, Phase]]:
+        """The student's grid of prompts, by training.run's pipeline; encoders are there for it even
+        where the data come from a cache."""
+        loaded, model = encoders.abstract(self.model, self.mesh), self.model
+        rows, columns = grid = model.grid()  # pictures have the model's own size
+        size, place = self.config.sampled_prompts, batch_sharding(self.mesh)
+        size = pipeline.images_together(self.mesh, size, rows * columns)
+
+        def of(*shape: int, dtype: DTypeLike = np.float32, place: Any = place):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+        transformer, dtype = model.transformer, jnp.bfloat16
+        latents = of(size, rows * columns, transformer.in_channels)
+        txt = of(size, model.text.length, transformer.context_in_dim, dtype=dtype)
+        y = of(size, transformer.vec_in_dim, dtype=dtype)
+        steps = -(-model.sample_steps // pipeline.STEPS) * pipeline.STEPS
+        program = pipeline.denoising.lower(
+            *(model, jnp.dtype(dtype), grid, (None,), 1, params, latents, (0, 1), [(txt, y)]),
+            *(np.zeros(steps + 1, np.float32), 1, 1.0, 1.0),
+        )
+        mine = {id(leaf) for leaf in jax.tree.leaves(params)}
+        rest = [leaf for leaf in jax.tree.leaves(self.constants) if id(leaf) not in mine]
+        parts = {"student": params, "batch": [latents, txt, y]}
+        yield "samples", Phase(program, parts, beside | {"teacher": rest, ENCODERS: loaded})
+        if isinstance(model.image, AutoencoderConfig):
+            sides = model.image.height, model.image.width
+            asked = model, jnp.dtype(dtype), sides, None, {"autoencoder": loaded["autoencoder"]}
+            program = encoders.decoding.lower(*asked, latents)
+            rest = {n: tree for n, tree in loaded.items() if n != "autoencoder"}
+            parts = {"autoencoder": loaded["autoencoder"], "batch": latents}
+            yield "decoding", Phase(program, parts, beside | models | {ENCODERS: rest})
+
+
+def _encoders(config: RunConfig, model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """What encodes batches, where data do not come from a cache."""
+    sources = config.data, config.validation or config.data
+    cached = all(isinstance(source, CacheConfig) for source in sources)
+    found = {} if cached else encoders.abstract(model, mesh)
+    return {ENCODERS: found} if found else {}
+
+
+def _restacked(teacher: ModelConfig, student: FluxConfig, params: dict) -> dict[str, Any]:
+    """Stacks of the teacher that its student has in another shape are there twice."""
+    twice = []
+    for kind in KINDS:
+        old, new = (_starts(shapes(config)[kind]) for config in (teacher.transformer, student))
+        twice += [params[kind][i] for i, stack in enumerate(new) if stack not in old]
+    return {RESTACKED: twice} if twice else {}
+
+
+def _starts(stacks: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """The first block of every stack, its groups, the blocks of one."""
+    ends = accumulate(groups * blocks for groups, blocks in stacks)
+    return [(end - g * b, g, b) for end, (g, b) in zip(ends, stacks, strict=True)]
+
+
+def _of_any_stack(path: str) -> str:
+    """A parameter's name without the number of its stack, which regrouping blocks changes."""
+    kind, *rest = path.split(".")
+    return ".".join([kind, *rest[1:]]) if kind in KINDS else path
+
+
+def _placed(
+    mesh: Mesh, tree: dict, dtype: DTypeLike, trained: set[str] | frozenset[str] = frozenset()
+) -> dict:
+    """Parameters where they lie, in this type; in float32 what has trained."""
+
+    def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        mine = jnp.float32 if _of_any_stack(path) in trained else dtype
+        sharding = parameter_sharding(mesh, path, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, mine, sharding=sharding)
+
+    return restructure(tree, {path: place(path, leaf) for path, leaf in names(tree).items()})
+
+
+def _scalar(mesh: Mesh, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
+
+
+def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+
+
+def _batch(
+    model: ModelConfig, size: int, dtype: DTypeLike, mesh: Mesh, grid: tuple[int, int]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """An encoded batch (Encoders.encode)."""
+    transformer, place = model.transformer, batch_sharding(mesh)
+
+    def of(*shape: int, dtype: DTypeLike = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=place)
+
+    return {
+        "latents": of(*grid, transformer.in_channels, dtype=jnp.float32),
+        "txt": of(model.text.length, transformer.context_in_dim),
+        "y": of(transformer.vec_in_dim),
+        "text_length": of(dtype=jnp.int32),
+    }

@@ -1,0 +1,171 @@
+"""What a plan says to lie on the devices in each phase, beside what a real run has there."""
+
+from collections import defaultdict
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from d2m_jax.config import (
+    AutoencoderConfig,
+    CacheConfig,
+    CLIPConfig,
+    FluxConfig,
+    GroupsConfig,
+    IconsConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    PixelsConfig,
+    PromptsConfig,
+    RunConfig,
+    SparsifyConfig,
+    StackConfig,
+    StageConfig,
+    T5Config,
+    WordsConfig,
+)
+from d2m_jax.data.source import with_vocabulary
+from d2m_jax.models.flux import initialise
+from d2m_jax.planning.hardware import parse
+from d2m_jax.planning.plan import Phase, device_bytes, plan, table
+from d2m_jax.planning.programs import ENCODERS, RESTACKED, calibration, lower
+from d2m_jax.sampling import pipeline
+from d2m_jax.sharding import make_mesh, replicated
+from d2m_jax.sparsify import importance
+from d2m_jax.training import run
+from d2m_jax.training.step import Step
+from d2m_jax.weights.directory import model_directory
+
+TRANSFORMER = FluxConfig(
+    in_channels=192, vec_in_dim=32, context_in_dim=32, hidden_size=64, num_heads=2,
+    axes_dim=(8, 12, 12), guidance_embed=False, double=(StackConfig(2),), single=(StackConfig(3),),
+)  # fmt: skip
+TEACHER = ModelConfig(TRANSFORMER, WordsConfig(dim=32), PixelsConfig(32, 32, 8), sample_steps=1)
+STAGE = StageConfig(
+    steps=2, batch_size=16, evaluate_every=2, checkpoint_every=2, sample_every=2,
+    optimizer=OptimizerConfig(warmup=1, accumulate=2, ema=0.9),
+)  # fmt: skip
+GROUPS = GroupsConfig(keep_double=2, keep_single=1, single_blocks=2, single_active=1)
+CONFIG = RunConfig(
+    name="planned",
+    teacher="teacher",
+    data=IconsConfig(task="scenes", pictograms=48),
+    sparsify=SparsifyConfig(moe=MoEConfig(experts=4, top_k=1), batches=2, batch_size=16, tokens=64),
+    stages={"mob": replace(STAGE, train=("single.1.*",), groups=GROUPS)},
+    mesh=MeshConfig(),
+    held_out_batches=3,
+    sampled_prompts=2,
+)
+
+
+class Recorded:
+    """A compiled program; `tell` is called before it is."""
+
+    def __init__(self, program, tell):
+        self.program, self.tell = program, tell
+
+    def __call__(self, *args, **kwargs):
+        self.tell()
+        return self.program(*args, **kwargs)
+
+    def lower(self, *args, **kwargs):
+        return self.program.lower(*args, **kwargs)
+
+
+def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch):
+    jax.config.update("jax_disable_most_optimizations", True)
+    held = defaultdict(list)
+    before = jax.live_arrays()  # of other tests
+    known = {id(a) for a in before}
+
+    def teller(phase):
+        def tell():
+            mine = [a for a in jax.live_arrays() if id(a) not in known]
+            held[phase].append(device_bytes(mine))
+
+        return tell
+
+    def recorded(method, phase):
+        return lambda step: Recorded(method(step), teller(phase))
+
+    monkeypatch.setattr(importance, "measure", Recorded(importance.measure, teller("calibration")))
+    monkeypatch.setattr(Step, "train", recorded(Step.train, "step"))
+    monkeypatch.setattr(Step, "evaluate", recorded(Step.evaluate, "validation"))
+    monkeypatch.setattr(pipeline, "denoising", Recorded(pipeline.denoising, teller("samples")))
+    try:
+        teacher = with_vocabulary(CONFIG.data, TEACHER)
+        model_directory.save(tmp_path / "teacher", teacher, initialise(TRANSFORMER, 0))
+        config = replace(CONFIG, teacher=str(tmp_path / "teacher"))
+        run.run(config, tmp_path / "run")
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+    monkeypatch.undo()
+    mesh = make_mesh(config.mesh)
+    (step,) = lower(config, teacher, mesh)
+    planned = {"calibration": calibration(config, teacher, mesh), "step": step}
+    planned |= dict(step.others())
+    assert planned.keys() == held.keys()
+    for phase, one in planned.items():
+        # The next batch is made while a program runs, not before.
+        parts = {n: t for n, t in {**one.parts, **one.beside}.items() if n != "next batch"}
+        wanted = sum(map(device_bytes, parts.values()))
+        # Samples are drawn of the teacher first; before the first step there is one batch more.
+        assert held[phase][-1] == pytest.approx(wanted, rel=0.01), (phase, held[phase], parts)
+    twice, teacher = device_bytes(step.beside[RESTACKED]), device_bytes(step.parts["teacher"])
+    assert 0.2 * teacher < twice < teacher
+    assert RESTACKED not in planned["calibration"].beside
+
+
+def test_encoders_count_where_no_cache_spares_them():
+    text = PromptsConfig(
+        T5Config(d_model=64, d_ff=64, num_layers=1, num_heads=2, vocab_size=100),
+        CLIPConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
+        ),
+        length=8,
+    )
+    image = AutoencoderConfig(64, 64, (32, 32), 1, latent_channels=4)
+    transformer = replace(TRANSFORMER, in_channels=16, context_in_dim=64)
+    teacher = ModelConfig(transformer, text, image, sample_steps=1)
+    config = replace(CONFIG, data=CacheConfig(path="none"))
+    mesh = make_mesh(config.mesh)
+    for cached in (True, False):
+        data = config.data if cached else CONFIG.data
+        given = replace(config, data=data), teacher, mesh
+        (stage,) = lower(*given)
+        others = dict(stage.others())
+        assert others.keys() == {"validation", "samples", "decoding"}
+        for phase in (calibration(*given), stage, others["validation"]):
+            assert (ENCODERS in phase.beside) == (not cached)
+        # Pictures need them all; what decodes is an argument.
+        loaded = device_bytes(others["samples"].beside[ENCODERS])
+        rest = device_bytes(others["decoding"].beside[ENCODERS])
+        assert loaded == rest + device_bytes(others["decoding"].parts["autoencoder"]) > rest > 0
+
+
+def test_phases_and_what_lies_beside():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, np.float32, sharding=replicated(mesh))
+
+    x, w = array(256, 256), array(256, 256)
+    small = jax.jit(lambda x: x + 1).lower(x)
+    large = jax.jit(lambda x, w: jax.numpy.tanh(x @ w) @ w).lower(x, w)
+    size = 256 * 256 * 4
+    found = plan(
+        *(small, parse("h200:1"), mesh, {"x": x}, 1.0),
+        beside={"others": [w] * 3},
+        others={"large": Phase(large, {"x": x, "w": w}, {"others": [w] * 5})},
+    )
+    stats = large.compile().memory_analysis()
+    assert stats is not None
+    needed = stats.temp_size_in_bytes + stats.output_size_in_bytes
+    needed += stats.generated_code_size_in_bytes + 7 * size
+    assert found.phases["large"] == found.needed == needed > found.phases["step"] >= 5 * size
+    assert sum(found.parts.values()) == found.phases["step"]
+    assert "peak per phase" in table(found) and "large" in table(found)
