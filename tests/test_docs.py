@@ -14,7 +14,6 @@ import d2m_jax
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted({*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"})
-PAGES.remove(ROOT / "docs/plans.md")
 
 
 @pytest.fixture(scope="module")
