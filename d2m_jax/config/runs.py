@@ -112,11 +112,15 @@ class GroupsConfig(Config):
 class SparsifyConfig(Config):
     """How a student is made from the teacher, before any training (docs/recipe.md)."""
 
-    method: Literal["moe", "prune"] = "moe"
+    method: Literal["moe", "prune", "none"] = "moe"  # of FFNs; none: they stay as they are
     moe: MoEConfig = MoEConfig()
     mlp_ratio: float = 1.5  # of the pruned student
     dense_double: tuple[int, ...] = ()  # block indices whose FFNs stay dense and whole
     dense_single: tuple[int, ...] = ()
+    # Depth pruning, before FFNs are cut: blocks of the teacher that stay; None: all.
+    depth_double: int | None = None
+    depth_single: int | None = None  # of the single ones
+    depth_choice: Literal["change", "even"] = "change"  # which stay (sparsify/depth.py)
     # Which neurons are kept or shared (sparsify/sensitivity.py, importance.py).
     shared: Literal["sensitivity", "taylor", "random", "magnitude"] = "taylor"
     deal: Literal["rank", "random", "clustered"] = "clustered"  # of the others to experts
@@ -135,8 +139,15 @@ class SparsifyConfig(Config):
         check_whole(self, 1, "batches", "batch_size", "tokens")
         check_number(self, "mlp_ratio", "routed_scale", least=0)
         check_number(self, "text_share", least=0, below=1)
-        if self.modulation_rank is not None:
-            check_whole(self, 1, "modulation_rank")
+        for name in ("modulation_rank", "depth_double", "depth_single"):
+            if getattr(self, name) is not None:
+                check_whole(self, 1, name)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it makes a rival: a smaller model, which has nothing to choose from."""
+        fewer = self.depth_double is not None or self.depth_single is not None
+        return self.method == "prune" or (self.method == "none" and fewer)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 No features are stored, so memory does not grow with depth (docs/method.md).
 """
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +19,16 @@ from d2m_jax.models.stack import Stack
 
 
 def check_aligned(teacher: FluxConfig, student: FluxConfig) -> None:
-    """Raise ConfigError unless both have equal stacks of groups and blocks, which lockstep pairs
-    one to one."""
+    """Raise ConfigError unless the teacher's stacks have the groups that the student's have, in
+    order, those of one student's stack in one or more. Groups may differ in blocks: one that stands
+    for more of the teacher's than it has (sparsify/depth.py)."""
     for kind in KINDS:
-        shapes = [[(s.groups, s.blocks) for s in getattr(c, kind)] for c in (teacher, student)]
+        theirs, mine = ([s.groups for s in getattr(c, kind)] for c in (teacher, student))
+        ends = set(accumulate(theirs))
         check(
-            shapes[0] == shapes[1],
-            f"lockstep: teacher's {kind} stacks are {shapes[0]} (groups, blocks), student's"
-            f" {shapes[1]}; expected the same",
+            sum(theirs) == sum(mine) and ends >= set(accumulate(mine)),
+            f"lockstep: teacher's {kind} stacks have {theirs} groups, student's {mine}; expected"
+            " the same",
         )
 
 
@@ -44,20 +48,42 @@ def lockstep(
     for kind in report:
         if kind == "single":
             t_streams, s_streams = join(t_streams), join(s_streams)
-        for t_stack, s_stack in zip(getattr(teacher, kind), getattr(student, kind), strict=True):
-            t_streams, s_streams, values, of_stack = _stacks(
-                t_stack, s_stack, t_streams, s_streams, t_context, s_context, features, remat
-            )
-            scalars.append(values)
-            report[kind].append(of_stack)
+        theirs = iter(getattr(teacher, kind))
+        for s_stack in getattr(student, kind):
+            of_stack = []
+            for t_stack, s_params in _parts(theirs, s_stack):
+                t_streams, s_streams, values, of_part = _stacks(
+                    *(t_stack, s_stack, s_params, t_streams, s_streams, t_context, s_context),
+                    *(features, remat),
+                )
+                scalars.append(values)
+                of_stack.append(of_part)
+            report[kind].append(jax.tree.map(lambda *a: jnp.concatenate(a), *of_stack))
     scalars = jax.tree.map(lambda *a: jnp.concatenate(a), *scalars)
     t_velocity = jax.lax.stop_gradient(teacher.final(t_streams, t_context))
     return t_velocity, student.final(s_streams, s_context), scalars, report
 
 
+def _parts(theirs: Iterator[Stack], student: Stack) -> list[tuple[Stack, tuple]]:
+    """The teacher's next stacks, as many as meet the student's one, each with the parameters of the
+    groups that it meets."""
+    stacks = []
+    while sum(stack.config.groups for stack in stacks) < student.config.groups:
+        stacks.append(next(theirs))
+    _, params = student.split()
+    if len(stacks) == 1:
+        return [(stacks[0], params)]
+    sizes = [stack.config.groups for stack in stacks]
+    leaves, tree = jax.tree.flatten(params)
+    # The gradient of split is one concatenation; slices would be filled up and added.
+    parts = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
+    return [(s, jax.tree.unflatten(tree, part)) for s, part in zip(stacks, parts, strict=True)]
+
+
 def _stacks(
     teacher: Stack,
     student: Stack,
+    s_params: tuple,
     t_streams: Streams,
     s_streams: Streams,
     t_context: Context,
@@ -66,7 +92,7 @@ def _stacks(
     remat: bool,
 ):
     t_graphs, t_params = teacher.split()
-    s_graphs, s_params = student.split()
+    s_graphs, _ = student.split()
     # Only the student is recomputed in the backward pass: the teacher has no gradient.
     run_student = partial(student.run_group, s_graphs, context=s_context)
     if remat:

@@ -3,9 +3,10 @@
 A Cut holds, by name, for every FFN that was cut ("double.3.img_mlp", blocks counted through all
 stacks) the order of the dense model's hidden neurons, int32 [its width]: of an MoE first those of
 the shared expert, then those of every normal one; of a pruned FFN those that are left, then the
-others. MODULATION, float32 [rank + 1, D], is Q and below it what was lost of the mean: a factor is
-Q W and its bias b + rest · W (sparsify/modulation.py). It stays true in training, which moves no
-neuron, and whatever groups blocks are in.
+others. Under BLOCKS, by kind, a model that lost blocks has the order of the dense model's: those
+that are left, then the others. MODULATION, float32 [rank + 1, D], is Q and below it what was lost
+of the mean: a factor is Q W and its bias b + rest · W (sparsify/modulation.py). It stays true in
+training, which moves no neuron, and whatever groups blocks are in.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from d2m_jax.models.blocks import FFNS
 
 Cut = Mapping[str, np.ndarray]
 MODULATION = "modulation"
+BLOCKS = {kind: f"{kind}.blocks" for kind in KINDS}
 
 
 def ffns(config: FluxConfig) -> Iterator[tuple[str, StackConfig]]:
@@ -43,21 +45,48 @@ def check_cut(where: Any, config: FluxConfig, cut: Cut) -> None:
                 f"{where}: {name} is {list(array.shape)}, expected {list(expected)}",
             )
             continue
+        if name in BLOCKS.values():
+            kind, whole = name.split(".")[0], array.size
+            fits = _is_order(array) and whole >= depth(config, kind)
+            check(fits, f"{where}: {name} is no order of blocks of which this model has some")
+            continue
         check(name in mine, f"{where}: {name}, expected names of this model's FFNs")
         whole, width = array.size, config.ffn_width(mine[name])
-        fits = array.shape == (whole,) and np.array_equal(np.sort(array), np.arange(whole))
         enough = whole == width if mine[name].ffn == "moe" else whole >= width
         check(
-            fits and enough,
+            _is_order(array) and enough,
             f"{where}: {name} is no order of the neurons of an FFN that {width} of are left",
         )
 
 
-def composed(first: Cut, then: Cut) -> dict[str, np.ndarray]:
-    """The cut of a student whose teacher, by `first`, was cut itself: pruned, or of low rank."""
-    result = dict(first)
+def _is_order(array: np.ndarray) -> bool:
+    return array.ndim == 1 and np.array_equal(np.sort(array), np.arange(array.size))
+
+
+def depth(config: FluxConfig, kind: str) -> int:
+    """How many blocks of a kind there are."""
+    return sum(stack.depth for stack in getattr(config, kind))
+
+
+def blocks_left(config: FluxConfig, cut: Cut, kind: str) -> list[int]:
+    """The number that every block of a kind had in the dense model."""
+    count = depth(config, kind)
+    return cut.get(BLOCKS[kind], np.arange(count))[:count].tolist()
+
+
+def composed(first: Cut, then: Cut, config: FluxConfig) -> dict[str, np.ndarray]:
+    """The cut of a student with this config whose teacher, by `first`, was cut itself: pruned, or
+    of low rank. `then` is the student's, from its teacher."""
+    whole = (MODULATION, *BLOCKS.values())
+    result = {name: first[name] for name in whole if name in first}
+    for kind in KINDS:
+        for now, before in enumerate(blocks_left(config, then, kind)):
+            for name in FFNS[kind]:
+                order = first.get(f"{kind}.{before}.{name}")
+                if order is not None:
+                    result[f"{kind}.{now}.{name}"] = order
     for name, order in then.items():
-        before = first.get(name)
+        before = result.get(name)
         if before is not None:
             order = np.concatenate([before[: order.size][order], before[order.size :]])
         result[name] = order

@@ -34,6 +34,7 @@ from d2m_jax.planning.plan import Phase
 from d2m_jax.sampling import pipeline
 from d2m_jax.sharding import batch_sharding, parameter_sharding, replicated
 from d2m_jax.sparsify import importance
+from d2m_jax.sparsify.depth import meeting, shallower
 from d2m_jax.sparsify.groups import aligned, shapes
 from d2m_jax.sparsify.student import micro_batch, student_config, wanted
 from d2m_jax.training.optimizer import split
@@ -82,7 +83,8 @@ def calibration(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> Lowered:
     stage computes."""
     cut, stage = config.sparsify, next(iter(config.stages.values()))
     student = student_config(teacher.transformer, cut)
-    params = _placed(mesh, abstract(aligned(teacher.transformer, shapes(student))), stage.dtype)
+    measured = aligned(shallower(teacher.transformer, cut), shapes(student))
+    params = _placed(mesh, abstract(measured), stage.dtype)
     grid = teacher.grid(*largest_size(config.data, teacher))
     batch = _batch(teacher, cut.batch_size, stage.dtype, mesh, grid)
     want, size = wanted(cut), cut.batch_size
@@ -92,7 +94,7 @@ def calibration(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> Lowered:
             params,
             batch,
             _key(mesh),
-            config=aligned(teacher.transformer, shapes(student)),
+            config=measured,
             noisy=noisy,
             counts=importance.tokens_of(size * cut.batches, cut.tokens, cut.text_share),
             want=want,
@@ -134,7 +136,7 @@ class _Stage:
         params, constants = _placed(mesh, abstract(model.transformer), stage.dtype, before), {}
         self.beside = _encoders(config, model, mesh)
         if teacher is not None:
-            transformer = aligned(teacher.transformer, shapes(model.transformer))
+            transformer = meeting(teacher.transformer, model.transformer)
             self.same = replace(teacher, transformer=transformer)
             constants = _placed(mesh, abstract(transformer), stage.dtype)
             theirs = names(constants)
@@ -146,7 +148,7 @@ class _Stage:
             self.beside |= _restacked(teacher, transformer, constants)
         self.grid = model.grid(*largest_size(config.data, model))
         loss, self.count, self.again = objective(
-            model, stage, teacher, config.timesteps, math.prod(self.grid)
+            model, stage, self.same, config.timesteps, math.prod(self.grid)
         )
         self.step = Step(stage, loss, params, constants, mesh)
         self.constants, self.state = constants, self.step.state()

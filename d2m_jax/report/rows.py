@@ -58,7 +58,7 @@ class Student:
     """A student of a run: one row per finished stage, and the metrics of its training."""
 
     name: str
-    pruned: bool
+    pruned: bool  # in width or in depth
     rows: tuple[Row, ...]
     history: tuple[dict[str, Any], ...]  # of metrics.jsonl, counted from the first stage's start
 
@@ -113,10 +113,10 @@ def read(run_directory: Path | str) -> Run:
     path = teacher_path(config.teacher)
     teacher = Row(TEACHER, "", model_directory.load_config(path), path)
     students = [
-        _student(name, rival.sparsify.method, directory / "rivals" / name, rival.stages)
+        _student(name, rival.sparsify.prunes, directory / "rivals" / name, rival.stages)
         for name, rival in config.rivals.items()
     ]
-    students.append(_student(config.name, config.sparsify.method, directory, config.stages))
+    students.append(_student(config.name, config.sparsify.prunes, directory, config.stages))
     check(
         any(student.rows for student in students),
         f"{directory / 'models'}: expected the model of a finished stage, such as"
@@ -125,7 +125,9 @@ def read(run_directory: Path | str) -> Run:
     return Run(config, teacher, tuple(students))
 
 
-def _student(name: str, method: str, directory: Path, stages: Mapping[str, StageConfig]) -> Student:
+def _student(
+    name: str, pruned: bool, directory: Path, stages: Mapping[str, StageConfig]
+) -> Student:
     done = [stage for stage in stages if (directory / "models" / stage).is_dir()]
     rows = []
     for stage in done:
@@ -138,7 +140,7 @@ def _student(name: str, method: str, directory: Path, stages: Mapping[str, Stage
         last = history(directory, done[: done.index(stage) + 1])[-1]
         rows.append(Row(name, stage, model, path, last["step"], last["seconds"]))
     lines = history(directory, done) if done else []
-    return Student(name, method == "prune", tuple(rows), tuple(lines))
+    return Student(name, pruned, tuple(rows), tuple(lines))
 
 
 def history(directory: Path, stages: Sequence[str]) -> list[dict[str, Any]]:

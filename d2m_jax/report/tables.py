@@ -85,7 +85,7 @@ def against(findings: Findings) -> Table | None:
                 cells += [interval(comparison.score, "+") + mark, f"{comparison.error:.2f}"]
         rows.append(cells)
     notes = [
-        f"The rival is {rival.name}: the same activated FFN, pruned in width."
+        f"The rival is {rival.name}: pruned, so that all of it always runs."
         + " Differences of scores in points over the same prompts, with half a 95 % interval."
         * judged,
         *(f"[{number}] {text}." for text, number in numbers.items()),

@@ -22,9 +22,10 @@ from d2m_jax.config import (
 )
 from d2m_jax.keys import named_generator, named_key
 from d2m_jax.models.blocks import FFNS
-from d2m_jax.models.cut import MODULATION
+from d2m_jax.models.cut import MODULATION, blocks_left
 from d2m_jax.sharding import whole
 from d2m_jax.sparsify import importance
+from d2m_jax.sparsify.depth import shallower, without_blocks
 from d2m_jax.sparsify.experts import make_moe
 from d2m_jax.sparsify.groups import align, aligned, shapes
 from d2m_jax.sparsify.importance import Noisy
@@ -51,8 +52,16 @@ def make_student(
     velocity, jitted once for all calls with the same function. Raises ConfigError where sizes do
     not fit.
     """
-    student = student_config(teacher.transformer, sparsify)
-    config, params = align(teacher.transformer, params, shapes(student))
+    student_config(teacher.transformer, sparsify)
+    config, batches = teacher.transformer, iter(batches)
+    config, params, cut = without_blocks(config, params, sparsify, batches, noisy, seed)
+    if cut:
+        left = {kind: blocks_left(config, cut, kind) for kind in KINDS}
+        say(f"blocks that stay, by {sparsify.depth_choice}: {left}")
+    student = student_config(config, sparsify)
+    config, params = align(config, params, shapes(student))
+    if sparsify.method == "none" and sparsify.modulation_rank is None:
+        return replace(teacher, transformer=student), params, cut
     measured = importance.calibrate(
         config,
         params,
@@ -67,13 +76,8 @@ def make_student(
     )
     say(f"calibrated on {sparsify.batches} batches")
 
-    if sparsify.shared == "magnitude":
-        scores = importance.magnitude(params)
-    elif sparsify.shared == "random":
-        scores = importance.random(params, named_generator(seed, "scores"))
-    else:
-        scores = getattr(measured, sparsify.shared)
-    made, cut = dict(params), {}
+    scores = _scores(sparsify.shared, params, measured, seed)
+    made = dict(params)
     for kind in KINDS:
         made[kind] = dict(params[kind])
         stacks = getattr(student, kind)
@@ -101,7 +105,7 @@ def make_student(
     if sparsify.method == "moe":
         said = f"experts: shared {sparsify.shared}, deal {sparsify.deal}, gate {sparsify.gate}"
         say(f"{said}, refit {sparsify.refit}")
-    else:
+    elif sparsify.method == "prune":
         say(f"pruned to {sparsify.mlp_ratio}, by {sparsify.shared}, refit {sparsify.refit}")
 
     if sparsify.modulation_rank is not None:
@@ -118,6 +122,15 @@ class _Tokens:
     scores: Float[np.ndarray, "g m w"]
     inputs: Float[np.ndarray, "g m t d"] | None
     weights: Float[np.ndarray, "g m t"] | None
+
+
+def _scores(by: str, params: dict, measured: importance.Calibration, seed: int) -> dict:
+    """What every neuron is worth."""
+    if by == "magnitude":
+        return importance.magnitude(params)
+    if by == "random":
+        return importance.random(params, named_generator(seed, "scores"))
+    return getattr(measured, by)
 
 
 def _cut(
@@ -153,6 +166,8 @@ def micro_batch(sparsify: SparsifyConfig, stages: Mapping[str, StageConfig]) -> 
 
 def wanted(sparsify: SparsifyConfig) -> tuple[str, ...]:
     """What this cut needs of importance.calibrate."""
+    if sparsify.method == "none":
+        return ()
     fitted = sparsify.deal == "clustered" or sparsify.gate == "fitted"
     needs = {
         "taylor": sparsify.shared == "taylor",
@@ -177,8 +192,12 @@ def _add_bias(block: dict, name: str, gain: Float[np.ndarray, "g m d"]) -> None:
 
 def student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
     """The student's transformer, from the dense teacher's, in one stack per run of blocks that
-    stay dense, or do not. Raises ConfigError where the sizes do not fit."""
-    runs = {}
+    stay dense, or do not. Raises ConfigError where the sizes do not fit.
+
+    Of the blocks that depth pruning leaves: SparsifyConfig.dense_double and dense_single count
+    these.
+    """
+    config, runs = shallower(config, sparsify), {}
     for kind in KINDS:
         stacks, dense = getattr(config, kind), getattr(sparsify, f"dense_{kind}")
         depth = sum(stack.depth for stack in stacks)
@@ -189,8 +208,8 @@ def student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
             )
         check(
             all(0 <= block < depth for block in dense),
-            f"SparsifyConfig.dense_{kind} = {dense}: expected indices below {depth}, the teacher's"
-            f" {kind} blocks",
+            f"SparsifyConfig.dense_{kind} = {dense}: expected indices below {depth}, the {kind}"
+            " blocks of the teacher that stay",
         )
         same = groupby(block in dense for block in range(depth))
         runs[kind] = [(len(list(run)), 1) for _, run in same]
@@ -202,14 +221,14 @@ def student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
         f" {config.modulation_rank} already, expected none",
     )
     check(
-        sparsify.method == "prune"
+        sparsify.method != "moe"
         or sparsify.gate == "random"
         or sparsify.moe.router_input == "modulated",
         "SparsifyConfig.gate = fitted: calibration holds modulated inputs alone, expected"
         f" MoEConfig.router_input = modulated, found {sparsify.moe.router_input}",
     )
     check(
-        sparsify.method == "prune"
+        sparsify.method != "moe"
         or sparsify.refit == "none"
         or sparsify.moe.router_input == "modulated",
         f"SparsifyConfig.refit = {sparsify.refit}: calibration holds modulated inputs alone,"
@@ -218,7 +237,7 @@ def student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
     for kind in KINDS:
         start, body = 0, []
         for stack in getattr(config, kind):
-            if start in getattr(sparsify, f"dense_{kind}"):
+            if sparsify.method == "none" or start in getattr(sparsify, f"dense_{kind}"):
                 body.append(stack)
             elif sparsify.method == "moe":
                 body.append(replace(stack, ffn="moe"))

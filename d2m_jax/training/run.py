@@ -17,7 +17,6 @@ from d2m_jax.config import (
     ConfigError,
     ModelConfig,
     RunConfig,
-    SparsifyConfig,
     StageConfig,
     StudentConfig,
     Timesteps,
@@ -47,7 +46,8 @@ from d2m_jax.sharding import (
     put_batch,
     put_parameters,
 )
-from d2m_jax.sparsify.groups import align, aligned, grouped, regroup, shapes
+from d2m_jax.sparsify.depth import meeting
+from d2m_jax.sparsify.groups import align, grouped, regroup, shapes
 from d2m_jax.sparsify.importance import Noisy
 from d2m_jax.sparsify.student import make_student, micro_batch, student_config
 from d2m_jax.training.checkpoint import open_run
@@ -150,12 +150,12 @@ def _run(
     work = _open(config, mesh, model, tracker, noisy)
     if ahead is not None:
         ahead(model, work.data, work.validation, work.encoders)
-    teacher = work.load(path)
+    teacher = (*work.load(path), model_directory.load_cut(path, model.transformer))
     for name, rival in config.rivals.items():
         hosts.say(f"rival {name}")
-        start = partial(_cut, work, path, teacher, rival.sparsify, rival.stages)
+        start = partial(_cut, work, teacher, rival)
         _train(work, run_directory / "rivals" / name, start, rival.stages, teacher)
-    start = partial(_cut, work, path, teacher, config.sparsify, config.stages)
+    start = partial(_cut, work, teacher, StudentConfig(config.sparsify, config.stages))
     _train(work, run_directory, start, config.stages, teacher)
 
 
@@ -207,7 +207,10 @@ def check_stages(
         path = f"{where}stages.{name}"
         check_batch(path, stage, mesh)
         try:
-            loss, _, _ = objective(model, stage, teacher, timesteps)
+            same = teacher and replace(
+                teacher, transformer=meeting(teacher.transformer, model.transformer)
+            )
+            loss, _, _ = objective(model, stage, same, timesteps)
             Step(stage, loss, abstract(model.transformer), {}, mesh)
         except ConfigError as error:
             said = at_path(str(error), path) if "StageConfig" in str(error) else f"{path}: {error}"
@@ -231,20 +234,15 @@ def models_of(
         yield name, stage, replace(start, transformer=transformer)
 
 
-def _cut(
-    work: _Work,
-    path: Path,
-    teacher: tuple[ModelConfig, dict],
-    sparsify: SparsifyConfig,
-    stages: Mapping[str, StageConfig],
-) -> Start:
+def _cut(work: _Work, teacher: Start, student: StudentConfig) -> Start:
     """The student before any training, its neurons' places those in the dense model from which the
-    teacher, at `path`, may have been cut itself."""
-    (model, params), size = teacher, sparsify.batch_size
+    teacher may have been cut itself."""
+    (model, params, before), sparsify = teacher, student.sparsify
     assert work.noisy is not None  # of a run with a teacher
     with jax.set_mesh(work.mesh):
         batches = (
-            work.encoders.encode(put_batch(work.mesh, batch)) for batch in work.batches(size)
+            work.encoders.encode(put_batch(work.mesh, batch))
+            for batch in work.batches(sparsify.batch_size)
         )
         made = make_student(
             model,
@@ -254,9 +252,9 @@ def _cut(
             work.noisy,
             work.config.seed,
             hosts.say,
-            micro_batch(sparsify, stages),
+            micro_batch(sparsify, student.stages),
         )
-    return *made[:2], composed(model_directory.load_cut(path, model.transformer), made[2])
+    return *made[:2], composed(before, made[2], made[0].transformer)
 
 
 def _train(
@@ -264,7 +262,7 @@ def _train(
     directory: Path,
     start: Callable[[], Start],
     stages: Mapping[str, StageConfig],
-    teacher: tuple[ModelConfig, dict] | None = None,
+    teacher: Start | None = None,
 ) -> None:
     """All stages of one model. `start` makes what they begin with."""
     models = directory / "models"
@@ -277,7 +275,8 @@ def _train(
     before = "start"
     for name, stage in stages.items():
         if not _exists(models / name):
-            model, params = _train_stage(work, directory, name, stage, models / before, teacher)
+            asked = directory, name, stage, models / before, cut, teacher
+            model, params = _train_stage(work, *asked)
             model_directory.save(models / name, model, params, cut=cut)
             del params
         before = name
@@ -296,23 +295,22 @@ def _train_stage(
     name: str,
     stage: StageConfig,
     before: Path,
-    teacher: tuple[ModelConfig, dict] | None,
+    cut: Cut,
+    teacher: Start | None,
 ) -> tuple[ModelConfig, dict]:
-    """The model of the directory `before`, trained."""
+    """The model of the directory `before`, which has this cut, trained."""
     ((_, _, model),) = models_of({name: stage}, model_directory.load_config(before))
-    of_teacher = teacher and teacher[0]
-    config = work.config
+    config, constants, same = work.config, {}, None
+    if teacher is not None:
+        dense = teacher[0].transformer
+        same = replace(teacher[0], transformer=meeting(dense, model.transformer, cut, teacher[2]))
+        constants = align(dense, teacher[1], shapes(same.transformer))[1]
+        constants = put_parameters(work.mesh, constants)  # here, or both would stay
     # Buckets of one resolution have about equally many.
     tokens = round(
         sum(math.prod(model.grid(*size)) for size in work.data.sizes) / len(work.data.sizes)
     )
-    loss, flops, _ = objective(model, stage, of_teacher, config.timesteps, tokens, config.guidance)
-    constants, same = {}, None
-    if teacher is not None:
-        transformer = aligned(teacher[0].transformer, shapes(model.transformer))
-        same = replace(teacher[0], transformer=transformer)
-        constants = align(teacher[0].transformer, teacher[1], shapes(model.transformer))[1]
-        constants = put_parameters(work.mesh, constants)  # here, or both would stay
+    loss, flops, _ = objective(model, stage, same, config.timesteps, tokens, config.guidance)
 
     def start() -> dict:
         old, params = work.load(before)
@@ -334,7 +332,7 @@ def _train_stage(
         run_directory=directory,
         seed=work.config.seed,
         flops_per_example=flops,
-        sample=_Sampler(work, model, directory / "samples", name, teacher),
+        sample=_Sampler(work, model, directory / "samples", name, teacher and teacher[:2]),
         boards=() if work.tracker is None else (work.tracker.stage(directory, name),),
         keep=work.config.keep_checkpoints,
         mesh=work.mesh,
@@ -351,7 +349,8 @@ def objective(
     guidance: tuple[float, float] | None = None,
 ) -> tuple[Objective, int, int]:
     """A stage's loss, and the FLOPs of one example: the step's, and what rematerialisation adds.
-    Without `image_tokens` they are those of the model's own image size."""
+    `teacher` is in stacks that meet the model's (sparsify.depth.meeting). Without `image_tokens`
+    they are those of the model's own image size."""
     tokens = math.prod(model.grid()) if image_tokens is None else image_tokens
     count = partial(flops_per_example, image_tokens=tokens, text_tokens=model.text.length)
     student = model.transformer
@@ -361,11 +360,8 @@ def objective(
     again = forward if stage.remat else 0
     if teacher is None:
         return flow_loss(model, stage, timesteps, guidance), 3 * forward, again
-    # Lockstep pairs the stacks of teacher and student one to one.
-    transformer = aligned(teacher.transformer, shapes(model.transformer))
-    teacher = replace(teacher, transformer=transformer)
     loss = distill_loss(teacher, model, stage, timesteps, guidance)
-    return loss, 3 * forward + count(transformer), again
+    return loss, 3 * forward + count(teacher.transformer), again
 
 
 def share(params: dict, teacher: dict) -> dict:

@@ -111,13 +111,17 @@ def student(teacher, **fields) -> RunConfig:
         "moe": replace(feature, train=("double.*", "single.*"), freeze=("*.shared.*",)),
         "mob": replace(feature, train=("single.1.*",), groups=groups),
     }
+    shallow = replace(CUT, method="none", modulation_rank=None, depth_single=2)
     config = RunConfig(
         name="student",
         teacher=str(teacher),
         data=DATA,
         sparsify=CUT,
         stages=stages,
-        rivals={"pruned": StudentConfig(replace(CUT, method="prune"), {"retrain": STAGE})},
+        rivals={
+            "pruned": StudentConfig(replace(CUT, method="prune"), {"retrain": STAGE}),
+            "shallow": StudentConfig(shallow, {"depth": replace(feature, sample_every=0)}),
+        },
         held_out_batches=1,
     )
     return replace(config, **fields)
@@ -144,6 +148,10 @@ def test_leaves_a_model_after_every_stage(finished):
     assert {p.name for p in (finished / "models").iterdir()} == {"start", "shared", "moe", "mob"}
     pruned, _ = model_directory.load(finished / "rivals" / "pruned" / "model")
     assert all(stack.mlp_ratio == 1.5 for stack in pruned.transformer.stacks)
+    shallow, _ = model_directory.load(finished / "rivals" / "shallow" / "model")
+    assert shallow.transformer.single == (StackConfig(2),)
+    cut = model_directory.load_cut(finished / "rivals" / "shallow" / "model", shallow.transformer)
+    assert sorted(cut["single.blocks"].tolist()) == [0, 1, 2]
     # Where the student's neurons lie in the teacher goes with every one of them.
     start = model_directory.load_cut(finished / "models" / "start", mob.transformer)
     assert {name.split(".")[-1] for name in start} >= {"img_mlp", "txt_mlp", "mlp"}
@@ -252,12 +260,13 @@ GOLDEN = {
     "moe": [0.02830373, 0.03111195],
     "mob": [0.04194849, 0.02379272],
     "retrain": [0.01347089, 0.08406479],
+    "depth": [0, 0],
 }
 
 
 def test_first_steps_are_as_they_were(finished, teacher):
     found = {}
-    for directory in (teacher.parent, finished, finished / "rivals" / "pruned"):
+    for directory in (teacher.parent, finished, *(finished / "rivals").iterdir()):
         for line in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines()):
             if line["step"] == 1:
                 found[line["stage"]] = [line["loss"], line["gradient_norm"]]

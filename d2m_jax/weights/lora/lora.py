@@ -13,7 +13,7 @@ import numpy as np
 
 from d2m_jax import hosts
 from d2m_jax.config import SHOWN, ConfigError, FluxConfig, check, listed, suggestion
-from d2m_jax.models.cut import Cut
+from d2m_jax.models.cut import BLOCKS, Cut
 from d2m_jax.weights.files import hub, safetensors
 from d2m_jax.weights.keys import flux_keys, key_table, recognise
 from d2m_jax.weights.keys.key_table import Entry, Parameter, overlap, relative
@@ -64,6 +64,11 @@ def read(
     """
     given = hub.local(path)
     path = _file(given)
+    check(
+        not set(BLOCKS.values()) & set(cut or {}),
+        f"{path}: this model has lost blocks of the one that it was cut from, so that nobody knows"
+        " whose blocks a LoRA counts; merge the LoRA into the dense model before that is cut",
+    )
     check(math.isfinite(scale), f"{path}: a strength of {scale}, expected a finite number")
     if path.suffix.lower() not in hub.WEIGHTS:
         recognise.refuse_other(path)

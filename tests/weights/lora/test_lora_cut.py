@@ -11,7 +11,14 @@ import pytest
 
 import convert_torch_weights
 from d2m_jax import command_line
-from d2m_jax.config import ConfigError, GroupsConfig, ModelConfig, MoEConfig, SparsifyConfig
+from d2m_jax.config import (
+    ConfigError,
+    GroupsConfig,
+    ModelConfig,
+    MoEConfig,
+    SparsifyConfig,
+    StackConfig,
+)
 from d2m_jax.models.cut import MODULATION, check_cut, composed
 from d2m_jax.named_arrays import names
 from d2m_jax.sparsify import make_student, regroup
@@ -30,6 +37,7 @@ CUTS = {
     "refit": replace(CUT, refit="plain"),
     "pruned": replace(CUT, method="prune", modulation_rank=5),
 }
+SHALLOW = replace(CUT, method="none", depth_single=3, depth_choice="even")
 
 
 def run(*arguments):
@@ -47,12 +55,12 @@ def dense(tmp_path_factory):
         lambda a: np.asarray(a) + 0.1 * rng.standard_normal(a.shape).astype(np.float32),
         initialise(CONFIG, 0),
     )
-    teacher = ModelConfig(transformer=CONFIG)
+    teacher, cuts = ModelConfig(transformer=CONFIG), CUTS | {"shallow": SHALLOW}
     model_directory.save(folder / "teacher", teacher, params)
 
     @cache
     def student(name, groups):
-        config, made, cut = make_student(teacher, params, CUTS[name], batches(1), noisy, 0)
+        config, made, cut = make_student(teacher, params, cuts[name], batches(1), noisy, 0)
         if groups is not None:
             transformer, made = regroup(config.transformer, made, groups, 0)
             config = replace(config, transformer=transformer)
@@ -240,6 +248,9 @@ def test_what_cannot_be_merged(dense, tmp_path, capfd):
     file = written(tmp_path / "a.safetensors", "bfl", ("double_blocks.0.img_mlp.2",))
     assert run(student.path, tmp_path / "new", "--lora", file)
     assert "DoRA or whole tensors of double_blocks.0.img_mlp.2.weight" in capfd.readouterr().err
+    student = dense.student("shallow")
+    assert run(student.path, tmp_path / "new", "--lora", file)
+    assert "nobody knows whose blocks a LoRA counts" in capfd.readouterr().err
     # of an older directory nobody knows the order
     student = dense.student("experts")
     model_directory.save(tmp_path / "old", ModelConfig(student.config), student.params)
@@ -265,7 +276,29 @@ def test_a_cut_is_checked(dense):
 
 def test_a_teacher_that_was_cut_itself():
     """Places are those in the dense model: 5 of whose 8 neurons the teacher has."""
-    first = {"single.0.mlp": np.array([7, 1, 4, 0, 2, 3, 5, 6], np.int32), "a": np.arange(3)}
-    found = composed(first, {"single.0.mlp": np.array([2, 0, 4, 3, 1], np.int32)})
+    first = {
+        "single.0.mlp": np.array([7, 1, 4, 0, 2, 3, 5, 6], np.int32),
+        MODULATION: np.zeros((6, 32), np.float32),
+    }
+    found = composed(first, {"single.0.mlp": np.array([2, 0, 4, 3, 1], np.int32)}, CONFIG)
     assert found["single.0.mlp"].tolist() == [4, 7, 2, 0, 1, 3, 5, 6]
-    assert found["a"] is first["a"]
+    assert found[MODULATION] is first[MODULATION]
+
+
+def test_a_teacher_that_lost_blocks_itself():
+    """It has blocks 1, 2, 4 and 5 of six, its student the first and the last two of these."""
+    orders = {f"single.{i}.mlp": np.roll(np.arange(8, dtype=np.int32), i) for i in range(4)}
+    first = orders | {"single.blocks": np.array([1, 2, 4, 5, 0, 3], np.int32)}
+    then = {
+        "single.blocks": np.array([0, 2, 3, 1], np.int32),
+        "single.1.mlp": np.array([1, 0, 2, 3, 4, 5, 6, 7], np.int32),
+    }
+    config = replace(CONFIG, single=(StackConfig(3),))
+    found = composed(first, then, config)
+    assert found["single.blocks"].tolist() == [1, 4, 5, 2, 0, 3]
+    assert found["single.0.mlp"] is first["single.0.mlp"]
+    assert found["single.1.mlp"].tolist() == [7, 6, 0, 1, 2, 3, 4, 5]
+    assert found["single.2.mlp"] is first["single.3.mlp"] and "single.3.mlp" not in found
+    check_cut("x", config, {"single.blocks": found["single.blocks"]})
+    with pytest.raises(ConfigError, match="x: single.blocks is no order of blocks of which"):
+        check_cut("x", config, {"single.blocks": np.array([0, 1], np.int32)})
