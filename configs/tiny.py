@@ -9,7 +9,8 @@ python train.py configs/tiny.py
 
 import dataclasses
 
-from configs.icons_moe_s import get_config as get_full_config
+from configs.icons_moe_s import get_config as get_demo
+from configs.icons_paper import get_config as get_paper
 from d2m_jax.config import RunConfig, SparsifyConfig, StageConfig, StudentConfig
 
 FFNS = ("*mlp.*",)
@@ -35,13 +36,13 @@ def shorten_cut(sparsify: SparsifyConfig) -> SparsifyConfig:
 
 
 def get_config() -> RunConfig:
-    full = get_full_config()
-    paper, pruned = full.rivals["paper"], full.rivals["pruned"]
+    demo, paper = get_demo(), get_paper()
+    pruned = demo.rivals["pruned"]
     stages = {name: shorten(stage, stage.train) for name, stage in paper.stages.items()}
-    stages["mob"] = shorten(full.stages["mob"], GROUPS)
+    stages["mob"] = shorten(demo.stages["mob"], GROUPS)
     retrain = {"retrain": shorten(pruned.stages["retrain"], FFNS)}
     return dataclasses.replace(
-        full,
+        demo,
         name="tiny",
         sparsify=shorten_cut(paper.sparsify),
         stages=stages,

@@ -81,10 +81,12 @@ def gather(run: Run, bench: Bench) -> Findings:
     accounts = {row: account(row.config, tokens) for row in run.rows}
     gflops = {row: account.total.flops / 1e9 for row, account in accounts.items()}
     milliseconds = _milliseconds(run, bench)
-    rival = run.rival
-    others = [] if rival is None else [s for s in run.students if s is not rival]
-    against = () if rival is None else rival.rows
-    compared = {row: compare(row, measured, against) for s in others for row in s.rows}
+    compared = {
+        row: compare(row, measured, rival.rows)
+        for student in run.students
+        for row in student.rows
+        if (rival := run.rival_of(row)) is not None and rival is not student
+    }
     judged = {
         row: verdicts(run, row, measured, compared.get(row, {}), gflops, milliseconds)
         for student in reversed(run.students)

@@ -18,7 +18,6 @@ th:first-child, td:first-child { text-align: left; }
 tr.first td { border-top: 2px solid var(--dim); }
 ul.verdicts { list-style: none; padding: 0; } ul.verdicts li { margin: .25rem 0; }
 .yes::before { content: "✓ "; color: #2a2; } .no::before { content: "✗ "; color: #d33; }
-.open::before { content: "· "; }
 figure { margin: 0; } figure div { overflow-x: auto; background: #fff; border-radius: 6px; }
 img { display: block; width: 100%; min-width: 34rem; height: auto; }
 figcaption { color: var(--dim); font-size: .85rem; max-width: 48rem; margin-top: .3rem; }
@@ -48,13 +47,17 @@ class Picture:
 def page(
     title: str,
     facts: Sequence[str],
-    verdicts: Mapping[str, Sequence[tuple[str, bool | None]]],
+    first: Sequence[Picture],
+    verdicts: Mapping[str, Sequence[tuple[str, bool]]],
     parts: Sequence[Table | Picture],
 ) -> str:
-    """The HTML: title, facts, sentences by model (aim met, missed or none), then the parts."""
+    """The HTML: title, facts, the pictures that say most, sentences by model (aim met or missed),
+    then the parts."""
     said = "".join(
         f"<h3>{escape(model)}</h3><ul class=verdicts>"
-        + "".join(f'<li class="{_class(met)}">{escape(text)}</li>' for text, met in lines)
+        + "".join(
+            f'<li class="{"yes" if met else "no"}">{escape(text)}</li>' for text, met in lines
+        )
         + "</ul>"
         for model, lines in verdicts.items()
     )
@@ -62,14 +65,12 @@ def page(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
-        f"<h1>{escape(title)}</h1><p class=dim>{'<br>'.join(map(escape, facts))}</p>{said}"
+        f"<h1>{escape(title)}</h1><p class=dim>{'<br>'.join(map(escape, facts))}</p>"
+        + "".join(map(_picture, first))
+        + said
         + "".join(_table(part) if isinstance(part, Table) else _picture(part) for part in parts)
         + "</body></html>\n"
     )
-
-
-def _class(met: bool | None) -> str:
-    return {True: "yes", False: "no", None: "open"}[met]
 
 
 def _table(table: Table) -> str:

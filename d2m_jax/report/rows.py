@@ -71,7 +71,7 @@ class Student:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a report is about. The first pruned student is the rival that the others meet."""
+    """What a report is about."""
 
     config: RunConfig
     teacher: Row
@@ -87,7 +87,20 @@ class Run:
 
     @cached_property
     def rival(self) -> Student | None:
+        """The first pruned student, which the others meet."""
         return next((s for s in self.students if s.pruned and s.rows), None)
+
+    @cached_property
+    def shallow_rival(self) -> Student | None:
+        """The first of fewer blocks than the teacher's, which Mixtures of Blocks meet; where none
+        is, the rival of all."""
+        blocks = _blocks(self.teacher)
+        fewer = (s for s in self.students if s.pruned and s.rows and _blocks(s.rows[0]) < blocks)
+        return next(fewer, self.rival)
+
+    def rival_of(self, row: Row) -> Student | None:
+        """The pruned student that a row meets."""
+        return self.shallow_rival if row.mixes else self.rival
 
     @property
     def routed(self) -> list[Row]:
@@ -98,6 +111,10 @@ class Run:
     def finals(self) -> list[Row]:
         """The rows that stand for the students in pictures, the teacher first."""
         return [self.teacher, *(row for student in self.students for row in student.finals)]
+
+
+def _blocks(row: Row) -> int:
+    return sum(stack.groups * stack.blocks for stack in row.config.transformer.stacks)
 
 
 def read(run_directory: Path | str) -> Run:

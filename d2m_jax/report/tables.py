@@ -67,8 +67,8 @@ def worth(findings: Findings) -> Table:
 
 def against(findings: Findings) -> Table | None:
     """Every row of the other students beside the rival."""
-    rival = findings.run.rival
-    if rival is None:
+    rival, shallow = findings.run.rival, findings.run.shallow_rival
+    if rival is None or shallow is None:
         return None
     head, judged = [""], findings.judged
     for by in ("equal steps", "equal time"):
@@ -86,6 +86,11 @@ def against(findings: Findings) -> Table | None:
         rows.append(cells)
     notes = [
         f"The rival is {rival.name}: pruned, so that all of it always runs."
+        + (
+            f" That of Mixtures of Blocks is {shallow.name}, of fewer blocks."
+            if shallow is not rival and any(row.mixes for row in findings.run.rows)
+            else ""
+        )
         + " Differences of scores in points over the same prompts, with half a 95 % interval."
         * judged,
         *(f"[{number}] {text}." for text, number in numbers.items()),

@@ -42,8 +42,12 @@ def write(run_directory: Path | str, command: str | None = None) -> None:
     for table in filter(None, _main_tables(findings)):
         console.print(tables.for_terminal(table))
     for row, judged in findings.verdicts.items():
-        for verdict in judged.values():
-            console.print(f"{row.label}: {verdict.text}", highlight=False, markup=False)
+        if row.student == run.main.name:
+            console.print(f"\n{row.label}:", highlight=False, markup=False)
+            for verdict in judged.values():
+                console.print(
+                    f"{'✓' if verdict.met else '✗'} {verdict.text}", highlight=False, markup=False
+                )
     print(f"report: {directory / 'report.html'}")
 
 
@@ -118,9 +122,7 @@ def _page(findings: Findings, about: dict[str, Any], drawn: dict[str, Picture]) 
     parts: list[Table | Picture | None] = [
         *_main_tables(findings),
         drawn["costs"],
-        drawn.get("samples"),
         tables.categories(findings),
-        drawn["curves"],
         tables.sweep(findings),
     ]
     for row in findings.routing:
@@ -128,4 +130,5 @@ def _page(findings: Findings, about: dict[str, Any], drawn: dict[str, Picture]) 
             drawn[_routing_name(row)],
             tables.health(findings, row),
         ]
-    return page(about["name"], facts, judged, [part for part in parts if part is not None])
+    first = [drawn[name] for name in ("samples", "curves") if name in drawn]
+    return page(about["name"], facts, first, judged, [part for part in parts if part is not None])
