@@ -27,7 +27,7 @@ from d2m_jax.report.measure import SAMPLES, Bench, Measured
 from d2m_jax.sampling.pipeline import load_pipeline
 from tests.models import toy
 
-PROMPTS = ["red anchor", "blue earth", "green anchor and red earth", "two blue anchor"]
+PROMPTS = ["red penguin", "blue pump", "green penguin and red pump", "two blue penguin"]
 
 
 def with_cache(directory):
@@ -36,7 +36,7 @@ def with_cache(directory):
     config = from_json(RunConfig, json.loads(file.read_text()))
     pipe = load_pipeline(config.teacher)
     folder = directory.parent / "cache"
-    generate.generate(pipe, PROMPTS, folder, images_per_prompt=10, sizes=[(24, 24), (24, 36)])
+    generate.generate(pipe, PROMPTS, folder, images_per_prompt=10, sizes=[(32, 32), (32, 48)])
     data = CacheConfig(path=str(folder), validation=20)
     file.write_text(json.dumps(to_json(replace(config, data=data))))
 
@@ -59,7 +59,7 @@ def test_report_without_a_judge(make_run, monkeypatch, capsys):
         assert "score_of_teacher" not in row["verdicts"]
     assert "What it is worth" in told and "score" not in told
     html = (directory / "report.html").read_text()
-    sizes = [f"24 × {width} pixels" in html for width in (24, 36)]
+    sizes = [f"32 × {width} pixels" in html for width in (32, 48)]
     assert sum(sizes) == 1 and html.count("pixels") == 3  # costs, and routing of two rows
     tokens = 4 if sizes[0] else 6
     assert report["rows"][0]["gflops"] == account(teacher, tokens).total.flops / 1e9

@@ -87,8 +87,10 @@ def test_report_of_a_run(make_run, capsys):
         error / found["pruned, after retrain"]["error"]["seen"]
     )
     assert set(found["fitted, after mob"]["verdicts"]) == {
-        "score_of_teacher",
         "error_of_rival",
+        "error_at_equal_time",
+        "score_over_rival",
+        "score_of_teacher",
         "time_of_teacher",
     }
     assert [v["top_k"] for v in value["top_k"]["values"]] == [0, 2, 4]
@@ -99,6 +101,8 @@ def test_report_of_a_run(make_run, capsys):
     assert not re.search(r"https?://|<script|<link", html)
     assert html.count("data:image/png;base64,") == 5
     assert "longer than the rival ever did" in html
+    grid, curves, table = (html.index(s) for s in ("side by side", "while training", "<table>"))
+    assert grid < curves < table  # what says most comes first
     for name in ("samples", "curves", "costs", "routing", "routing_blocks"):
         with Image.open(directory / "report" / f"{name}.png") as picture:
             assert min(picture.size) > 300
