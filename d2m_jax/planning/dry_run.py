@@ -21,7 +21,7 @@ from d2m_jax.planning import hardware
 from d2m_jax.planning.plan import plan, table
 from d2m_jax.planning.programs import Lowered, calibration, lower
 from d2m_jax.sharding import make_mesh
-from d2m_jax.sparsify.student import micro_batch
+from d2m_jax.sparsify.student import measures, micro_batch
 from d2m_jax.weights.directory import model_directory
 
 
@@ -59,7 +59,7 @@ def dry_run(
 def _all(config: RunConfig, teacher: ModelConfig | None, mesh: Mesh) -> Iterator[Lowered]:
     stages = lower(config, teacher, mesh)
     first = next(stages)  # what is wrong with any stage is told before the first compilation
-    if teacher is not None:
+    if teacher is not None and measures(config.sparsify):
         yield calibration(config, teacher, mesh)
     yield first
     yield from stages

@@ -60,7 +60,7 @@ def make_student(
         say(f"blocks that stay, by {sparsify.depth_choice}: {left}")
     student = student_config(config, sparsify)
     config, params = align(config, params, shapes(student))
-    if sparsify.method == "none" and sparsify.modulation_rank is None:
+    if not measures(sparsify):
         return replace(teacher, transformer=student), params, cut
     measured = importance.calibrate(
         config,
@@ -162,6 +162,11 @@ def micro_batch(sparsify: SparsifyConfig, stages: Mapping[str, StageConfig]) -> 
     that follow, or all where none follows."""
     size, first = sparsify.batch_size, next(iter(stages.values()), None)
     return math.gcd(size, first.batch_size // first.optimizer.accumulate if first else size)
+
+
+def measures(sparsify: SparsifyConfig) -> bool:
+    """Whether this cut calibrates."""
+    return sparsify.method != "none" or sparsify.modulation_rank is not None
 
 
 def wanted(sparsify: SparsifyConfig) -> tuple[str, ...]:

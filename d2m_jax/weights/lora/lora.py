@@ -66,8 +66,7 @@ def read(
     path = _file(given)
     check(
         not set(BLOCKS.values()) & set(cut or {}),
-        f"{path}: this model has lost blocks of the one that it was cut from, so that nobody knows"
-        " whose blocks a LoRA counts; merge the LoRA into the dense model before that is cut",
+        f"{path}: this model has fewer blocks than a LoRA counts; merge it into the one before",
     )
     check(math.isfinite(scale), f"{path}: a strength of {scale}, expected a finite number")
     if path.suffix.lower() not in hub.WEIGHTS:
