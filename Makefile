@@ -22,7 +22,7 @@ test: $(INSTALLED)-test
 
 # Tests of numbers as on other machines: fewer instructions, whose programs have a cache of their
 # own, fewer cores; each with toy models of its own.
-NUMERICAL := $(addprefix tests/,kernels models sparsify distill sampling test_flow.py \
+NUMERICAL := $(addprefix tests/,kernels models sparsification distillation sampling test_flow.py \
   test_flux_end_to_end.py training/test_loop.py weights/torch_files/test_torch_import.py \
   weights/torch_files/test_sparse_export.py weights/keys/test_autoencoder_keys.py)
 PYTEST_NUMERICAL = $(PYTEST) $(NUMERICAL)

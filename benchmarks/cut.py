@@ -18,11 +18,11 @@ from d2m_jax.config import ModelConfig, SparsifyConfig
 from d2m_jax.cores import use_cores
 from d2m_jax.data import icons
 from d2m_jax.data.protocol import Split
-from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.distillation.stages import noisy_inputs
 from d2m_jax.encoders import Encoders
 from d2m_jax.evaluate.icons import task_of
 from d2m_jax.models.flux import model_of
-from d2m_jax.sparsify.student import make_student
+from d2m_jax.sparsification.student import make_student
 from d2m_jax.weights.directory import model_directory
 
 TEACHER, BATCHES = "teachers/pictograms", 4

@@ -27,6 +27,7 @@ from d2m_jax.kernels import grouped_matmul, rows, tiles
 from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.kernels.target import target
 from d2m_jax.models import moe
+from d2m_jax.models.blocks import ffn
 from d2m_jax.models.experts import sort
 from d2m_jax.models.layers import FFN
 from d2m_jax.models.protocol import Context
@@ -47,7 +48,7 @@ def ways() -> list[str]:
 def sparse(dim: int):
     """(program, parameters) of one MoE layer."""
     config = FluxConfig(hidden_size=dim, num_heads=1, axes_dim=(dim,), moe=MoEConfig())
-    return nnx.split(moe.MoE(config, StackConfig(1, ffn="moe"), rngs=nnx.Rngs(0)))
+    return nnx.split(ffn(config, StackConfig(1, ffn="moe"), rngs=nnx.Rngs(0)))
 
 
 def layer(kind: str, dim: int):

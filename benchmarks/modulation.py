@@ -2,9 +2,9 @@
 
     python benchmarks/modulation.py
 
-Relative, root mean square over all blocks: of the basis of sparsify/modulation.py, and of principal
-directions of the inputs alone, which knew nothing of the blocks' matrices (as it was until
-2026-11-26).
+Relative, root mean square over all blocks: of the basis of sparsification/modulation.py, and of
+principal directions of the inputs alone, which knew nothing of the blocks' matrices (as it was
+until 2026-11-26).
 On the icons teacher, and on random matrices of fewer blocks at a width of 512 whose inputs have a
 spectrum that falls like 1 / i.
 """
@@ -17,11 +17,11 @@ import numpy as np
 
 from d2m_jax.config import FluxConfig
 from d2m_jax.data import icons
-from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.distillation.stages import noisy_inputs
 from d2m_jax.encoders import Encoders
 from d2m_jax.evaluate.icons import task_of
 from d2m_jax.models.flux import model_of
-from d2m_jax.sparsify.modulation import MODULATIONS, low_rank
+from d2m_jax.sparsification.modulation import MODULATIONS, low_rank
 from d2m_jax.weights.directory import model_directory
 
 RANKS = (2, 4, 8, 16, 32, 64)

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
-from d2m_jax.sparsify import sensitivity
-from d2m_jax.sparsify.experts import cluster, features, fit_gate, split
-from d2m_jax.sparsify.prune import ranked, take
-from d2m_jax.sparsify.refit import refit
+from d2m_jax.sparsification import sensitivity
+from d2m_jax.sparsification.experts import cluster, features, fit_gate, split
+from d2m_jax.sparsification.prune import ranked, take
+from d2m_jax.sparsification.refit import refit
 
 
 def told(name: str, run: Callable[[], Any]) -> Any:
@@ -32,7 +32,7 @@ def told(name: str, run: Callable[[], Any]) -> Any:
 
 
 def cut(dim: int, tokens: int, out_bias: bool) -> None:
-    """One FFN in parts, as sparsify/student.py does it."""
+    """One FFN in parts, as sparsification/student.py does it."""
     moe, stack, generator = MoEConfig(), StackConfig(1, ffn="moe"), np.random.default_rng(0)
     config = FluxConfig(hidden_size=dim, num_heads=dim // 128, moe=moe)
     shared, width = config.shared_width(stack), config.ffn_width(stack)

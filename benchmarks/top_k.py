@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from d2m_jax.config import ModelConfig, MoEConfig
 from d2m_jax.data import icons
-from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.distillation.stages import noisy_inputs
 from d2m_jax.encoders import Encoders
 from d2m_jax.evaluate.icons import task_of
 from d2m_jax.models.flux import model_of

@@ -9,6 +9,7 @@ d2m_jax.load_pipeline("OWNER/NAME") and every script read what was published.
 
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.models.accounting import Account, account
 from d2m_jax.models.size import amount
+from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.files import hub
 from d2m_jax.weights.torch_files.torch_export import MODULE, is_torch_export
@@ -89,7 +91,7 @@ class Published:
 
 
 def push_to_hub(
-    source: Path | str,
+    source: Pipeline | Path | str,
     repository: str,
     base_model: str | None = None,
     license: str | None = None,
@@ -97,14 +99,19 @@ def push_to_hub(
 ) -> str:
     """Publish a model in one commit, which holds all of it or is not made; the commit's address.
 
-    `source` and the options are those of the command. The repository is made where it is not there;
-    files of the same names are replaced. A path of encoders that lie elsewhere is not published.
-    Raises ConfigError for what is no model, a license that nobody knows, and where the hub refuses.
+    `source` is a pipeline, or what the command takes; the options are those of the command. The
+    repository is made where it is not there; files of the same names are replaced. A path of
+    encoders that lie elsewhere is not published. Raises ConfigError for what is no model, a license
+    that nobody knows, and where the hub refuses.
     """
     check(
         hub.REPOSITORY.fullmatch(repository) is not None and repository.count("/") == 1,
         f"{repository}: expected OWNER/NAME",
     )
+    if isinstance(source, Pipeline):
+        with tempfile.TemporaryDirectory(prefix="d2m_jax_") as folder:
+            source.save(Path(folder) / "model")
+            return push_to_hub(Path(folder) / "model", repository, base_model, license, private)
     found = _read(Path(source))
     text = card(found, repository, base_model, license)
     own = model_directory.ENCODERS if found.own_encoders else None

@@ -26,7 +26,7 @@ LONGEST = (
     "report/test_report.py",
     "report/test_any_data.py",
     "models/test_sharded.py",
-    "sparsify/test_meshes.py",
+    "sparsification/test_meshes.py",
     "test_hosts.py",
     "data/test_cache.py",
     "data/test_making.py",

@@ -23,7 +23,8 @@ from d2m_jax.encoders import Encoders
 from d2m_jax.evaluate import latency
 from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.report import write
-from d2m_jax.sampling.pipeline import load_pipeline, noise
+from d2m_jax.sampling.noise import noise
+from d2m_jax.sampling.pipeline import load_pipeline
 from d2m_jax.training import run
 from d2m_jax.weights import convert, load_config
 from tests.sampling.flux_oracle import tiny_pipeline

@@ -1,8 +1,11 @@
 """The package as a notebook meets it: names, help, and no cost to import."""
 
+import ast
+import pkgutil
 import pydoc
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +15,18 @@ from d2m_jax.weights import load_model
 
 
 def test_names_are_listed_and_handed_on():
-    public = {"load_model", "load_pipeline", "push_to_hub", "__version__"}
-    assert public <= set(dir(d2m_jax)) and set(d2m_jax.__all__) == public
+    # What is listed, what type checkers see, and what is handed on are the same.
+    tree = ast.parse(Path(d2m_jax.__file__).read_text())
+    (typed,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [(node.module, node.names[0]) for node in typed.body]
+    public = {alias.asname: f"{module}.{alias.name}" for module, alias in imports}
+    listed = set(d2m_jax.__all__) - {"__version__"}
+    assert listed == public.keys() and listed <= set(dir(d2m_jax))
     names = {}
     exec("from d2m_jax import *", names)
+    for name, place in public.items():
+        assert place == f"d2m_jax.{d2m_jax._PLACES[name]}"
+        assert names[name] is pkgutil.resolve_name(place)
     assert names["load_pipeline"] is load_pipeline and names["load_model"] is load_model
     said = pydoc.render_doc(d2m_jax, renderer=pydoc.plaintext)
     assert "load_pipeline(" in said and "load_model(" in said and "images.pil" in said

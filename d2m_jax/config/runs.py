@@ -120,12 +120,12 @@ class SparsifyConfig(Config):
     # Depth pruning, before FFNs are cut: blocks of the teacher that stay; None: all.
     depth_double: int | None = None
     depth_single: int | None = None  # of the single ones
-    depth_choice: Literal["change", "even"] = "change"  # which stay (sparsify/depth.py)
-    # Which neurons are kept or shared (sparsify/sensitivity.py, importance.py).
+    depth_choice: Literal["change", "even"] = "change"  # which stay (sparsification/depth.py)
+    # Which neurons are kept or shared (sparsification/sensitivity.py, importance.py).
     shared: Literal["sensitivity", "taylor", "random", "magnitude"] = "taylor"
     deal: Literal["rank", "random", "clustered"] = "clustered"  # of the others to experts
     gate: Literal["random", "fitted"] = "fitted"  # at the start
-    # Output kernels and bias fitted to the whole FFN's output (sparsify/refit.py).
+    # Output kernels and bias fitted to the whole FFN's output (sparsification/refit.py).
     refit: Literal["none", "bias", "plain", "weighted"] = "none"
     routed_scale: float = 1.0  # start of the learnable scale of the normal experts' sum
     modulation_rank: int | None = None
@@ -181,7 +181,7 @@ class RunConfig(Config):
     # Other data to validate on; None: what of `data` never trains (of the icons, other draws).
     validation: DataConfig | None = None
     # Whether validation also tells errors at fixed times, as others can compare them
-    # (distill/fixed_times.py).
+    # (distillation/fixed_times.py).
     fixed_times: bool = False
     # How times are drawn in training and calibration, before the model's shift.
     timesteps: Timesteps = "uniform"

@@ -33,7 +33,8 @@ from d2m_jax.grid import check_finite
 from d2m_jax.keys import named_generator
 from d2m_jax.named_arrays import fingerprint
 from d2m_jax.output import check_writable
-from d2m_jax.sampling.pipeline import Pipeline, denoise_steps, load_pipeline, noise_of
+from d2m_jax.sampling.noise import noise_of
+from d2m_jax.sampling.pipeline import Pipeline, denoise_steps, load_pipeline
 from d2m_jax.sharding import batch_shards, local_mesh
 from d2m_jax.weights.files.hub import check_folder_name
 

@@ -33,7 +33,8 @@ from d2m_jax.grid import to_image
 from d2m_jax.named_arrays import fingerprint
 from d2m_jax.output import check_writable, full_disk, new_file, write_json
 from d2m_jax.progress import bar
-from d2m_jax.sampling.pipeline import Pipeline, load_pipeline, noise_of
+from d2m_jax.sampling.noise import noise_of
+from d2m_jax.sampling.pipeline import Pipeline, load_pipeline
 from d2m_jax.sharding import local_mesh
 from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.files.hub import check_folder_name

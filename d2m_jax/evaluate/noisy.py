@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from d2m_jax import flow
 from d2m_jax.config import ModelConfig, RunConfig
 from d2m_jax.data.protocol import Data, Split
-from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.distillation.stages import noisy_inputs
 from d2m_jax.encoders import Encoders
 from d2m_jax.keys import named_key
 from d2m_jax.models.flux import model_of

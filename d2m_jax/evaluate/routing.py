@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from d2m_jax.config import ModelConfig, StackConfig
-from d2m_jax.distill.losses import health
+from d2m_jax.distillation.losses import health
 from d2m_jax.evaluate.noisy import Inputs, Program, arguments, on_mesh_of
 from d2m_jax.models.flux import model_of
 

@@ -38,7 +38,8 @@ from d2m_jax.models.flux import model_of
 from d2m_jax.models.protocol import Body, GroupReport
 from d2m_jax.progress import bar
 from d2m_jax.sampling.denoise import Text
-from d2m_jax.sampling.pipeline import Pipeline, noise_of
+from d2m_jax.sampling.noise import noise_of
+from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.sharding import put_batch, whole
 
 GROUPS = 32  # of prompts at most: maps are kept for each

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 from d2m_jax import hosts
 from d2m_jax.config import WordsConfig, check
@@ -51,6 +52,37 @@ def run(asked: Routing) -> dict[str, Any] | None:
         return _finish(asked.output, names) if hosts.first() else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """What was seen of a model that drew; printed, the summary in a few lines."""
+
+    sums: Sums
+    names: Names
+
+    def __str__(self) -> str:
+        return "\n".join(lines(self.summary))
+
+    __repr__ = __str__
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What tells of the choices, how even they are, how much blocks change (see below)."""
+        return summary(self.sums, self.names)
+
+    def pictures(self) -> dict[str, Figure]:
+        """Matplotlib's, by what they show."""
+        return pictures(self.sums, self.names)
+
+    def save(self, folder: Path | str) -> None:
+        """Arrays, pictures and the summary, each file whole."""
+        labels = {f"names_{k}": np.array(v) for k, v in dataclasses.asdict(self.names).items()}
+        _save(Path(folder) / ARRAYS, self.sums | labels)
+        for name, figure in self.pictures().items():
+            with new_file(Path(folder) / f"{name}.png") as new:
+                figure.savefig(new, format="png")
+        write_json(Path(folder) / SUMMARY, self.summary)
+
+
 def _prompts(asked: Routing) -> list[tuple[str, str]]:
     """Each with its group, as many of every group as of the others."""
     if asked.prompts is not None:
@@ -82,16 +114,11 @@ def _finish(folder: Path, names: Names) -> dict[str, Any]:
     for file in parts:
         with np.load(file) as mine:
             total = {name: mine[name] + total.get(name, 0) for name in mine.files}
-    labels = {f"names_{name}": np.array(v) for name, v in dataclasses.asdict(names).items()}
-    _save(folder / ARRAYS, total | labels)
-    for name, figure in pictures(total, names).items():
-        with new_file(folder / f"{name}.png") as new:
-            figure.savefig(new, format="png")
-    found = summary(total, names)
-    write_json(folder / SUMMARY, found)
+    watched = Watched(total, names)
+    watched.save(folder)
     for file in parts:
         file.unlink()
-    return found
+    return watched.summary
 
 
 def summary(sums: Sums, names: Names) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import ConfigError
-from d2m_jax.kernels.quantized import QArray, per_token, plain
+from d2m_jax.kernels.quantized import QArray, dot, per_token, plain
 from d2m_jax.kernels.target import failure, gpu_lacks, log_once, target
+from d2m_jax.kernels.tiles import chosen_experts
 from d2m_jax.kernels.tuning import tuned
 
 INTERPRET = False  # run TPU kernels on a CPU, slowly: for tests
@@ -30,26 +31,60 @@ def reference(
 ) -> Float[Array, "r f"]:
     """Every group's matrix on every row, the right one selected: the plain form that tests compare
     with."""
-    ends = jnp.cumsum(sizes)
-    group = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")
-    chosen = jax.nn.one_hot(group, w.shape[0], dtype=x.dtype)
+    chosen = jax.nn.one_hot(_groups(x, sizes), w.shape[0], dtype=x.dtype)
     return jnp.einsum("rd,gdf,rg->rf", x, w, chosen)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _groups(x: Float[Array, "r d"], sizes: Int[Array, " g"]) -> Int[Array, " r"]:
+    """The group of every row; one more than there are past the last."""
+    return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+
+
 def grouped_matmul(
     x: Float[Array, "r d"],
     w: Float[Array | QArray, "g d f"],
     sizes: Int[Array, " g"],
-    way: str,
+    way: str = "auto",
     cut: str | None = None,
 ) -> Float[Array, "r f"]:
-    """The rows of group i times w[i], in a way of WAYS (see `choose`).
+    """The rows of group i times w[i]: in the best way for the device, or one of WAYS or EVERYWHERE
+    (see `choose`).
 
-    The first sizes[0] rows are those of group 0, and so on. Rows past the last group cost no work
-    and give exactly zero; so does their gradient. With a quantised w there is none, and rows are
-    quantised too where the way takes that; `cut` as in kernels/quantized.py's per_token.
+    The first sizes[0] rows are those of group 0, and so on. Rows past the last group give exactly
+    zero, and in WAYS cost no work; so does their gradient. With a quantised w there is none, and
+    rows are quantised too where the way takes that; `cut` as in kernels/quantized.py's per_token.
+
+    >>> x, w = jnp.ones((5, 3)), jnp.arange(2.0).reshape(2, 1, 1) + jnp.ones((2, 3, 4))
+    >>> grouped_matmul(x, w, jnp.array([2, 3]))[:, 0]  # two rows for w[0], three for w[1]
+    Array([3., 3., 6., 6., 6.], dtype=float32)
     """
+    way = choose(way) if way == "auto" else way
+    if way == "reference":
+        return reference(x, plain(w, x.dtype) if isinstance(w, QArray) else w, sizes)
+    if way == "tiled":
+        group, one = _groups(x, sizes)[:, None], jnp.ones((x.shape[0], 1), x.dtype)
+        product = partial(_weighed, cut)
+        return chosen_experts(product, x, group, one, (w,))
+    return _by_kernel(x, w, sizes, way, cut)
+
+
+def _weighed(
+    cut: str | None,
+    x: Float[Array, "r d"],
+    weight: Float[Array, " r"],
+    w: Float[Array | QArray, "d f"],
+) -> Float[Array, "r f"]:
+    return dot(x * weight[:, None], w, cut)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _by_kernel(
+    x: Float[Array, "r d"],
+    w: Float[Array | QArray, "g d f"],
+    sizes: Int[Array, " g"],
+    way: str,
+    cut: str | None,
+) -> Float[Array, "r f"]:
     a, b = _operands(x, w, way, cut)
     return _only_rows(_alone(WAYS[way].rows, transpose=False)(a, b, sizes), sizes).astype(x.dtype)
 
@@ -71,7 +106,7 @@ def _forward_rule(
     way: str,
     cut: str | None,
 ):
-    return grouped_matmul(x, w, sizes, way, cut), (x, w, sizes)
+    return _by_kernel(x, w, sizes, way, cut), (x, w, sizes)
 
 
 def _backward_rule(
@@ -85,7 +120,7 @@ def _backward_rule(
     return dx, dw.astype(w.dtype), None
 
 
-grouped_matmul.defvjp(_forward_rule, _backward_rule)
+_by_kernel.defvjp(_forward_rule, _backward_rule)
 
 
 def _alone(kernel: Callable, **options: bool) -> Callable:

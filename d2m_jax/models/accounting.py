@@ -58,6 +58,9 @@ class Account:
     text_tokens: int
     parts: dict[str, Cost]
 
+    def __str__(self) -> str:
+        return table("this model", self)
+
     @property
     def tokens(self) -> int:
         return self.image_tokens + self.text_tokens

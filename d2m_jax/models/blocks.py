@@ -33,9 +33,11 @@ def ffn(
     config: FluxConfig, stack: StackConfig, *, out_bias: bool = True, rngs: nnx.Rngs
 ) -> FFN | MoE:
     """The FFN that a stack asks for."""
+    dim = config.hidden_size
     if stack.ffn == "moe":
-        return MoE(config, stack, out_bias=out_bias, rngs=rngs)
-    return FFN(config.hidden_size, config.ffn_width(stack), out_bias=out_bias, rngs=rngs)
+        widths = config.shared_width(stack), config.expert_width(stack)
+        return MoE(dim, *widths, config.moe, out_bias=out_bias, rngs=rngs)
+    return FFN(dim, config.ffn_width(stack), out_bias=out_bias, rngs=rngs)
 
 
 def call_ffn(

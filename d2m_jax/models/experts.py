@@ -156,7 +156,7 @@ def sorted_experts(
     order, row, sizes = sort(chosen, in_kernel.shape[0])
     one_hot = jax.nn.one_hot(chosen.reshape(-1)[order], in_kernel.shape[0], dtype=x.dtype)
     hidden = grouped_matmul(spread(x, order, row), in_kernel, sizes, way)
-    hidden += one_hot @ in_bias  # pyright: ignore[reportOperatorIssue] (custom_vjp hides the type)
+    hidden += one_hot @ in_bias
     weights = take(weight.reshape(-1), order)[:, None].astype(x.dtype)
     hidden = jax.nn.gelu(hidden, approximate=True) * weights
     return collect(grouped_matmul(hidden, out_kernel, sizes, way, cut), order, row)

@@ -27,7 +27,16 @@ from d2m_jax.models.stack import Stack
 
 
 class Flux(nnx.Module):
-    """The transformer. `dtype` is that of activations; parameters keep theirs."""
+    """The transformer. `dtype` is that of activations; parameters keep theirs.
+
+    >>> sizes = {"hidden_size": 16, "num_heads": 1, "axes_dim": (4, 6, 6), "guidance_embed": False}
+    >>> inputs = {"in_channels": 4, "context_in_dim": 8, "vec_in_dim": 8}
+    >>> stacks = {"double": (StackConfig(1),), "single": (StackConfig(2),)}
+    >>> model = Flux(FluxConfig(**sizes, **inputs, **stacks), rngs=nnx.Rngs(0))
+    >>> img, txt, y, time = (jnp.ones(s) for s in ((1, 6, 4), (1, 3, 8), (1, 8), (1,)))
+    >>> model(img, flow.image_ids(2, 3), txt, flow.text_ids(3), time, y).shape
+    (1, 6, 4)
+    """
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         dim = config.hidden_size

@@ -22,16 +22,25 @@ GATHER_BYTES = 64 * 2**20
 
 class BlockRouter(nnx.Module):
     """α · W_x [x_p, c_p] + (1 − α) · W_y y in float32: pooled image and text features, and the
-    global vector."""
+    global vector.
 
-    def __init__(self, dim: int, blocks: int, alpha: float, *, rngs: nnx.Rngs):
+    >>> router = BlockRouter(16, blocks=4, rngs=nnx.Rngs(0))
+    >>> logits = router((jnp.ones((2, 6, 16)), jnp.ones((2, 3, 16))), vec=jnp.ones((2, 16)))
+    >>> probability, chosen, weight = choose(logits, active=2)  # blocks to run, and their weights
+    >>> chosen.shape
+    (2, 2)
+    """
+
+    def __init__(self, dim: int, blocks: int, alpha: float = 0.5, *, rngs: nnx.Rngs):
         self.features = Linear32(2 * dim, blocks, rngs=rngs)
         self.vec = Linear32(dim, blocks, bias=False, rngs=rngs)
         self.alpha = alpha
 
-    def __call__(self, streams: Streams, context: Context) -> Float[Array, "b m"]:
-        pooled = layer_pool(streams, context.text_tokens)
-        y = context.vec.astype(jnp.float32)
+    def __call__(
+        self, streams: Streams, vec: Float[Array, "b d"], text_tokens: int = 0
+    ) -> Float[Array, "b m"]:
+        """Logits of streams (img, txt), or of one whose first tokens are text."""
+        pooled, y = layer_pool(streams, text_tokens), vec.astype(jnp.float32)
         return self.alpha * self.features(pooled) + (1 - self.alpha) * self.vec(y)
 
 
@@ -42,7 +51,8 @@ def layer_pool(streams: Streams, text_tokens: int) -> Float[Array, "b e"]:
         img, txt = streams
     else:
         txt, img = streams[0][:, :text_tokens], streams[0][:, text_tokens:]
-    means = [part.astype(jnp.float32).mean(1) for part in (img, txt)]
+    # By hand, for the mean of no tokens, in a model without text, is to be zero.
+    means = [part.astype(jnp.float32).sum(1) / max(1, part.shape[1]) for part in (img, txt)]
     means = [m * jax.lax.rsqrt(jnp.square(m).mean(-1, keepdims=True) + 1e-6) for m in means]
     return jnp.concatenate(means, axis=-1)
 

@@ -5,24 +5,40 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
+from d2m_jax.config import MoEConfig
 from d2m_jax.models.experts import Experts
 from d2m_jax.models.layers import FFN, Linear32
-from d2m_jax.models.protocol import Context, FFNReport, Routing
+from d2m_jax.models.protocol import Context, FFNReport, Routing, alone
 
 
 class MoE(nnx.Module):
-    """Shared expert, normal experts and gate in the place of one FFN."""
+    """Shared expert, normal experts and gate in the place of one FFN.
+
+    `shared` and `expert` are the hidden widths of the shared expert and of each normal one. Of
+    `config` it reads how many experts there are and how its gate chooses. In a model of your own:
+
+    >>> moe = MoE(16, shared=16, expert=8, config=MoEConfig(experts=4, top_k=1), rngs=nnx.Rngs(0))
+    >>> y, report = moe(jnp.ones((2, 3, 16)))
+    >>> y.shape, report.routing.load.shape  # what each sample's tokens chose, for a balance loss
+    ((2, 3, 16), (2, 4))
+    """
 
     def __init__(
-        self, config: FluxConfig, stack: StackConfig, *, out_bias: bool = True, rngs: nnx.Rngs
+        self,
+        dim: int,
+        shared: int,
+        expert: int,
+        config: MoEConfig = MoEConfig(),
+        *,
+        out_bias: bool = True,
+        rngs: nnx.Rngs,
     ):
-        dim, self.config = config.hidden_size, config.moe
-        self.shared = FFN(dim, config.shared_width(stack), out_bias=out_bias, rngs=rngs)
-        self.experts = Experts(config.moe.experts, dim, config.expert_width(stack), rngs=rngs)
-        self.gate = Linear32(dim, config.moe.experts, rngs=rngs)
-        if config.moe.router_input == "unmodulated":
-            self.gate_cond = Linear32(dim, config.moe.experts, bias=False, zero=True, rngs=rngs)
+        self.config = config
+        self.shared = FFN(dim, shared, out_bias=out_bias, rngs=rngs)
+        self.experts = Experts(config.experts, dim, expert, rngs=rngs)
+        self.gate = Linear32(dim, config.experts, rngs=rngs)
+        if config.router_input == "unmodulated":
+            self.gate_cond = Linear32(dim, config.experts, bias=False, zero=True, rngs=rngs)
         self.scale = nnx.Param(
             jnp.ones(())
         )  # of the normal experts' sum; 0 when they enter after stage 1
@@ -30,14 +46,16 @@ class MoE(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        unmodulated: Float[Array, "b n d"],
-        context: Context,
+        unmodulated: Float[Array, "b n d"] | None = None,
+        context: Context | None = None,
         routed: Float[Array, "b n d"] | None = None,
         counted: Float[Array, "b n"] | None = None,
     ) -> tuple[Float[Array, "b n d"], FFNReport]:
-        """Output and report. `routed`, what the normal experts added in an earlier step
-        (FFNReport.routed), is added again without computing it. `counted` says which tokens the
-        report's Routing is of; all are computed."""
+        """Output and report. Outside a transformer of ours x is all that it reads. `routed`, what
+        the normal experts added in an earlier step (FFNReport.routed), is added again without
+        computing it. `counted` says which tokens the report's Routing is of; all are computed."""
+        unmodulated = x if unmodulated is None else unmodulated
+        context = alone(x) if context is None else context
         k, each = self.config.top_k if context.top_k is None else context.top_k, context.top_k_each
         y, routing, choices = self.shared(x), None, None
         if routed is None and k > 0:

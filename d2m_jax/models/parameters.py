@@ -68,6 +68,15 @@ def unstacked(params: dict, release: bool = False) -> dict:
     return jax.tree_util.tree_map_with_path(replace, params)
 
 
+def stacked(params: dict) -> dict:
+    """What `unstacked` took apart, in stacks again; what is in stacks stays the same arrays."""
+
+    def join(leaf: Array | list):
+        return jnp.stack([jnp.stack(group) for group in leaf]) if _is_list(leaf) else leaf
+
+    return jax.tree.map(join, params, is_leaf=_is_list)
+
+
 @jax.jit
 def _split(a: Array):
     return [list(group) for group in a]

@@ -82,6 +82,12 @@ class Context:
         return {"img_mlp": image, "txt_mlp": text}.get(ffn, both)
 
 
+def alone(x: Float[Array, "b n d"]) -> Context:
+    """What a layer reads beside x in another model than ours: no time, no text, no positions."""
+    vec, table = jnp.zeros((x.shape[0], x.shape[2])), jnp.zeros((1, 1, 1, 1))
+    return Context(vec=vec, cond=vec, pe=(table, table), text_tokens=0)
+
+
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

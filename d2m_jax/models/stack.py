@@ -74,7 +74,8 @@ class Stack(nnx.Module):
         # What normal experts added is known of the blocks that ran then: they run again.
         logits = known.used
         if logits is None:
-            logits = nnx.merge(graphs[1], router)(streams, context)
+            chooses = nnx.merge(graphs[1], router)
+            logits = chooses(streams, context.vec, context.text_tokens)
         probability, chosen, weight = choose(logits, self.config.active, self.choice)
         known = replace(known, used=None)
         asked = streams, context, chosen, weight, known

@@ -21,7 +21,7 @@ from d2m_jax.planning import hardware
 from d2m_jax.planning.plan import plan, table
 from d2m_jax.planning.programs import Lowered, calibration, lower
 from d2m_jax.sharding import make_mesh
-from d2m_jax.sparsify.student import measures, micro_batch
+from d2m_jax.sparsification.student import measures, micro_batch
 from d2m_jax.weights.directory import model_directory
 
 

@@ -25,20 +25,20 @@ from d2m_jax.config import (
     StageConfig,
 )
 from d2m_jax.data.source import largest_size
-from d2m_jax.distill.fixed_times import fixed_times
-from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.distillation.fixed_times import fixed_times
+from d2m_jax.distillation.stages import noisy_inputs
 from d2m_jax.models.accounting import flops_per_example
 from d2m_jax.models.flux import abstract
 from d2m_jax.named_arrays import names, restructure
 from d2m_jax.planning.plan import Phase
 from d2m_jax.sampling import pipeline
 from d2m_jax.sharding import batch_sharding, parameter_sharding, replicated
-from d2m_jax.sparsify import importance
-from d2m_jax.sparsify.depth import meeting, shallower
-from d2m_jax.sparsify.groups import aligned, shapes
-from d2m_jax.sparsify.student import micro_batch, student_config, wanted
+from d2m_jax.sparsification import importance
+from d2m_jax.sparsification.depth import meeting, shallower
+from d2m_jax.sparsification.groups import aligned, shapes
+from d2m_jax.sparsification.student import micro_batch, student_config, wanted
 from d2m_jax.training.optimizer import split
-from d2m_jax.training.run import check_stages, models_of, objective
+from d2m_jax.training.stage import check_stages, models_of, objective
 from d2m_jax.training.step import Step, trained
 
 ENCODERS = "text encoders and autoencoder"
@@ -79,7 +79,7 @@ def lower(config: RunConfig, teacher: ModelConfig | None, mesh: Mesh) -> Iterato
 
 
 def calibration(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> Lowered:
-    """Calibration of one batch (sparsify/importance.py), the teacher being stored as the first
+    """Calibration of one batch (sparsification/importance.py), the teacher being stored as the first
     stage computes."""
     cut, stage = config.sparsify, next(iter(config.stages.values()))
     student = student_config(teacher.transformer, cut)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from d2m_jax.config import ConfigError, check, suggestion
+from d2m_jax.config import ConfigError, WordsConfig, check, suggestion
 
 # The least and the most that any model takes, both included.
 WHOLE = {
@@ -35,6 +35,7 @@ DIFFUSERS = {
     "num_images_per_prompt": "prompts, a list that repeats it",
     "output_type": "images.pil of what comes back",
 }
+EXAMPLES = ("red anchor left of blue earth", "red anchor")
 NEEDED = ("seed", "reuse", "true_cfg")  # the others are the model's own where they are None
 # Byte-order marks; UTF-32's begins with UTF-16's.
 MARKS = {
@@ -154,3 +155,12 @@ def read_prompts(file: Path) -> list[str]:
 def _lines(text: str) -> list[str]:
     # Not str.splitlines, to which U+2028 and others within a prompt are ends of lines too.
     return re.split("\r\n|\r|\n", text)
+
+
+def example(text: WordsConfig) -> str:
+    """For the embedded task, a whole caption that this model reads."""
+    for caption in EXAMPLES:
+        words = caption.split()
+        if len(words) <= text.length and set(words) <= set(text.vocabulary):
+            return f"; a whole caption is {caption!r}"
+    return ""

@@ -24,24 +24,21 @@ from d2m_jax.config import (
 )
 from d2m_jax.encoders import Encoders
 from d2m_jax.grid import Images, check_finite
-from d2m_jax.kernels.quantized import check_kind, quantized
+from d2m_jax.kernels.quantized import QArray, check_kind, quantized
+from d2m_jax.models.cut import Cut
 from d2m_jax.models.flux import abstract, model_of
-from d2m_jax.models.parameters import unstacked
+from d2m_jax.models.parameters import stacked, unstacked
 from d2m_jax.models.size import summary
 from d2m_jax.models.words import Words
 from d2m_jax.progress import bar
 from d2m_jax.sampling.denoise import Text, denoise
-from d2m_jax.sampling.options import captions_of, check_options, refuse_unknown, several
-from d2m_jax.sampling.pace import Pace
-from d2m_jax.sharding import (
-    batch_shards,
-    check_mesh,
-    local_mesh,
-    own_rows,
-    parameter_sharding,
-    put_batch,
-    put_parameters,
-    whole,
+from d2m_jax.sampling.noise import noise_of
+from d2m_jax.sampling.options import (
+    captions_of,
+    check_options,
+    example,
+    refuse_unknown,
+    several,
 )
 from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.files import hub
@@ -59,7 +56,6 @@ BATCH_TOKENS = 2048  # image tokens of a batch where no size is asked for
 # steps that are not taken only the modulations are computed: at FLUX.1's size, all 31 together
 # 0.003 of the FLOPs of one step.
 STEPS = 32
-EXAMPLES = ("red anchor left of blue earth", "red anchor")
 SHOWN = 80  # characters of what was cut off a prompt
 
 
@@ -70,7 +66,8 @@ class Pipeline:
     can be handed in. `mesh` says where it runs (None: this process's devices, each with images of
     its own). `quantize`, "int8" or "fp8", makes the large matrices of blocks that: half of bf16.
     `unrolled`: a program that has no loop over blocks (load_pipeline says when). With `release` the
-    parameters given are used up, so that no more than one of their arrays is there twice.
+    parameters given are used up, so that no more than one of their arrays is there twice. `cut` is
+    where a student lies in the dense model (models/cut.py), which its model directory remembers.
     """
 
     def __init__(
@@ -83,8 +80,9 @@ class Pipeline:
         quantize: str | None = None,
         unrolled: bool = False,
         release: bool = False,
+        cut: Cut | None = None,
     ):
-        self.config, self.mesh = config, mesh or local_mesh()
+        self.config, self.mesh, self.cut = config, mesh or local_mesh(), cut or {}
         check_mesh(self.mesh, config.transformer)
         self.params = put_parameters(self.mesh, params)
         if quantize is not None:
@@ -187,6 +185,23 @@ class Pipeline:
                 check_finite(images[-1], f"; has the model such weights? It ran in {fixed[1]}")
         return np.concatenate(images)[:count].view(Images)
 
+    def whole(self) -> dict:
+        """The parameters as training and files have them: in stacks. ConfigError for quantised
+        ones, of which there is no way back."""
+        leaves = jax.tree.leaves(self.params, is_leaf=lambda a: isinstance(a, QArray))
+        plain = not any(isinstance(a, QArray) for a in leaves)
+        check(plain, "quantize: is for sampling alone, expected a pipeline that is loaded without")
+        return stacked(self.params)
+
+    def save(
+        self, path: str | Path, dtype: DTypeLike | None = None, overwrite: bool = False
+    ) -> None:
+        """Write a model directory, which load_pipeline and every script reads; floats as `dtype`
+        (None: as they are). It appears whole or not at all. ConfigError where `path` is taken."""
+        stored = None if dtype is None else torch_import.dtype_of(dtype)
+        options = {"overwrite": overwrite, "cut": self.cut}
+        model_directory.save(path, self.config, self.whole(), stored, **options)
+
     def batch_size(self, count: int, tokens: int, batch_size: int | None = None) -> int:
         """How many of `count` images of so many tokens go together, at most `batch_size` where it
         is given: one compiled program serves many numbers of prompts."""
@@ -198,7 +213,7 @@ class Pipeline:
             try:
                 return tokenizer.ids(captions)
             except ConfigError as error:
-                raise ConfigError(f"{error}{_example(tokenizer.config)}") from None
+                raise ConfigError(f"{error}{example(tokenizer.config)}") from None
         return tokenizer.ids(captions, length)
 
     def _check(
@@ -252,15 +267,6 @@ def images_together(mesh: Mesh, count: int, tokens: int, batch_size: int | None 
     size = min(most, 2 ** (size - 1).bit_length(), -(-size // 8) * 8)
     shards = batch_shards(mesh)  # each device has samples
     return -(-size // shards) * shards
-
-
-def _example(text: WordsConfig) -> str:
-    """For the embedded task, a whole caption that this model reads."""
-    for caption in EXAMPLES:
-        words = caption.split()
-        if len(words) <= text.length and set(words) <= set(text.vocabulary):
-            return f"; a whole caption is {caption!r}"
-    return ""
 
 
 def _batches(count: int, size: int) -> Int[np.ndarray, "batches size"]:
@@ -336,24 +342,6 @@ def denoise_steps(
     return jax.device_put(result, x.sharding)  # as before, or the next would be another program
 
 
-def noise(seed: int, count: int, tokens: int, channels: int) -> Float[Array, "b n c"]:
-    """Packed noise for `count` prompts, each from its own key."""
-    return noise_of(seed, np.arange(count), tokens, channels)
-
-
-def noise_of(
-    seed: int, numbers: Int[np.ndarray, " b"], tokens: int, channels: int
-) -> Float[Array, "b n c"]:
-    """The same for the prompts of these numbers."""
-    return _noise(jax.random.key(seed), numbers, tokens, channels)
-
-
-@partial(jax.jit, static_argnums=(2, 3))
-def _noise(key: Array, numbers: Int[Array, " b"], tokens: int, channels: int):
-    keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
-    return jax.vmap(lambda key: jax.random.normal(key, (tokens, channels)))(keys)
-
-
 def load_pipeline(
     path: str | Path,
     dtype: DTypeLike | None = None,
@@ -390,7 +378,8 @@ def load_pipeline(
     if unrolled is None:
         mixes = any(stack.mixes for stack in config.transformer.stacks)
         unrolled = mixes or jax.default_backend() == "gpu"
-    return Pipeline(config, params, dtype, None, mesh, quantize, unrolled, release=True)
+    cut = model_directory.load_cut(folder, config.transformer)
+    return Pipeline(config, params, dtype, None, mesh, quantize, unrolled, True, cut)
 
 
 def _with_encoders(

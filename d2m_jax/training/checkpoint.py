@@ -167,6 +167,24 @@ class Checkpoints:
         self._manager.close()
 
 
+class NoCheckpoints:
+    """The same for a training that nobody can go on with: nothing is kept."""
+
+    def save(
+        self, step: int, state: Any, progress: dict[str, Any], validation: float | None
+    ) -> None:
+        """Nothing."""
+
+    def restore(self, like: Any) -> Restored | None:
+        """None."""
+
+    def latest_step(self) -> int | None:
+        """None."""
+
+    def close(self) -> None:
+        """Nothing to wait for."""
+
+
 def _checksum(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 

@@ -17,13 +17,13 @@ from jaxtyping import Array
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, MeshConfig, StageConfig, to_json
 from d2m_jax.data.protocol import Batches
-from d2m_jax.distill.fixed_times import OFFSETS, FixedTimes
-from d2m_jax.distill.fixed_times import metrics as at_fixed_times
-from d2m_jax.distill.objective import Objective
+from d2m_jax.distillation.fixed_times import OFFSETS, FixedTimes
+from d2m_jax.distillation.fixed_times import metrics as at_fixed_times
+from d2m_jax.distillation.objective import Objective
 from d2m_jax.keys import named_key
 from d2m_jax.named_arrays import fingerprint, shapes
 from d2m_jax.sharding import batch_shards, make_mesh, put_batch, put_parameters, put_whole
-from d2m_jax.training.checkpoint import Checkpoints
+from d2m_jax.training.checkpoint import Checkpoints, NoCheckpoints
 from d2m_jax.training.metrics import Board, Metrics, Window, matmul_peak
 from d2m_jax.training.step import Step, trained
 
@@ -37,14 +37,14 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     loss: Objective,
     params: dict | Callable[[], dict],
     batches: Batches,
-    run_directory: Path | str,
+    run_directory: Path | str | None,
     constants: Any = (),
     validation: Sequence[Batch] = (),
     fixed: FixedTimes | None = None,
     encode: Callable[[Batch], Batch] = lambda batch: batch,
     seed: int = 0,
     flops_per_example: float = 0.0,
-    sample: Callable[[dict, int], Path] | None = None,
+    sample: Callable[[dict, int], Path | None] | None = None,
     boards: Sequence[Board] = (),
     keep: int = 2,
     mesh: Mesh | None = None,
@@ -57,26 +57,28 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     train. What is one array in `params` and `constants` stays one. The loss sees `encode(batch)`,
     of arrays on the devices; `constants` reach the loss as arguments of the compiled step; `fixed`
     is what else the validation measures; `flops_per_example` counts a whole step's work for one
-    example; `sample(params, step)` draws a picture and gives its file. Raises ConfigError for a
+    example; `sample(params, step)` may draw a picture, and gives its file. Raises ConfigError for a
     loss that is not finite, and keeps the last good checkpoint. On SIGTERM or SIGINT it saves and
     exits with 128 + the signal's number (143, 130): what schedulers read as "stopped, start me
-    again".
+    again". Without a run directory nothing is kept, and on SIGINT it returns what it has.
     """
-    run_directory = Path(run_directory)
+    run_directory = None if run_directory is None else Path(run_directory)
     mesh = mesh or make_mesh(MeshConfig())
     check_batch(f"stages.{name}", stage, mesh)
     params = params() if callable(params) else params
     params, constants = put_parameters(mesh, (params, constants))
     program = Step(stage, loss, params, constants, mesh)
     frozen, like = program.frozen, program.state()
-    identity = {
-        "stage": to_json(stage),
-        "seed": seed,
-        "parameters": shapes(like),
-        "frozen": fingerprint(frozen),
-        "constants": fingerprint(constants),
-    }
-    checkpoints = Checkpoints(run_directory / "checkpoints" / name, identity, keep)
+    checkpoints: Checkpoints | NoCheckpoints = NoCheckpoints()
+    if run_directory is not None:
+        identity = {
+            "stage": to_json(stage),
+            "seed": seed,
+            "parameters": shapes(like),
+            "frozen": fingerprint(frozen),
+            "constants": fingerprint(constants),
+        }
+        checkpoints = Checkpoints(run_directory / "checkpoints" / name, identity, keep)
     start, progress = 0, {}
     if restored := checkpoints.restore(like):  # there is never a second state beside it
         start, state, progress = restored.step, restored.state, restored.progress
@@ -133,11 +135,15 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
                     journal.log(step, result)
                 if due.sample and sample:
                     with jax.transfer_guard("allow"):
-                        whole = program.whole(trained(state), frozen, constants)
-                        metrics.picture(step, sample(whole, step))
+                        picture = sample(program.whole(trained(state), frozen, constants), step)
+                        if picture is not None:
+                            metrics.picture(step, picture)
                 if due.save or journal.stop:
                     with jax.transfer_guard("allow"):
                         journal.save(step, state, batches.get_state(), result.get("validation"))
+                if journal.stop == signal.SIGINT and run_directory is None:
+                    hosts.say(f"{name}: interrupted at step {step} of {stage.steps}")
+                    break
                 if journal.stop:
                     raise SystemExit(128 + journal.stop)
                 clock.skip()
@@ -155,7 +161,7 @@ class _Journal:
         self,
         name: str,
         stage: StageConfig,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | NoCheckpoints,
         metrics: Metrics,
         clock: "_Clock",
         window: Window,
@@ -190,7 +196,7 @@ class _Journal:
             self.checkpoints.save(step, state, progress, validation)
         except FloatingPointError as error:
             raise self._not_finite(step, str(error)) from None
-        if self.stop:
+        if self.stop and isinstance(self.checkpoints, Checkpoints):
             self.checkpoints.close()
             stopped = f"stopped by {signal.Signals(self.stop).name} at step {step}, saved"
             hosts.say(f"{self.name}: {stopped}; start again to go on")

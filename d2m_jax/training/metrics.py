@@ -27,7 +27,8 @@ from d2m_jax.training.event_files import (
     scalar,
 )
 
-# When to warn, by the last part of a metric's name; distill/losses.py, `health`, says what each is.
+# When to warn, by the last part of a metric's name; `health` of distillation/losses.py says what
+# each is.
 COLLAPSE = {
     "entropy": (lambda value: value < 0.5, "entropy {:.2f} of 1"),
     "largest_load": (lambda value: value > 4.0, "largest load {:.1f} times the even one"),
@@ -66,20 +67,25 @@ class Board(Protocol):
 
 class Metrics:
     """The metrics of one stage, from the step it starts or resumes at; of many processes the first
-    writes them."""
+    writes them. Without a run directory none are kept, but shown, and told to `boards`."""
 
     def __init__(
-        self, run_directory: Path, stage: str, steps: int, start: int, boards: Sequence[Board] = ()
+        self,
+        run_directory: Path | None,
+        stage: str,
+        steps: int,
+        start: int,
+        boards: Sequence[Board] = (),
     ):
         self.stage, self.steps = stage, steps
         self._bar, self._writes = None, hosts.first()
         if not self._writes:
             return
-        self._file = run_directory / "metrics.jsonl"
-        _drop_after(self._file, stage, start)
-        self._lines = self._file.open("a")
-        self._board = _Board(run_directory / "tensorboard" / stage, start)
-        self._boards = (self._board, *boards)
+        self._own: list[_Lines | _Board] = []
+        if run_directory is not None:
+            self._own.append(_Lines(run_directory / "metrics.jsonl", stage, start))
+            self._own.append(_Board(run_directory / "tensorboard" / stage, start))
+        self._boards = (*self._own, *boards)
         self._warned: set[str] = set()
         self._printed = 0.0
         console = Console(stderr=True)
@@ -102,12 +108,10 @@ class Metrics:
             self._bar.update(self._task, completed=step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One object of metrics.jsonl; `values` are floats, or lists of them with one per layer."""
+        """The values of a step: floats, or lists of them with one per layer."""
         if not self._writes:
             return
         values = {name: _rounded(value) for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, "stage": self.stage} | values) + "\n")
-        self._lines.flush()
         for board in self._boards:
             board.write(step, values)
         self._warn_of_collapse(step, values)
@@ -150,8 +154,8 @@ class Metrics:
             return
         if self._bar:
             self._bar.stop()
-        self._lines.close()
-        self._board.close()
+        for board in self._own:
+            board.close()
 
 
 def alarms(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -172,6 +176,24 @@ def curves(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         for i, x in enumerate(np.ravel(value)):
             yield f"{name}/{i:02d}" if np.ndim(value) else name, float(x)
+
+
+class _Lines:
+    """metrics.jsonl: one object per line."""
+
+    def __init__(self, file: Path, stage: str, start: int):
+        _drop_after(file, stage, start)
+        self.stage, self._lines = stage, file.open("a")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self._lines.write(json.dumps({"step": step, "stage": self.stage} | values) + "\n")
+        self._lines.flush()
+
+    def picture(self, step: int, file: Path) -> None:
+        """None: samples/ has it."""
+
+    def close(self) -> None:
+        self._lines.close()
 
 
 class _Board:

@@ -1,14 +1,9 @@
 """A whole run: a teacher from scratch, or a student and its rivals from one, stage after stage."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,68 +14,38 @@ from d2m_jax.config import (
     RunConfig,
     StageConfig,
     StudentConfig,
-    Timesteps,
-    at_path,
     check,
     differences,
     teacher_path,
     to_json,
 )
-from d2m_jax.data.protocol import Batches, Data, Split
+from d2m_jax.data.protocol import Data
 from d2m_jax.data.source import open_data, with_vocabulary
-from d2m_jax.distill.fixed_times import fixed_times
-from d2m_jax.distill.objective import Objective
-from d2m_jax.distill.stages import distill_loss, flow_loss, noisy_inputs
+from d2m_jax.distillation.stages import noisy_inputs
 from d2m_jax.encoders import Encoders
-from d2m_jax.models.accounting import flops_per_example
-from d2m_jax.models.cut import Cut, composed
-from d2m_jax.models.flux import abstract, initialise
-from d2m_jax.named_arrays import names, restructure
+from d2m_jax.models.flux import initialise
 from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.sharding import (
-    batch_shards,
     check_mesh,
     make_mesh,
-    own_rows,
-    parameter_sharding,
-    put_batch,
-    put_parameters,
 )
-from d2m_jax.sparsify.depth import meeting
-from d2m_jax.sparsify.groups import align, grouped, regroup, shapes
-from d2m_jax.sparsify.importance import Noisy
-from d2m_jax.sparsify.student import make_student, micro_batch, student_config
+from d2m_jax.sparsification.importance import Noisy
+from d2m_jax.sparsification.student import micro_batch
 from d2m_jax.training.checkpoint import open_run
-from d2m_jax.training.loop import check_batch, train_stage
-from d2m_jax.training.step import Step
+from d2m_jax.training.stage import (
+    Start,
+    Work,
+    check_stages,
+    checked_student,
+    cut_student,
+    models_of,
+    train_model,
+)
 from d2m_jax.training.tracking import Tracker, tracked
 from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.torch_files.diffusers_folder import parts
 
 KEPT = "the last whole checkpoint is kept, start again to go on from it"
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What all trainings of one run share."""
-
-    config: RunConfig
-    mesh: Mesh
-    encoders: Encoders
-    data: Data
-    validation: Data  # the same, or the data that the config names
-    tracker: Tracker | None
-    noisy: Noisy | None = None  # for calibration; one object, so that it is compiled once
-
-    def load(self, path: Path | str) -> tuple[ModelConfig, dict]:
-        """A model directory onto the mesh, as it is stored."""
-        return model_directory.load(path, None, partial(parameter_sharding, self.mesh))
-
-    def batches(self, size: int, split: Split = "train") -> Batches:
-        """Batches, of which this process draws the rows that it needs."""
-        data = self.data if split == "train" else self.validation
-        rows = own_rows(self.mesh, size)
-        return data.batches(self.encoders.tokenizer, size, self.config.seed, split, rows)
 
 
 def _open(
@@ -89,7 +54,7 @@ def _open(
     model: ModelConfig,
     tracker: Tracker | None,
     noisy: Noisy | None = None,
-) -> _Work:
+) -> Work:
     """The data, and the encoders where these are not encoded already. ConfigError for data that
     cannot be had, or that this model does not read."""
     data = open_data(config.data, model)
@@ -112,7 +77,7 @@ def _open(
         prompts = data.prompts(config.sampled_prompts)
         check(len(prompts) > 0, "sample_every: the data have no prompts, expected at least one")
         encoders.check([prompt.caption for prompt in prompts])
-    return _Work(config, mesh, encoders, data, validation, tracker, noisy)
+    return Work(config, mesh, encoders, data, validation, tracker, noisy)
 
 
 # What is asked of a run with a teacher before it trains, given the teacher's config, the data, the
@@ -159,10 +124,7 @@ def _run(
     _train(work, run_directory, start, config.stages, teacher)
 
 
-Start = tuple[ModelConfig, dict, Cut]
-
-
-def _start(work: _Work, model: ModelConfig) -> Start:
+def _start(work: Work, model: ModelConfig) -> Start:
     """The model of a run without a teacher before any training."""
     path = work.config.start
     if path is None:
@@ -181,84 +143,18 @@ def _check_students(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> None
     students = {"": StudentConfig(config.sparsify, config.stages)}
     students |= {f"rivals.{name}.": rival for name, rival in config.rivals.items()}
     for where, student in students.items():
-        transformer = student_config(teacher.transformer, student.sparsify)
-        size, shards = student.sparsify.batch_size, batch_shards(mesh)
-        check(
-            size % shards == 0,
-            f"{where}sparsify.batch_size = {size}: expected a multiple of the mesh's data · fsdp ·"
-            f" expert = {shards}",
-        )
-        model = replace(teacher, transformer=transformer)
+        model = checked_student(f"{where}sparsify", teacher, student.sparsify, mesh)
         check_stages(where, student.stages, model, mesh, config.timesteps, teacher)
 
 
-def check_stages(
-    where: str,
-    stages: Mapping[str, StageConfig],
-    start: ModelConfig,
-    mesh: Mesh,
-    timesteps: Timesteps,
-    teacher: ModelConfig | None = None,
-) -> None:
-    """Raise ConfigError for what any stage of a model that begins as `start` could not do, found by
-    shapes alone; `where` is what stands before `stages` in the run's config."""
-    check_mesh(mesh, start.transformer)
-    for name, stage, model in models_of(stages, start):
-        path = f"{where}stages.{name}"
-        check_batch(path, stage, mesh)
-        try:
-            same = teacher and replace(
-                teacher, transformer=meeting(teacher.transformer, model.transformer)
-            )
-            loss, _, _ = objective(model, stage, same, timesteps)
-            Step(stage, loss, abstract(model.transformer), {}, mesh)
-        except ConfigError as error:
-            said = at_path(str(error), path) if "StageConfig" in str(error) else f"{path}: {error}"
-            raise ConfigError(said) from None
-
-
-def models_of(
-    stages: Mapping[str, StageConfig], start: ModelConfig
-) -> Iterator[tuple[str, StageConfig, ModelConfig]]:
-    """Name, stage and the model that it trains, of all stages; `start` is that before the first.
-
-    ConfigError for groups that do not fit the model, when their stage's turn comes.
-    """
-    transformer = start.transformer
-    for name, stage in stages.items():
-        if stage.groups is not None:
-            try:
-                transformer = grouped(transformer, stage.groups)
-            except ConfigError as error:
-                raise ConfigError(f"stages.{name}: {error}") from None
-        yield name, stage, replace(start, transformer=transformer)
-
-
-def _cut(work: _Work, teacher: Start, student: StudentConfig) -> Start:
-    """The student before any training, its neurons' places those in the dense model from which the
-    teacher may have been cut itself."""
-    (model, params, before), sparsify = teacher, student.sparsify
-    assert work.noisy is not None  # of a run with a teacher
-    with jax.set_mesh(work.mesh):
-        batches = (
-            work.encoders.encode(put_batch(work.mesh, batch))
-            for batch in work.batches(sparsify.batch_size)
-        )
-        made = make_student(
-            model,
-            params,
-            sparsify,
-            batches,
-            work.noisy,
-            work.config.seed,
-            hosts.say,
-            micro_batch(sparsify, student.stages),
-        )
-    return *made[:2], composed(before, made[2], made[0].transformer)
+def _cut(work: Work, teacher: Start, student: StudentConfig) -> Start:
+    """The student before any training."""
+    micro = micro_batch(student.sparsify, student.stages)
+    return cut_student(work, teacher, student.sparsify, micro)
 
 
 def _train(
-    work: _Work,
+    work: Work,
     directory: Path,
     start: Callable[[], Start],
     stages: Mapping[str, StageConfig],
@@ -275,8 +171,19 @@ def _train(
     before = "start"
     for name, stage in stages.items():
         if not _exists(models / name):
-            asked = directory, name, stage, models / before, cut, teacher
-            model, params = _train_stage(work, *asked)
+            config = model_directory.load_config(models / before)
+            ((_, _, model),) = models_of({name: stage}, config)
+            params = train_model(
+                work,
+                name,
+                stage,
+                (config, lambda path=models / before: work.load(path)[1]),
+                cut,
+                teacher,
+                run_directory=directory,
+                sample=_Sampler(work, model, directory / "samples", name, teacher and teacher[:2]),
+                boards=() if work.tracker is None else (work.tracker.stage(directory, name),),
+            )
             model_directory.save(models / name, model, params, cut=cut)
             del params
         before = name
@@ -289,106 +196,13 @@ def _exists(path: Path) -> bool:
     return hosts.by_first(path.exists)
 
 
-def _train_stage(
-    work: _Work,
-    directory: Path,
-    name: str,
-    stage: StageConfig,
-    before: Path,
-    cut: Cut,
-    teacher: Start | None,
-) -> tuple[ModelConfig, dict]:
-    """The model of the directory `before`, which has this cut, trained."""
-    ((_, _, model),) = models_of({name: stage}, model_directory.load_config(before))
-    config, constants, same = work.config, {}, None
-    if teacher is not None:
-        dense = teacher[0].transformer
-        same = replace(teacher[0], transformer=meeting(dense, model.transformer, cut, teacher[2]))
-        constants = align(dense, teacher[1], shapes(same.transformer))[1]
-        constants = put_parameters(work.mesh, constants)  # here, or both would stay
-    # Buckets of one resolution have about equally many.
-    tokens = round(
-        sum(math.prod(model.grid(*size)) for size in work.data.sizes) / len(work.data.sizes)
-    )
-    loss, flops, _ = objective(model, stage, same, config.timesteps, tokens, config.guidance)
-
-    def start() -> dict:
-        old, params = work.load(before)
-        if stage.groups is not None:
-            params = regroup(old.transformer, params, stage.groups, work.config.seed)[1]
-        return share(params, constants)
-
-    validation = work.batches(stage.batch_size, "validation")
-    params = train_stage(
-        name,
-        stage,
-        loss=loss,
-        params=start,
-        constants=constants,
-        batches=work.batches(stage.batch_size),
-        validation=list(islice(validation, work.config.held_out_batches)),
-        fixed=fixed_times(model, stage, same) if work.config.fixed_times else None,
-        encode=work.encoders.encode,
-        run_directory=directory,
-        seed=work.config.seed,
-        flops_per_example=flops,
-        sample=_Sampler(work, model, directory / "samples", name, teacher and teacher[:2]),
-        boards=() if work.tracker is None else (work.tracker.stage(directory, name),),
-        keep=work.config.keep_checkpoints,
-        mesh=work.mesh,
-    )
-    return model, params
-
-
-def objective(
-    model: ModelConfig,
-    stage: StageConfig,
-    teacher: ModelConfig | None,
-    timesteps: Timesteps,
-    image_tokens: int | None = None,
-    guidance: tuple[float, float] | None = None,
-) -> tuple[Objective, int, int]:
-    """A stage's loss, and the FLOPs of one example: the step's, and what rematerialisation adds.
-    `teacher` is in stacks that meet the model's (sparsify.depth.meeting). Without `image_tokens`
-    they are those of the model's own image size."""
-    tokens = math.prod(model.grid()) if image_tokens is None else image_tokens
-    count = partial(flops_per_example, image_tokens=tokens, text_tokens=model.text.length)
-    student = model.transformer
-    drawn = stage.random_top_k or (student.moe.top_k if stage.top_k is None else stage.top_k,)
-    running = [replace(student, moe=student.moe.running(k)) for k in drawn]
-    forward = round(sum(map(count, running)) / len(running))
-    again = forward if stage.remat else 0
-    if teacher is None:
-        return flow_loss(model, stage, timesteps, guidance), 3 * forward, again
-    loss = distill_loss(teacher, model, stage, timesteps, guidance)
-    return loss, 3 * forward + count(teacher.transformer), again
-
-
-def share(params: dict, teacher: dict) -> dict:
-    """The student's parameters, those that are the teacher's to the bit being its arrays."""
-    mine, theirs = names(params), names(teacher)
-    alike = [
-        name
-        for name, a in mine.items()
-        if name in theirs and (a.shape, a.dtype) == (theirs[name].shape, theirs[name].dtype)
-    ]
-    equal = _equal([mine[name] for name in alike], [theirs[name] for name in alike])
-    same = [name for name, yes in zip(alike, jax.device_get(equal), strict=True) if yes]
-    return restructure(params, mine | {name: theirs[name] for name in same})
-
-
-@jax.jit
-def _equal(some: list, others: list) -> list:
-    return [jnp.array_equal(a, b) for a, b in zip(some, others, strict=True)]
-
-
 class _Sampler:
     """Draws the grid of fixed prompts and fixed noise: of a student, each picture beside its
     teacher's."""
 
     def __init__(
         self,
-        work: _Work,
+        work: Work,
         model: ModelConfig,
         folder: Path,
         stage: str,

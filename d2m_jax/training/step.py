@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import StageConfig
-from d2m_jax.distill.fixed_times import TIMES, FixedTimes
-from d2m_jax.distill.objective import Means, Objective, remembered
+from d2m_jax.distillation.fixed_times import TIMES, FixedTimes
+from d2m_jax.distillation.objective import Means, Objective, remembered
 from d2m_jax.named_arrays import names, restructure
 from d2m_jax.sharding import in_parts, parameter_shardings, replicated
 from d2m_jax.training.optimizer import make_optimizer, make_schedule, merge, select, split
@@ -170,7 +170,7 @@ class Step:
 
     def at_fixed_times(self, fixed: FixedTimes) -> Callable:
         """The jitted (trainable, frozen, constants, batch, key, first, offset) → sums of errors by
-        time (distill/fixed_times.py)."""
+        time (distillation/fixed_times.py)."""
         like = {name: np.zeros(TIMES, np.float32) for name in (*fixed.kinds, "count")}
 
         def one(

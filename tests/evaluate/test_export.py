@@ -20,7 +20,8 @@ from d2m_jax.evaluate import export, layouts
 from d2m_jax.evaluate.arguments import Export
 from d2m_jax.grid import to_image
 from d2m_jax.models.flux import initialise
-from d2m_jax.sampling.pipeline import load_pipeline, noise_of
+from d2m_jax.sampling.noise import noise_of
+from d2m_jax.sampling.pipeline import load_pipeline
 from tests.evaluate import scorers
 from tests.models import toy
 from tests.test_hosts import assert_all_ended_well, together

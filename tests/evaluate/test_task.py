@@ -9,11 +9,11 @@ import pytest
 from d2m_jax.config import SparsifyConfig
 from d2m_jax.data import icons
 from d2m_jax.data.pictograms import lexicon
-from d2m_jax.distill.stages import noisy_inputs
+from d2m_jax.distillation.stages import noisy_inputs
 from d2m_jax.encoders import Encoders
 from d2m_jax.evaluate.icons import score, task_of
 from d2m_jax.sampling.pipeline import Pipeline
-from d2m_jax.sparsify.student import make_student
+from d2m_jax.sparsification.student import make_student
 from d2m_jax.weights.directory import model_directory
 
 TEACHER = Path(__file__).parents[2] / "teachers" / "pictograms"

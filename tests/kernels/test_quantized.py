@@ -20,8 +20,8 @@ from d2m_jax.kernels import grouped_matmul as gmm
 from d2m_jax.kernels import target
 from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.kernels.quantized import KINDS, dot, plain, quantized
+from d2m_jax.models.blocks import ffn
 from d2m_jax.models.flux import abstract, model_of
-from d2m_jax.models.moe import MoE
 from d2m_jax.models.parameters import unstacked
 from tests.half import needs_half
 from tests.models import toy
@@ -148,7 +148,7 @@ def test_a_model_is_near(name, way, kind, monkeypatch):
 def test_routing_is_as_it_was(kind):
     """The gate stays float32; masked and sorted experts give the same."""
     config = toy.SPARSE
-    graph, state = nnx.split(MoE(config, StackConfig(1, ffn="moe"), rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(ffn(config, StackConfig(1, ffn="moe"), rngs=nnx.Rngs(0)))
     params = toy.random_like(nnx.to_pure_dict(state))
     x = draw(2, 9, config.hidden_size)
     results = []
@@ -251,7 +251,7 @@ from d2m_jax.config import MeshConfig, StackConfig
 from d2m_jax.kernels import grouped_matmul as gmm
 from d2m_jax.kernels.quantized import QArray, quantized
 from d2m_jax.models.flux import model_of
-from d2m_jax.models.moe import MoE
+from d2m_jax.models.blocks import ffn
 from d2m_jax.sharding import make_mesh, put_batch, put_parameters, whole
 from tests.models import toy
 from tests.seed import generator
@@ -262,7 +262,7 @@ def rows(x, w, sizes, transpose):
     return qwix.ragged_dot(x, w, sizes)
 
 gmm.WAYS["sorted"] = gmm.Way("cpu", rows, None, quantized=True)
-graph, state = nnx.split(MoE(toy.SPARSE, StackConfig(1, ffn="moe"), rngs=nnx.Rngs(0)))
+graph, state = nnx.split(ffn(toy.SPARSE, StackConfig(1, ffn="moe"), rngs=nnx.Rngs(0)))
 params = toy.random_like(nnx.to_pure_dict(state))
 # Experts crowded in some samples alone, so that devices have other numbers of tiles left over.
 x = generator().normal(size=(8, 40, 32)) + generator(1).normal(size=(8, 1, 32))

@@ -253,7 +253,7 @@ def test_a_chosen_block_s_output_passes_as_it_is():
 def test_router_is_that_of_the_paper(alpha):
     router = mob.BlockRouter(DIM, BLOCKS, alpha, rngs=nnx.Rngs(0))
     x, vec = entry()
-    logits = router((x.astype(jnp.bfloat16),), context(vec.astype(jnp.bfloat16)))
+    logits = router((x.astype(jnp.bfloat16),), vec.astype(jnp.bfloat16), TEXT)
     assert logits.dtype == jnp.float32
     x, vec = (np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x, vec))
     pooled = [x[:, TEXT:].mean(1), x[:, :TEXT].mean(1)]
@@ -263,6 +263,9 @@ def test_router_is_that_of_the_paper(alpha):
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     # a double block's streams are pooled alike
     streams = tuple(jnp.asarray(a, jnp.bfloat16) for a in (x[:, TEXT:], x[:, :TEXT]))
-    np.testing.assert_allclose(
-        router(streams, context(jnp.asarray(vec, jnp.bfloat16))), logits, atol=1e-5
-    )
+    vec = jnp.asarray(vec, jnp.bfloat16)
+    np.testing.assert_allclose(router(streams, vec), logits, atol=1e-5)
+    # a model without text: its mean is zero, not NaN
+    image = router((streams[0],), vec)
+    expected = router((streams[0], jnp.zeros_like(streams[1])), vec)
+    np.testing.assert_allclose(image, expected, atol=1e-6)

@@ -10,7 +10,8 @@ from flax import nnx
 
 from d2m_jax.config import ConfigError, FluxConfig, MoEConfig, StackConfig
 from d2m_jax.kernels import grouped_matmul
-from d2m_jax.models import experts, moe
+from d2m_jax.models import experts
+from d2m_jax.models.blocks import ffn
 from d2m_jax.models.protocol import FFNReport
 from tests.models import toy
 from tests.seed import generator
@@ -23,7 +24,7 @@ CONFIG = FluxConfig(hidden_size=DIM, num_heads=1, axes_dim=(4, 6, 6), moe=MoECon
 def build(way="auto", **changes):
     """Parameters, and a function (params, x, unmodulated, vec, k) → output and report."""
     config = replace(CONFIG, moe=replace(CONFIG.moe, **changes))
-    graph, state = nnx.split(nnx.eval_shape(lambda: moe.MoE(config, STACK, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: ffn(config, STACK, rngs=nnx.Rngs(0))))
 
     def call(params, x, unmodulated, vec, k=None, each=None):
         context = toy.context(vec, top_k=k, top_k_each=each)
@@ -264,7 +265,7 @@ def test_router_input_unmodulated_reads_the_token_and_the_time():
     np.testing.assert_array_equal(scaled.routing.load, report.routing.load)
     # at birth the time has no say
     config = replace(CONFIG, moe=MoEConfig(experts=N, router_input="unmodulated"))
-    born = jax.jit(lambda: moe.MoE(config, STACK, rngs=nnx.Rngs(0)).gate_cond.kernel[...])()
+    born = jax.jit(lambda: ffn(config, STACK, rngs=nnx.Rngs(0)).gate_cond.kernel[...])()
     assert born.shape == (DIM, N) and not born.any()
 
 

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from d2m_jax.config import FluxConfig, MeshConfig, MoEConfig, StackConfig
-from d2m_jax.models import experts, moe
+from d2m_jax.models import experts
+from d2m_jax.models.blocks import ffn
 from d2m_jax.sharding import (
     make_mesh, parameter_shardings, put_batch, put_parameters, replicated, whole
 )
@@ -42,7 +43,7 @@ def compare(alone, together, tolerance):
 
 LAYER = """
 config = FluxConfig(hidden_size=48, num_heads=4, axes_dim=(4, 4, 4), moe=MoEConfig())
-layer = moe.MoE(config, StackConfig(1, ffn="moe"), rngs=nnx.Rngs(0))
+layer = ffn(config, StackConfig(1, ffn="moe"), rngs=nnx.Rngs(0))
 graph, params = nnx.split(layer)
 draw = generator()
 batch = {"x": draw.normal(size=(12, 16, 48)).astype("f"), "dy": draw.normal(size=(12, 16, 48))}
@@ -92,11 +93,11 @@ print("equal")
 MODEL = """
 from d2m_jax import flow
 from d2m_jax.config import LossConfig, ModelConfig, PixelsConfig, StageConfig, WordsConfig
-from d2m_jax.distill.stages import distill_loss
+from d2m_jax.distillation.stages import distill_loss
 from d2m_jax.models.flux import model_of
 from d2m_jax.models.parameters import unstacked
 from d2m_jax.sampling.denoise import denoise
-from d2m_jax.sparsify.groups import align, shapes
+from d2m_jax.sparsification.groups import align, shapes
 
 sizes = dict(
     in_channels=8, vec_in_dim=8, context_in_dim=8, hidden_size=48, num_heads=4, axes_dim=(4, 4, 4)

@@ -34,7 +34,7 @@ from d2m_jax.planning.plan import Phase, device_bytes, plan, table
 from d2m_jax.planning.programs import ENCODERS, RESTACKED, calibration, lower
 from d2m_jax.sampling import pipeline
 from d2m_jax.sharding import make_mesh, replicated
-from d2m_jax.sparsify import importance
+from d2m_jax.sparsification import importance
 from d2m_jax.training import run
 from d2m_jax.training.step import Step
 from d2m_jax.weights.directory import model_directory

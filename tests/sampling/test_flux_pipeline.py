@@ -11,7 +11,8 @@ import pytest
 
 from d2m_jax import flow
 from d2m_jax.config import ConfigError, ModelConfig, PromptsConfig, from_json, to_json
-from d2m_jax.sampling.pipeline import load_pipeline, noise
+from d2m_jax.sampling.noise import noise
+from d2m_jax.sampling.pipeline import load_pipeline
 from d2m_jax.tokenizers import Tokenizers
 from d2m_jax.weights import convert
 from d2m_jax.weights.directory import model_directory

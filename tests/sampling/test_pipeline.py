@@ -12,7 +12,8 @@ from d2m_jax import progress
 from d2m_jax.config import ConfigError, ModelConfig, PixelsConfig, StackConfig, WordsConfig
 from d2m_jax.models.parameters import is_unstacked
 from d2m_jax.sampling import pace
-from d2m_jax.sampling.pipeline import Pipeline, load_pipeline, noise
+from d2m_jax.sampling.noise import noise
+from d2m_jax.sampling.pipeline import Pipeline, load_pipeline
 from d2m_jax.sharding import local_mesh, put_parameters
 from d2m_jax.weights.directory import model_directory
 from tests.models import toy

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from d2m_jax.config import ConfigError, MeshConfig, OptimizerConfig
-from d2m_jax.distill.objective import Objective
+from d2m_jax.distillation.objective import Objective
 from d2m_jax.named_arrays import names
 from d2m_jax.sharding import make_mesh, replicated
 from d2m_jax.training.checkpoint import Checkpoints

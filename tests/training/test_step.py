@@ -9,10 +9,10 @@ import pytest
 
 from d2m_jax import hosts
 from d2m_jax.config import LossConfig, MeshConfig, OptimizerConfig, StackConfig, StageConfig
-from d2m_jax.distill.stages import distill_loss
+from d2m_jax.distillation.stages import distill_loss
 from d2m_jax.sharding import make_mesh, put_parameters
 from d2m_jax.training.step import Step
-from tests.distill import test_stages as small
+from tests.distillation import test_stages as small
 from tests.models import toy
 
 # All losses, each heavy enough to show: experts, blocks of groups, features.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2m_jax.config import OptimizerConfig, StageConfig
-from d2m_jax.distill.objective import Objective
+from d2m_jax.distillation.objective import Objective
 from d2m_jax.training import train_stage
 from tests.seed import generator
 

@@ -21,10 +21,10 @@ from d2m_jax.config import (
 )
 from d2m_jax.models.cut import MODULATION, check_cut, composed
 from d2m_jax.named_arrays import names
-from d2m_jax.sparsify import make_student, regroup
+from d2m_jax.sparsification import make_student, regroup
 from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.files import safetensors
-from tests.sparsify.conftest import CONFIG, batches, noisy
+from tests.sparsification.conftest import CONFIG, batches, noisy
 from tests.weights.lora.test_lora import pair, random
 
 MOE = MoEConfig(experts=6)
