@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in _PLACES
     from d2m_jax.api import account as account
     from d2m_jax.api import compare as compare
     from d2m_jax.api import distill as distill
+    from d2m_jax.api import from_hub as from_hub
     from d2m_jax.api import generate as generate
     from d2m_jax.api import routing as routing
     from d2m_jax.api import sparsify as sparsify
@@ -35,7 +36,6 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in _PLACES
     from d2m_jax.models.moe import MoE as MoE
     from d2m_jax.publish import push_to_hub as push_to_hub
     from d2m_jax.sampling.pipeline import Pipeline as Pipeline
-    from d2m_jax.sampling.pipeline import load_pipeline as from_hub  # noqa: F401
     from d2m_jax.sampling.pipeline import load_pipeline as load_pipeline
     from d2m_jax.weights.torch_files.torch_import import load_model as load_model
 
@@ -51,7 +51,7 @@ _PLACES = {
     "compare": "api.compare",
     "config": "config",
     "distill": "api.distill",
-    "from_hub": "sampling.pipeline.load_pipeline",
+    "from_hub": "api.from_hub",
     "generate": "api.generate",
     "grouped_matmul": "kernels.grouped_matmul.grouped_matmul",
     "load_config": "command_line.load_config",

@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from d2m_jax import grid
-from d2m_jax.command_line import load_config
+from d2m_jax.command_line import config_file, load_config
 from d2m_jax.config import (
     CacheConfig,
     ConfigError,
@@ -40,7 +40,7 @@ from d2m_jax.evaluate.watch import watch
 from d2m_jax.evaluate.watch_run import Watched
 from d2m_jax.models import accounting
 from d2m_jax.sampling.options import check_options
-from d2m_jax.sampling.pipeline import Pipeline
+from d2m_jax.sampling.pipeline import Pipeline, load_pipeline
 from d2m_jax.training.stage import (
     Work,
     check_stages,
@@ -50,9 +50,18 @@ from d2m_jax.training.stage import (
     train_model,
 )
 from d2m_jax.weights.directory import model_directory
+from d2m_jax.weights.files import hub
 
 # (step, metrics of the steps since the last call, the student as it is) after some of the steps.
 Callback = Callable[[int, Mapping[str, Any], Pipeline], Any]
+
+
+def from_hub(repository: str, **options: Any) -> Pipeline:
+    """The pipeline of a repository of Hugging Face, OWNER/NAME or OWNER/NAME@REVISION; `options`
+    are those of load_pipeline. ConfigError for what is no such name, and what cannot be loaded."""
+    named = hub.REPOSITORY.fullmatch(repository) is not None
+    check(named, f"{repository}: expected OWNER/NAME of Hugging Face")
+    return load_pipeline(repository, **options)
 
 
 def sparsify(
@@ -199,13 +208,13 @@ def account(
 ) -> accounting.Account:
     """Parameters, activated parameters and FLOPs of a model; printed, it is a table.
 
-    `source` is a pipeline, a config, a model directory, or a Python file with get_config(). The
-    tokens are those of one example (models/accounting.py). ConfigError for a config of a run with a
-    teacher, which holds no model.
+    `source` is a pipeline, a config, a model directory, a Python file with get_config(), or the
+    name of one that comes with the package. The tokens are those of one example
+    (models/accounting.py). ConfigError for a config of a run with a teacher, which holds no model.
     """
     config: Any = source.config if isinstance(source, Pipeline) else source
     if isinstance(config, Path | str):
-        file = Path(config).suffix == ".py"
+        file = config_file(config).suffix == ".py"
         config = load_config(config) if file else model_directory.load_config(config)
     config = config.model if isinstance(config, RunConfig) else config
     if not isinstance(config, FluxConfig | ModelConfig):

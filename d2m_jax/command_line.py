@@ -75,6 +75,11 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     return 0
 
 
+def launched(program: str) -> str:
+    """What is typed to run a program: a script of Python's, or one that is installed."""
+    return f"python {program}" if program.endswith(".py") else program
+
+
 def _nobody_reads(more: str = "") -> bool:
     """Whether the reader of what is printed has gone, as in `train.py --help | head -1`; then
     neither we nor Python, which prints the rest at its end, say more."""
@@ -100,11 +105,24 @@ def _is_orbax(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
+def config_file(path: str | Path) -> Path:
+    """The file of a config, given by its path or, of one that comes with the package, its name."""
+    named = Path("configs") / f"{path}.py"
+    by_name = re.fullmatch(r"\w+", str(path)) is not None and not Path(path).exists()
+    return config.shipped(named if by_name and config.shipped(named).is_file() else path)
+
+
 def load_config(path: str | Path) -> Any:
-    """The value of get_config() in a Python file; a ConfigError names file and line at fault."""
-    path = Path(path)
-    check(path.is_file(), f"{path}: no such file, expected a Python file with get_config()")
+    """The value of get_config() in a Python file, or in that of this name among those that come
+    with the package; a ConfigError names file and line at fault."""
+    given, path = path, config_file(path)
+    known = sorted(file.stem for file in (config.SHIPPED / "configs").glob("*.py"))
+    near = suggestion(Path(given).stem, known)
+    check(path.is_file(), f"{given}: no such file, expected a Python file with get_config(){near}")
     check(path.suffix == ".py", f"{path}: expected a Python file with get_config()")
+    # A config may be made of another: from configs.icons_moe_s import get_config.
+    if str(config.SHIPPED) not in sys.path:
+        sys.path.append(str(config.SHIPPED))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)

@@ -29,7 +29,10 @@ def measured_on(packages: Sequence[str]) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The repository's, where there is one and git to ask."""
+    """The repository's, where there is one and git to ask; none of a repository that this package
+    is only installed in."""
+    if not (ROOT / ".git").exists():
+        return None
     command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, check=False)

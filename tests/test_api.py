@@ -106,15 +106,12 @@ def test_ends_in_the_bits_of_a_run(teacher, cache, student, tmp_path):
         teacher=str(tmp_path / "teacher"),
         data=cache,
         sparsify=CUT,
-        stages={"moe": STAGE, "mob": MOB},
+        stages={"mob": MOB},
         held_out_batches=1,
     )
     run(config, tmp_path / "run")
     assert_same(student, d2m_jax.load_pipeline(tmp_path / "run/models/start"))
-    options = {"seed": 0, "validation_batches": 1}
-    moe = d2m_jax.distill(student, teacher, cache, STAGE, name="moe", **options)
-    assert_same(moe, d2m_jax.load_pipeline(tmp_path / "run/models/moe"))
-    mob = d2m_jax.distill(moe, teacher, cache, MOB, name="mob", **options)
+    mob = d2m_jax.distill(student, teacher, cache, MOB, name="mob", validation_batches=1)
     theirs = d2m_jax.load_pipeline(tmp_path / "run/model")
     assert_same(mob, theirs)
     assert mob.config == replace(theirs.config, encoders=None)
@@ -233,6 +230,11 @@ def test_what_no_stage_can_do_is_told_before_it_trains(teacher, cache, student):
     quantised = Pipeline(CONFIG, teacher.whole(), quantize="int8")
     with pytest.raises(ConfigError, match="quantize: is for sampling alone"):
         d2m_jax.sparsify(quantised, cache, CUT)
+
+
+def test_from_hub_asks_for_a_repository():
+    with pytest.raises(ConfigError, match=r"models/a/b: expected OWNER/NAME of Hugging Face"):
+        d2m_jax.from_hub("models/a/b")
 
 
 def test_pictures_stand_side_by_side(teacher, student):

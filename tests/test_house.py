@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "d2m_jax"
 SCRIPTS = ("train", "convert_torch_weights", "sample", "evaluate")
+NAMES = ("train", "convert", "sample", "evaluate")  # of the commands that they are
 FLOORS = {
     "config": 0,
     "cores": 0,
@@ -42,14 +43,15 @@ FLOORS = {
     "report": 8,
     "publish": 8,
     "api": 8,
-    "__init__": 9,  # hands on names to those who use the package
+    "commands": 9,  # parse arguments and call one function
+    "__init__": 10,  # hands on names to those who use the package
 }
 # The folders of a room, each above those named before it; what is in no folder is above them all.
 FOLDERS = {"weights": ("files", "keys", "lora", "directory", "torch_files")}
 # Run as python -m …, beside the scripts at the root.
 COMMANDS = {
     *("d2m_jax.data.cache", "d2m_jax.data.generate", "d2m_jax.training.status"),
-    "d2m_jax.publish",
+    *("d2m_jax.publish", *(f"d2m_jax.commands.{name}" for name in NAMES)),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Copied into exports for torch's users; nothing here imports it.
@@ -209,13 +211,14 @@ def test_importing_the_package_costs_nothing():
 
 def test_every_field_of_a_config_has_help_of_its_own():
     """A comment above a field is taken by --help for those below too that have none."""
-    for file in (*PACKAGE.glob("config/*.py"), *(ROOT / f"{name}.py" for name in SCRIPTS)):
+    for file in (*PACKAGE.glob("config/*.py"), *PACKAGE.glob("commands/*.py")):
         found = re.search(r"\n    # .*\n    \w+: .*\n    (\w+): [^#\n]*\n", file.read_text())
         assert not found, f"{file.name}: {found and found[1]}: expected a comment beside it"
 
 
 def test_scripts_are_small():
     for name in SCRIPTS:
-        file = ROOT / f"{name}.py"
-        if file.exists():
-            assert len(file.read_text().splitlines()) <= 200, f"{name}.py: expected one call"
+        assert len((ROOT / f"{name}.py").read_text().splitlines()) <= 12, f"{name}.py: a command's"
+    for name in NAMES:
+        lines = (PACKAGE / f"commands/{name}.py").read_text().splitlines()
+        assert len(lines) <= 200, f"commands/{name}.py: expected one call"

@@ -186,6 +186,20 @@ def test_what_was_published_is_read_by_its_name(words, home, tmp_path):
     assert model_directory.load_config(tmp_path / "ours") == WORDS
 
 
+def test_a_pipeline_is_published(words, monkeypatch):
+    """As it would be from its folder: the path of a folder for a while is told to nobody."""
+    seen = []
+
+    def published(folder, *arguments, **options):
+        seen.append((model_directory.load_config(folder), arguments))
+        return "address"
+
+    push, pipe = publish.push_to_hub, load_pipeline(words)
+    monkeypatch.setattr(publish, "push_to_hub", published)
+    assert push(pipe, "me/mine", "a/b", license="mit", private=True) == "address"
+    assert seen == [(WORDS, ("me/mine", "a/b", "mit", True))]
+
+
 def facts(card) -> dict:
     return yaml.safe_load(str(card).split("---")[1])
 

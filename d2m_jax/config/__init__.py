@@ -19,7 +19,7 @@ from d2m_jax.config.models import (
     T5Config,
     WordsConfig,
 )
-from d2m_jax.config.paths import ROOT, teacher_path
+from d2m_jax.config.paths import ROOT, SHIPPED, shipped, teacher_path
 from d2m_jax.config.runs import (
     GroupsConfig,
     LossConfig,
@@ -35,6 +35,7 @@ from d2m_jax.config.runs import (
 __all__ = [
     "KINDS",
     "ROOT",
+    "SHIPPED",
     "SHOWN",
     "AutoencoderConfig",
     "CLIPConfig",
@@ -70,6 +71,7 @@ __all__ = [
     "first_line",
     "from_json",
     "listed",
+    "shipped",
     "suggestion",
     "teacher_path",
     "to_json",

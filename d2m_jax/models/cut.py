@@ -5,8 +5,8 @@ stacks) the order of the dense model's hidden neurons, int32 [its width]: of an 
 the shared expert, then those of every normal one; of a pruned FFN those that are left, then the
 others. Under BLOCKS, by kind, a model that lost blocks has the order of the dense model's: those
 that are left, then the others. MODULATION, float32 [rank + 1, D], is Q and below it what was lost
-of the mean: a factor is Q W and its bias b + rest · W (sparsification/modulation.py). It stays true in
-training, which moves no neuron, and whatever groups blocks are in.
+of the mean: a factor is Q W and its bias b + rest · W (sparsification/modulation.py). It stays true
+in training, which moves no neuron, and whatever groups blocks are in.
 """
 
 from collections.abc import Iterator, Mapping

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from d2m_jax.command_line import load_config
 from d2m_jax.config import (
-    ROOT,
+    SHIPPED,
     AutoencoderConfig,
     ConfigError,
     FluxConfig,
@@ -79,7 +79,7 @@ def _settings(config: RunConfig, name: str, mesh: Mesh) -> str:
 
 
 def _teacher(path: str) -> ModelConfig:
-    preset = ROOT / "configs" / f"{Path(path).name}.py"
+    preset = SHIPPED / "configs" / f"{Path(path).name}.py"
     try:
         place = teacher_path(path)
     except ConfigError:
@@ -87,7 +87,7 @@ def _teacher(path: str) -> ModelConfig:
             raise
     else:
         return model_directory.load_config(place)
-    print(f"{path} is not there: planned with {preset.relative_to(ROOT)}")
+    print(f"{path} is not there: planned with {preset.relative_to(SHIPPED)}")
     config = load_config(preset)
     if isinstance(config, FluxConfig):
         config = ModelConfig(config, PromptsConfig(), AutoencoderConfig(), shift=None)

@@ -79,8 +79,8 @@ def lower(config: RunConfig, teacher: ModelConfig | None, mesh: Mesh) -> Iterato
 
 
 def calibration(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> Lowered:
-    """Calibration of one batch (sparsification/importance.py), the teacher being stored as the first
-    stage computes."""
+    """Calibration of one batch (sparsification/importance.py), the teacher being stored as the
+    first stage computes."""
     cut, stage = config.sparsify, next(iter(config.stages.values()))
     student = student_config(teacher.transformer, cut)
     measured = aligned(shallower(teacher.transformer, cut), shapes(student))

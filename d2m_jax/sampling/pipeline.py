@@ -40,6 +40,17 @@ from d2m_jax.sampling.options import (
     refuse_unknown,
     several,
 )
+from d2m_jax.sampling.pace import Pace
+from d2m_jax.sharding import (
+    batch_shards,
+    check_mesh,
+    local_mesh,
+    own_rows,
+    parameter_sharding,
+    put_batch,
+    put_parameters,
+    whole,
+)
 from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.files import hub
 from d2m_jax.weights.torch_files import torch_import

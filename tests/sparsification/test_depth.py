@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from d2m_jax.sparsification import make_student
-from d2m_jax.sparsification.depth import even, meeting, shallower
-from d2m_jax.sparsification.groups import grouped, shapes
-from tests.sparsification.conftest import CONFIG
 
 from d2m_jax.config import ConfigError, GroupsConfig, ModelConfig, SparsifyConfig, StackConfig
 from d2m_jax.keys import named_key
 from d2m_jax.models.cut import BLOCKS, check_cut
 from d2m_jax.models.flux import initialise, join, model_of
+from d2m_jax.sparsification import make_student
+from d2m_jax.sparsification.depth import even, meeting, shallower
+from d2m_jax.sparsification.groups import grouped, shapes
+from tests.sparsification.conftest import CONFIG
 
 SMALL = SparsifyConfig(batches=2, batch_size=8, tokens=64)
 DEPTH = replace(SMALL, method="none", depth_double=1, depth_single=2)

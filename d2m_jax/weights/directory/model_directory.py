@@ -18,7 +18,15 @@ import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
 from d2m_jax import hosts
-from d2m_jax.config import ConfigError, FluxConfig, ModelConfig, first_line, from_json, to_json
+from d2m_jax.config import (
+    ConfigError,
+    FluxConfig,
+    ModelConfig,
+    first_line,
+    from_json,
+    shipped,
+    to_json,
+)
 from d2m_jax.models.cut import Cut, check_cut
 from d2m_jax.models.flux import abstract
 from d2m_jax.named_arrays import fingerprint, names, restructure
@@ -84,8 +92,9 @@ def _is_ours(path: Path) -> bool:
 def load_config(path: Path | str) -> ModelConfig:
     """The config of a model directory, the path of its encoders made absolute. Raises ConfigError
     where it is missing or damaged."""
-    hub.refuse_run(Path(path))
-    file = Path(path) / "config.json"
+    path = shipped(path)
+    hub.refuse_run(path)
+    file = path / "config.json"
     if not file.is_file():
         kind = recognise.kind(Path(path)) if Path(path).is_file() else None
         if kind is not None:
@@ -119,7 +128,7 @@ def save_cut(folder: Path, cut: Cut | None) -> None:
 def load_cut(path: Path | str, config: FluxConfig) -> dict[str, np.ndarray]:
     """The cut of a model of ours in this folder; {} of a dense one and of an older one. ConfigError
     for one that is damaged or another model's."""
-    file = Path(path) / CUT
+    file = shipped(path) / CUT
     if not file.is_file():
         return {}
     cut = {name: np.array(tensor) for name, tensor in safetensors.read(file).items()}
@@ -157,7 +166,7 @@ def is_model_directory(path: Path | str) -> bool:
 def stored(path: Path | str, sharding: Sharding | None = None) -> tuple[ModelConfig, dict, str]:
     """What `load` would give as stored, without reading it: config, shapes with their places, and
     the fingerprint that the parameters were saved with. Raises what `load` raises."""
-    config = load_config(path)
+    config, path = load_config(path), shipped(path)
     directory = Path(os.path.abspath(path)) / "params"
     if not directory.is_dir():
         raise ConfigError(f"{path}: expected params/ beside config.json, found none")
@@ -188,7 +197,7 @@ def load(
     damaged, or params/ does not fit config.json.
     """
     config, wanted, expected = stored(path, sharding)
-    directory = Path(os.path.abspath(path)) / "params"
+    directory = Path(os.path.abspath(shipped(path))) / "params"
     with _told_by_all(directory):
         # Not by the checkpointer: it would wait for a process whose part is damaged.
         named = orbax_blocks.read(directory, names(wanted))

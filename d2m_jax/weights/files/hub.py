@@ -12,7 +12,7 @@ import huggingface_hub
 from huggingface_hub import errors
 from huggingface_hub.utils import logging
 
-from d2m_jax.config import ConfigError, check, first_line, listed
+from d2m_jax.config import ConfigError, check, first_line, listed, shipped
 
 # OWNER/NAME, then perhaps @REVISION and the path of a file.
 REPOSITORY = re.compile(
@@ -60,12 +60,14 @@ def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
 
 
 def place(source: Any) -> str:
-    """The name of a place, `~` being the home folder. ConfigError for what is none: None, a model,
+    """The name of a place, `~` being the home folder, and teachers/NAME one that comes with the
+    package where no other is there. ConfigError for what is none: None, a model,
     an empty string."""
     found = "an empty string" if source == "" else type(source).__name__
     right = isinstance(source, str | os.PathLike) and source != ""
     check(right, f"the model's path: found {found}, expected a path or OWNER/NAME")
-    return os.path.expanduser(os.fspath(source))  # noqa: PTH111  Path would drop a URL's slash
+    name = os.path.expanduser(os.fspath(source))  # noqa: PTH111  Path would drop a URL's slash
+    return str(shipped(name)) if name.startswith("teachers/") else name
 
 
 def refuse_run(path: Path) -> None:

@@ -1,0 +1,186 @@
+"""Evaluate a model.
+
+{program} account CONFIG_OR_MODEL [--json]   parameters and FLOPs, beside the paper's
+{program} icons MODEL … [--prompts N]        scores on the embedded task
+{program} export SCORER MODEL --prompts FILE --output FOLDER
+                              images in the folders that an official scorer reads
+{program} clip MODEL --clip FOLDER --prompts FILE --output FOLDER [--teacher MODEL]
+                              CLIP score, and the distance of features from a teacher's images
+{program} routing MODEL --output FOLDER [--prompts FILE]
+                              where tokens and samples go while it draws: arrays, pictures
+
+CONFIG is a Python file with get_config(), MODEL a model directory; `account --help` and so on list
+all options.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+from d2m_jax import command_line  # first, for it tells where there is no environment
+
+# isort: split
+import tyro
+
+from d2m_jax.config import check, suggestion
+from d2m_jax.evaluate.arguments import Clip, Export, Routing
+from d2m_jax.sampling.options import check_options
+
+
+@dataclass(frozen=True)
+class Account:
+    """What `account` is given."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG_OR_MODEL")]
+    json: bool = False  # print JSON instead of a table
+    image_tokens: int | None = None  # default: those of the model's images, else 4096
+    text_tokens: int | None = None  # default: those of the model's captions, else 77
+
+
+def account(arguments: Sequence[str], program: str) -> None:
+    """Count parameters and FLOPs."""
+    parsed = command_line.parse(
+        Account,
+        arguments,
+        usage=f"{program} account",
+        description="Parameters and FLOPs of a model, beside the paper's figures.",
+    )
+    # Imported once the arguments are right: help and errors need not wait for jax.
+    from d2m_jax import api
+    from d2m_jax.models import accounting
+
+    counted = api.account(parsed.source, parsed.image_tokens, parsed.text_tokens)
+    if parsed.json:
+        print(json.dumps(accounting.to_json(parsed.source.stem, counted), indent=1))
+    else:
+        print(accounting.table(parsed.source.stem, counted))
+
+
+@dataclass(frozen=True)
+class Icons:
+    """What `icons` is given."""
+
+    models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL …")]
+    prompts: int = 600  # of combinations seen in training, and as many held out of it
+    seed: int = 0  # of the noise
+    steps: int | None = None  # default: the model's own
+    # Normal experts per token, several for shares of the steps; default: the model's own.
+    top_k: tuple[int, ...] | None = None
+    reuse: int = 1  # compute the normal experts in every so many-th step only
+    quantize: Literal["int8", "fp8"] | None = None  # the large matrices of blocks
+    json: bool = False  # print JSON instead of tables
+
+
+def icons(arguments: Sequence[str], program: str) -> None:
+    """Score models on the embedded task."""
+    parsed = command_line.parse(
+        Icons,
+        arguments,
+        usage=f"{program} icons",
+        description="Scores of models on the embedded task, in percent, with 95 % confidence.",
+    )
+    check(len(parsed.models) > 0, "MODEL: expected at least one model directory, found none")
+    check(parsed.prompts > 0, f"--prompts {parsed.prompts}: expected at least 1")
+    options = {"steps": parsed.steps, "top_k": parsed.top_k, "reuse": parsed.reuse}
+    check_options(seed=parsed.seed, **options)
+    import rich
+
+    from d2m_jax import weights
+    from d2m_jax.evaluate import benchmark
+    from d2m_jax.evaluate.scores import table, to_json
+
+    for path in parsed.models:  # what is no model is told before the first is scored
+        weights.load_config(path)
+    scores = {
+        str(path): benchmark.evaluate(
+            path, parsed.prompts, parsed.seed, parsed.quantize, progress=True, **options
+        )
+        for path in parsed.models
+    }
+    if parsed.json:
+        print(json.dumps({name: to_json(s) for name, s in scores.items()}, indent=1))
+        return
+    first = None
+    for name, mine in scores.items():
+        rich.print(table(name, mine, first))
+        first = first or mine
+
+
+def export(arguments: Sequence[str], program: str) -> None:
+    """Images for an official scorer."""
+    parsed = command_line.parse(
+        Export,
+        arguments,
+        usage=f"{program} export",
+        description="Images of a benchmark's prompts in the folders that its official scorer"
+        " reads. Killed at any moment and started again, it goes on; many processes share it.",
+    )
+    check_options(**parsed.numbers)
+    from d2m_jax.evaluate.export import run
+
+    run(parsed)
+
+
+def clip(arguments: Sequence[str], program: str) -> None:
+    """CLIP's scores."""
+    parsed = command_line.parse(
+        Clip,
+        arguments,
+        usage=f"{program} clip",
+        description="CLIP score of a model's images of some prompts, and how far they are from a"
+        " teacher's of the same noise. Killed at any moment and started again, it goes on; many"
+        " processes share it.",
+    )
+    check_options(**parsed.numbers)
+    from d2m_jax.evaluate.clip_score import run
+
+    result = run(parsed)
+    if result is not None:
+        print(json.dumps(result.to_json(), indent=1) if parsed.json else "\n".join(result.lines()))
+
+
+def routing(arguments: Sequence[str], program: str) -> None:
+    """Inside the routing."""
+    parsed = command_line.parse(
+        Routing,
+        arguments,
+        usage=f"{program} routing",
+        description="Which experts and blocks a model chooses while it draws, by place, time and"
+        " group of prompts, and how much each block changes: arrays, pictures, a summary. Many"
+        " processes share the prompts.",
+    )
+    check_options(**parsed.numbers)
+    from d2m_jax.evaluate.watch_run import lines, run
+
+    found = run(parsed)
+    if found is not None:
+        print("\n".join([*lines(found), f"arrays, pictures and summary.json in {parsed.output}"]))
+
+
+COMMANDS = {
+    "account": account,
+    "icons": icons,
+    "export": export,
+    "clip": clip,
+    "routing": routing,
+}
+
+
+def main(arguments: Sequence[str], program: str = "evaluate.py") -> None:
+    """The command; `program` is what it was called by."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print((__doc__ or "").strip().format(program=command_line.launched(program)))
+        return
+    name = arguments[0]
+    expected = f"expected {' or '.join(COMMANDS)}"
+    check(name in COMMANDS, f"{name}: unknown command{suggestion(name, COMMANDS)} ({expected})")
+    COMMANDS[name](arguments[1:], program)
+
+
+def command() -> int:
+    """The command as it is installed; its exit code."""
+    return command_line.run(partial(main, program="d2m-evaluate"), sys.argv[1:])
