@@ -2,6 +2,7 @@
 
 import io
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -190,7 +191,7 @@ def write(
     """Print the tables of what is there, and leave reproduce.html, reproduce.json and pictures."""
     about, folder = cells.about, cells.folder
     everything = {table.name: gather(table, cells, seeds) for table in tables_asked}
-    looks, parts, console = [], [], Console(width=max(Console().width, 160))
+    looks, parts, console = [], [], Console(width=max(Console().width, 220))
     for table in tables_asked:
         found = everything[table.name]
         text = shown(table, found)
@@ -230,9 +231,7 @@ def _looks(found: Sequence[Found], cells: Cells) -> list[Picture]:
     students = []
     for cell in there:
         run, row, measured = looked[cell.name]
-        named = replace(
-            row, student=cell.label.replace(" (", ",\n(").replace(" to ", "\nto "), stage=""
-        )
+        named = replace(row, student=textwrap.fill(cell.label, 18), stage="")
         rows[named] = measured
         if run.students:
             students.append(Student(cell.name, run.main.pruned, run.main.rows, run.main.history))

@@ -54,7 +54,7 @@ def main(recipe: Recipe) -> Table:
         Cell("narrow_l", f"pruned in width to r = {ratio:g}", recipe.pruned(ratio)),
         Cell(
             "shallow_l",
-            "pruned in depth as FLUX.1-lite (blocks by their change)",
+            "pruned in depth as FLUX.1-lite",
             recipe.as_shallow(large, "change"),
             "narrow_l",
             paper=paper(0.5229, 79.00, 8.16),
@@ -64,7 +64,7 @@ def main(recipe: Recipe) -> Table:
         Cell("narrow_s", "pruned in width to MoE-S", recipe.as_narrow(sparse["s"])),
         Cell(
             "shallow_s",
-            "pruned in depth to MoE-S (even, as FLUX-mini's few blocks)",
+            "pruned in depth to MoE-S, as FLUX-mini",
             recipe.as_shallow(sparse["s"], "even"),
             "narrow_s",
             paper=paper(0.3209, 69.34, 3.18),
@@ -73,6 +73,7 @@ def main(recipe: Recipe) -> Table:
         Cell("moe_xs", "MoE-XS", sparse["xs"], "narrow_s", paper=paper(0.4036, 73.66, 2.64)),
     )
     notes = (
+        "FLUX.1-lite: the blocks stay that change their streams most; FLUX-mini: few, evenly.",
         "L: rivals with about the activated parameters of MoE-L; S: of MoE-S. MoE-M, S and XS leave"
         " out the shares of blocks that the paper's do, as far as this depth allows; their groups"
         " begin in the last quarter of the steps.",

@@ -41,17 +41,18 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_cells_are_made_once(recipe, tmp_path, monkeypatch, capsys):
-    table = TABLES["mlp"](recipe)
+    table = replace(TABLES["mlp"](recipe), name="main")  # of which pictures are drawn
     folder = tmp_path / "out"
     make(recipe, [table], folder, 1, ["narrow_1.5"], None, "the command")
     said = capsys.readouterr().out
-    assert "mlp: 1 cells × 1 seeds of 4 steps, 0 there" in said and "in all 1 cells" in said
-    found = json.loads((folder / "reproduce.json").read_text())["tables"]["mlp"]
+    assert "main: 1 cells × 1 seeds of 4 steps, 0 there" in said and "in all 1 cells" in said
+    found = json.loads((folder / "reproduce.json").read_text())["tables"]["main"]
     assert [cell["name"] for cell in found] == ["narrow_1.5"]
     result = found[0]["seeds"]["0"]
     assert result["steps"] == 4 and result["examples"] == 32 and result["errors"]["seen"] > 0
     assert result["milliseconds"][1] > 0 and "seen" in result["scores"]
-    assert "the command" in (folder / "reproduce.html").read_text()
+    html = (folder / "reproduce.html").read_text()
+    assert "the command" in html and "Error while training" in html and "Samples" in html
     places = Cells(recipe, folder)
     place = places.place(table.cells[0], 0)
     assert {path.name for path in (place / "models").iterdir()} == {"retrain"}
@@ -63,7 +64,7 @@ def test_cells_are_made_once(recipe, tmp_path, monkeypatch, capsys):
     assert "1 there, about 0 s" in capsys.readouterr().out
     make(recipe, [table], folder, 2, ["narrow_1.5"], time.monotonic() + 1e-3, "little time")
     make(recipe, [table], folder, 2, [], time.monotonic() - 1, "no time")
-    again = json.loads((folder / "reproduce.json").read_text())["tables"]["mlp"]
+    again = json.loads((folder / "reproduce.json").read_text())["tables"]["main"]
     assert again[0]["seeds"] == found[0]["seeds"]
     assert [len(cell["seeds"]) for cell in again] == [
         1,
