@@ -27,6 +27,7 @@ def get_config() -> RunConfig:
     return dataclasses.replace(
         demo,
         name="icons_paper",
+        evaluate_prompts=600,
         sparsify=SparsifyConfig(deal="rank", gate="random", routed_scale=0.0),
         stages={
             "shared": stage(STEPS // 3, SHARED, top_k=0, **shared),

@@ -106,7 +106,7 @@ def blocks(sums: Sums, names: Names) -> Figure:
 
 
 def _by_time_and_group(
-    rows: Sequence[tuple[str, Float[np.ndarray, "t n"], Float[np.ndarray, "c n"]]],
+    rows: Sequence[tuple[str, Float[np.ndarray, "t _"], Float[np.ndarray, "c _"]]],
     sums: Sums,
     names: Names,
     height: float,

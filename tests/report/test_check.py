@@ -21,7 +21,7 @@ from d2m_jax.data.protocol import Asked
 from d2m_jax.data.source import open_data
 from d2m_jax.encoders import Encoders
 from d2m_jax.report.check import check_report
-from d2m_jax.training import run
+from d2m_jax.training import run, stage
 from tests.models import toy
 from tests.report import conftest
 
@@ -104,7 +104,7 @@ def test_before_anything_trains(make_run, monkeypatch):
     def begins(*arguments):
         raise AssertionError("a student was cut")
 
-    monkeypatch.setattr(run, "make_student", begins)
+    monkeypatch.setattr(stage, "make_student", begins)
     monkeypatch.setattr("d2m_jax.cores.use_cores", lambda quick: None)
     monkeypatch.setattr("d2m_jax.command_line.load_config", lambda file: config)
     with pytest.raises(ConfigError, match="held-out pairs"):

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from d2m_jax.config import FluxConfig, MoEConfig, SparsifyConfig, StackConfig
+from d2m_jax.models import blocks
 from d2m_jax.sparsification import refit
 from d2m_jax.sparsification.experts import make_moe
 from d2m_jax.sparsification.prune import prune
@@ -54,7 +55,7 @@ def output(ffn, x, moe):
     if moe is None:
         hidden = jax.nn.gelu(x @ ffn["in_layer"]["kernel"][0, 0] + ffn["in_layer"]["bias"][0, 0])
         return hidden @ ffn["out_layer"]["kernel"][0, 0] + ffn["out_layer"]["bias"][0, 0]
-    graph, state = nnx.split(nnx.eval_shape(lambda: ffn(CONFIG, STACK, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: blocks.ffn(CONFIG, STACK, rngs=nnx.Rngs(0))))
     nnx.replace_by_pure_dict(state, jax.tree.map(lambda a: jnp.asarray(a[0, 0]), ffn))
     vec = jnp.zeros((1, DIM))
     return nnx.merge(graph, state)(x[None], x[None], toy.context(vec))[0][0]
