@@ -1,8 +1,8 @@
 """Every stage in a few steps, for tests and first tries; its scores and times mean nothing.
 
-Nearly all of its one to two minutes is compilation, so programs are compiled without
-optimisations, and each stage trains what the paper trains in it and nothing else: the rival its
-FFNs, as the shared experts are, and the Mixture of Blocks its one group.
+Nearly all of its time is compilation, so programs are compiled without optimisations, and each
+stage trains what the paper trains in it and nothing else: the rival its FFNs, as the shared experts
+are, and the Mixture of Blocks its one group.
 
 python train.py configs/tiny.py
 """
