@@ -17,7 +17,7 @@ from timing import finish, measure, parser, table
 
 from d2m_jax.data import icons
 from d2m_jax.data.pictograms import lexicon
-from d2m_jax.evaluate.icons import score, task_of
+from d2m_jax.evaluate.oracle import score, task_of
 from d2m_jax.evaluate.scores import paired_difference
 from d2m_jax.sampling.pipeline import Pipeline, load_pipeline
 

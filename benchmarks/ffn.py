@@ -23,14 +23,14 @@ from models import LOADS, routing
 from timing import Times, finish, limits, measure, on_cpu, parser, table, usual_dtype
 
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
-from d2m_jax.kernels import grouped_matmul, rows, tiles
+from d2m_jax.kernels import grouped_matmul, tiles, token_rows
 from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.kernels.target import target
 from d2m_jax.models import moe
 from d2m_jax.models.blocks import ffn
 from d2m_jax.models.experts import sort
 from d2m_jax.models.layers import FFN
-from d2m_jax.models.protocol import Context
+from d2m_jax.models.reports import Context
 
 ACTIVATED = 1.5  # r_a = r_s + k · r_n of docs/method.md, in widths D
 LAYERS = 8
@@ -82,10 +82,10 @@ def part(index: int, way: str, graph, params, x):
     flat, experts = x.reshape(-1, x.shape[-1]), module.config.experts
     if index == 2 and way == "tiled":
         places = tiles.place(chosen[0], experts, experts)
-        last = rows.spread(flat, places.choice, places.row), places
+        last = token_rows.spread(flat, places.choice, places.row), places
     elif index == 2:
         order, row, sizes = sort(chosen[0], experts)
-        last = rows.spread(flat, order, row), sizes
+        last = token_rows.spread(flat, order, row), sizes
     if index == 3:
         last = _rows(way, module, x, chosen[0])
     last = jax.lax.optimization_barrier(last)
@@ -96,7 +96,7 @@ def _rows(way, module, x, chosen):
     """Sorting and the grouped matmuls, without putting their rows back."""
     experts = module.experts.cast(x.dtype)
     order, row, sizes = sort(chosen, module.config.experts)
-    tokens = rows.spread(x.reshape(-1, x.shape[-1]), order, row)
+    tokens = token_rows.spread(x.reshape(-1, x.shape[-1]), order, row)
     hidden = jax.nn.gelu(grouped_matmul.grouped_matmul(tokens, experts[0], sizes, way))
     return (grouped_matmul.grouped_matmul(hidden, experts[2], sizes, way),)
 

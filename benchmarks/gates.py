@@ -17,7 +17,7 @@ from d2m_jax.config import SparsifyConfig
 from d2m_jax.data import icons
 from d2m_jax.distillation.stages import noisy_inputs
 from d2m_jax.encoders import Encoders
-from d2m_jax.evaluate.icons import task_of
+from d2m_jax.evaluate.oracle import task_of
 from d2m_jax.sparsification import importance
 from d2m_jax.sparsification.student import make_student
 from d2m_jax.weights.directory import model_directory

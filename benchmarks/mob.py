@@ -18,7 +18,7 @@ from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models.blocks import SingleStreamBlock
 from d2m_jax.models.layers import rope
 from d2m_jax.models.parameters import unstacked
-from d2m_jax.models.protocol import Context
+from d2m_jax.models.reports import Context
 from d2m_jax.models.stack import Stack
 
 

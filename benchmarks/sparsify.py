@@ -17,7 +17,7 @@ import numpy as np
 
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
 from d2m_jax.sparsification import sensitivity
-from d2m_jax.sparsification.experts import cluster, features, fit_gate, split
+from d2m_jax.sparsification.deal import cluster, features, fit_gate, split
 from d2m_jax.sparsification.prune import ranked, take
 from d2m_jax.sparsification.refit import refit
 

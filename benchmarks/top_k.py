@@ -18,7 +18,7 @@ from d2m_jax.config import ModelConfig, MoEConfig
 from d2m_jax.data import icons
 from d2m_jax.distillation.stages import noisy_inputs
 from d2m_jax.encoders import Encoders
-from d2m_jax.evaluate.icons import task_of
+from d2m_jax.evaluate.oracle import task_of
 from d2m_jax.models.flux import model_of
 from d2m_jax.weights.directory import model_directory
 

@@ -123,9 +123,9 @@ def test_no_circles():
 
 def test_only_its_benchmark_knows_the_embedded_task():
     """All else goes through the door, data/source.py."""
-    task = {"d2m_jax.data.icons", "d2m_jax.data.pictograms", "d2m_jax.evaluate.icons"}
+    task = {"d2m_jax.data.icons", "d2m_jax.data.pictograms", "d2m_jax.evaluate.oracle"}
     knows = {module for module, file in MODULES.items() if ours(file) & task}
-    evaluated = {"d2m_jax.evaluate.icons", "d2m_jax.evaluate.benchmark"}
+    evaluated = {"d2m_jax.evaluate.oracle", "d2m_jax.evaluate.benchmark"}
     assert knows == {"d2m_jax.data.icons", "d2m_jax.data.source"} | evaluated
 
 

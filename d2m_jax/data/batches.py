@@ -14,7 +14,7 @@ from jaxtyping import Int
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError
 from d2m_jax.data.buckets import Rows, Schedule
-from d2m_jax.data.sources.protocol import BadSample
+from d2m_jax.data.sources.any_source import BadSample
 from d2m_jax.keys import named_generator
 
 T = TypeVar("T")

@@ -42,7 +42,7 @@ from d2m_jax.data.images import Example, Images
 from d2m_jax.data.making import Shard, TextFeatures
 from d2m_jax.data.records import BFLOAT16, Record
 from d2m_jax.data.source import with_vocabulary
-from d2m_jax.data.sources.protocol import BadSample
+from d2m_jax.data.sources.any_source import BadSample
 from d2m_jax.encoders import Encoders
 from d2m_jax.output import check_writable
 from d2m_jax.sharding import batch_shards, local_mesh

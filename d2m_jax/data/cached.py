@@ -23,7 +23,7 @@ from d2m_jax.data.preprocessed import Preprocessed
 from d2m_jax.data.prompt_files import prompts_of
 from d2m_jax.data.protocol import Asked, Split, Tokenizer
 from d2m_jax.data.records import BFLOAT16, Cache, Record
-from d2m_jax.data.sources.protocol import BadSample
+from d2m_jax.data.sources.any_source import BadSample
 from d2m_jax.keys import named_generator
 
 LOG_VARIANCE = (-30.0, 20.0)  # within which diffusers and we take it

@@ -16,8 +16,8 @@ from d2m_jax.data.buckets import Part, Rows, Schedule, Size, assign, bucket_size
 from d2m_jax.data.decode import Crop, Undecodable, decode
 from d2m_jax.data.prompt_files import prompts_of
 from d2m_jax.data.protocol import Asked, Canvas, Split, Tokenizer
+from d2m_jax.data.sources.any_source import BadSample, Source
 from d2m_jax.data.sources.open import open_source
-from d2m_jax.data.sources.protocol import BadSample, Source
 from d2m_jax.keys import named_generator
 from d2m_jax.progress import bar
 

@@ -31,7 +31,7 @@ from d2m_jax.config import (
 from d2m_jax.data import arrow, encoded_tars
 from d2m_jax.data.buckets import Size
 from d2m_jax.data.records import BFLOAT16, Record, digest
-from d2m_jax.data.sources.protocol import BadSample
+from d2m_jax.data.sources.any_source import BadSample
 
 AXES = {"t5_encodings": 2, "clip_encodings": 1, "mean": 3, "logvar": 3}  # of the arrays
 KEY, TIME = "__key__", "timestep"

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from d2m_jax.config import KINDS, FluxConfig, check
 from d2m_jax.distillation.losses import mean_square
 from d2m_jax.models.flux import Flux, join
-from d2m_jax.models.protocol import Body, Context, GroupReport, Streams
+from d2m_jax.models.reports import Body, Context, GroupReport, Streams
 from d2m_jax.models.stack import Stack
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from d2m_jax.config import FluxConfig, LossConfig
 from d2m_jax.distillation.objective import Means
 from d2m_jax.models.blocks import FFNS
-from d2m_jax.models.protocol import Body, GroupReport
+from d2m_jax.models.reports import Body, GroupReport
 
 
 def mean_square(a: Float[Array, "b n c"], b: Float[Array, "b n c"]) -> Float[Array, ""]:

@@ -15,7 +15,7 @@ from d2m_jax.distillation.losses import mean_square, nothing_routed, routing_mea
 from d2m_jax.distillation.objective import Means, Objective
 from d2m_jax.keys import inner_key
 from d2m_jax.models.flux import Flux, model_of
-from d2m_jax.models.protocol import Context, Streams
+from d2m_jax.models.reports import Context, Streams
 
 
 def flow_loss(

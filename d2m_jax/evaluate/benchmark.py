@@ -12,7 +12,7 @@ from d2m_jax.config import ConfigError, ModelConfig
 from d2m_jax.data.icons import Icons
 from d2m_jax.data.protocol import Data, Prompt
 from d2m_jax.data.source import open_data
-from d2m_jax.evaluate import icons
+from d2m_jax.evaluate import oracle
 from d2m_jax.evaluate.scores import Score, Scores
 from d2m_jax.sampling.pipeline import Pipeline, load_pipeline
 
@@ -26,8 +26,8 @@ def judge_of(data: Data) -> Judge | None:
         return None
     lexicon = data.lexicon
     # The prompts of this data are scenes.
-    return lambda images, prompts: icons.score(
-        images, cast(Sequence[icons.Scene], prompts), lexicon
+    return lambda images, prompts: oracle.score(
+        images, cast(Sequence[oracle.Scene], prompts), lexicon
     )
 
 
@@ -43,7 +43,7 @@ def evaluate(
 def data_of(path: Path | str, config: ModelConfig) -> Data:
     """The embedded task that a model was made for. ConfigError for a model of anything else."""
     try:
-        return open_data(icons.task_of(config), config)
+        return open_data(oracle.task_of(config), config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

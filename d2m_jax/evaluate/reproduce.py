@@ -63,8 +63,8 @@ def main(arguments: Sequence[str]) -> None:
 
     use_cores(base.quick_compilation)
     from d2m_jax.reproduce.all_cells import make
+    from d2m_jax.reproduce.paper_tables import TABLES
     from d2m_jax.reproduce.recipe import Recipe, total_steps
-    from d2m_jax.reproduce.tables import TABLES
 
     for name in parsed.tables:
         known = f"expected {', '.join(TABLES)}"

@@ -35,7 +35,7 @@ from d2m_jax.config import ModelConfig, check
 from d2m_jax.evaluate.routing import SIDES, blocks_of
 from d2m_jax.keys import named_generator
 from d2m_jax.models.flux import model_of
-from d2m_jax.models.protocol import Body, GroupReport
+from d2m_jax.models.reports import Body, GroupReport
 from d2m_jax.progress import bar
 from d2m_jax.sampling.denoise import Text
 from d2m_jax.sampling.noise import noise_of

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from d2m_jax.kernels.rows import collect, spread, take
+from d2m_jax.kernels.token_rows import collect, spread, take
 
 TILES = 128, 32  # rows of a tile of what is left; the small ones hold what the large ones leave
 
@@ -38,7 +38,7 @@ def chosen_experts(
 
 
 class Places(NamedTuple):
-    """Where choices are computed, in the words of kernels/rows.py."""
+    """Where choices are computed, in the words of kernels/token_rows.py."""
 
     row: Int[Array, "t k"]  # of each choice in the batch, whose rows go by expert
     choice: Int[Array, " s"]  # of each row of the batch

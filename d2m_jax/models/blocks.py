@@ -23,7 +23,7 @@ from d2m_jax.models.layers import (
     modulate,
 )
 from d2m_jax.models.moe import MoE
-from d2m_jax.models.protocol import Context, FFNReport, Streams
+from d2m_jax.models.reports import Context, FFNReport, Streams
 
 # The FFNs of each kind of block.
 FFNS = {"double": ("img_mlp", "txt_mlp"), "single": ("mlp",)}

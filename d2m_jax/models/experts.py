@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from d2m_jax.kernels.grouped_matmul import EXPERTS, choose, grouped_matmul
 from d2m_jax.kernels.quantized import QArray, cast, dot
-from d2m_jax.kernels.rows import collect, spread, take
 from d2m_jax.kernels.tiles import chosen_experts
+from d2m_jax.kernels.token_rows import collect, spread, take
 from d2m_jax.sharding import PARAMETERS, on_own_part
 
 SPARSE_TOKENS = 64  # from which only the chosen experts' work is less time, on a CPU
@@ -166,7 +166,7 @@ def sort(
     chosen: Int[Array, "t k"], experts: int
 ) -> tuple[Int[Array, " r"], Int[Array, "t k"], Int[Array, " e"]]:
     """Choices by expert, those of no expert last: the choice of each row, the row of each choice
-    (kernels/rows.py), and how many rows each expert has."""
+    (kernels/token_rows.py), and how many rows each expert has."""
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     row = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)

@@ -21,7 +21,7 @@ from d2m_jax.models.layers import (
     rope,
     timestep_embedding,
 )
-from d2m_jax.models.protocol import NOTHING, Body, Context, GroupReport, Known, Streams
+from d2m_jax.models.reports import NOTHING, Body, Context, GroupReport, Known, Streams
 from d2m_jax.models.size import summary
 from d2m_jax.models.stack import Stack
 

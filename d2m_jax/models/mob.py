@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from d2m_jax.models.layers import Linear32
-from d2m_jax.models.protocol import NOTHING, Context, Known, Streams
+from d2m_jax.models.reports import NOTHING, Context, Known, Streams
 from d2m_jax.sharding import BY_NAME, on_own_part
 
 # Samples run side by side while copies of their blocks' weights fit in this many bytes, else one

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from d2m_jax.config import MoEConfig
 from d2m_jax.models.experts import Experts
 from d2m_jax.models.layers import FFN, Linear32
-from d2m_jax.models.protocol import Context, FFNReport, Routing, alone
+from d2m_jax.models.reports import Context, FFNReport, Routing, alone
 
 
 class MoE(nnx.Module):

@@ -13,7 +13,7 @@ from d2m_jax.config import FluxConfig, StackConfig
 from d2m_jax.models import parameters
 from d2m_jax.models.layers import Modulation
 from d2m_jax.models.mob import BlockRouter, choose, run_chosen
-from d2m_jax.models.protocol import NOTHING, Choice, Context, GroupReport, Known, Streams
+from d2m_jax.models.reports import NOTHING, Choice, Context, GroupReport, Known, Streams
 from d2m_jax.sharding import constrain, gathered, sent
 
 

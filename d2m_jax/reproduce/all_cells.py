@@ -9,10 +9,10 @@ import jax
 
 from d2m_jax import hosts
 from d2m_jax.config import check, suggestion
-from d2m_jax.reproduce import page
+from d2m_jax.reproduce import outcome
 from d2m_jax.reproduce.cells import Cells, Costs, Result, unique
+from d2m_jax.reproduce.paper_tables import Cell, Table
 from d2m_jax.reproduce.recipe import Recipe
-from d2m_jax.reproduce.tables import Cell, Table
 
 
 def make(
@@ -39,7 +39,7 @@ def make(
         budget = told(cells, tables, asked, seeds, costs)
         print("\n".join(budget), flush=True)
         _make(cells, asked, costs, limit)
-    page.write(tables, cells, seeds, command, budget)
+    outcome.write(tables, cells, seeds, command, budget)
 
 
 def _keep_programs(folder: Path) -> None:

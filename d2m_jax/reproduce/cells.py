@@ -31,8 +31,8 @@ from d2m_jax.output import full_disk
 from d2m_jax.report.check import check_report
 from d2m_jax.report.measure import Bench, Measured, cached, prompt_counts
 from d2m_jax.report.rows import TEACHER, Row, Run, read
+from d2m_jax.reproduce.paper_tables import Cell
 from d2m_jax.reproduce.recipe import Recipe, total_steps
-from d2m_jax.reproduce.tables import Cell
 from d2m_jax.sparsification.groups import grouped
 from d2m_jax.sparsification.student import student_config
 from d2m_jax.training import lock, run

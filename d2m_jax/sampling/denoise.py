@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from d2m_jax import flow
 from d2m_jax.models.flux import Flux, known_of
-from d2m_jax.models.protocol import Body, Known
+from d2m_jax.models.reports import Body, Known
 
 Text = tuple[Float[Array, "b l e"], Float[Array, "b v"]]  # token features and pooled vector
 

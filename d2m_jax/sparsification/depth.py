@@ -21,7 +21,7 @@ from d2m_jax.config import KINDS, FluxConfig, SparsifyConfig, StackConfig, check
 from d2m_jax.keys import named_key
 from d2m_jax.models.cut import BLOCKS, Cut, blocks_left, depth
 from d2m_jax.models.flux import join, model_of
-from d2m_jax.models.protocol import Context, Streams
+from d2m_jax.models.reports import Context, Streams
 from d2m_jax.sharding import whole
 from d2m_jax.sparsification.groups import align, aligned, shapes
 from d2m_jax.sparsification.importance import Noisy

@@ -18,7 +18,7 @@ from d2m_jax.config import FluxConfig, check
 from d2m_jax.keys import inner_key
 from d2m_jax.models.blocks import FFNS
 from d2m_jax.models.flux import model_of
-from d2m_jax.models.protocol import Body, GroupReport, Known
+from d2m_jax.models.reports import Body, GroupReport, Known
 from d2m_jax.sharding import in_parts, whole
 from d2m_jax.sparsification import sensitivity
 

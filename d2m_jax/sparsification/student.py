@@ -25,8 +25,8 @@ from d2m_jax.models.blocks import FFNS
 from d2m_jax.models.cut import MODULATION, blocks_left
 from d2m_jax.sharding import whole
 from d2m_jax.sparsification import importance
+from d2m_jax.sparsification.deal import make_moe
 from d2m_jax.sparsification.depth import shallower, without_blocks
-from d2m_jax.sparsification.experts import make_moe
 from d2m_jax.sparsification.groups import align, aligned, shapes
 from d2m_jax.sparsification.importance import Noisy
 from d2m_jax.sparsification.modulation import low_rank

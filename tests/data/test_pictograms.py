@@ -6,7 +6,7 @@ import pytest
 from d2m_jax.config import ConfigError
 from d2m_jax.data.icons import WORDS
 from d2m_jax.data.pictograms import CELL, COLOURS, SIZE, lexicon
-from d2m_jax.evaluate.icons import read_all
+from d2m_jax.evaluate.oracle import read_all
 
 KNOWN = lexicon(2048)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from d2m_jax.distillation import losses
-from d2m_jax.models.protocol import Choice, FFNReport, GroupReport, Routing
+from d2m_jax.models.reports import Choice, FFNReport, GroupReport, Routing
 
 DENSE = GroupReport({"mlp": FFNReport()})
 

@@ -9,8 +9,7 @@ from rich.console import Console
 from d2m_jax.config import ConfigError, IconsConfig, ModelConfig, PixelsConfig, WordsConfig
 from d2m_jax.data import icons
 from d2m_jax.data.source import open_data
-from d2m_jax.evaluate import benchmark
-from d2m_jax.evaluate import icons as oracle
+from d2m_jax.evaluate import benchmark, oracle
 from d2m_jax.evaluate import scores as tables
 from d2m_jax.sampling.pipeline import Pipeline
 

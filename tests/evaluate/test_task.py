@@ -11,7 +11,7 @@ from d2m_jax.data import icons
 from d2m_jax.data.pictograms import lexicon
 from d2m_jax.distillation.stages import noisy_inputs
 from d2m_jax.encoders import Encoders
-from d2m_jax.evaluate.icons import score, task_of
+from d2m_jax.evaluate.oracle import score, task_of
 from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.sparsification.student import make_student
 from d2m_jax.weights.directory import model_directory

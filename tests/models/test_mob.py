@@ -14,7 +14,7 @@ from d2m_jax.config import StackConfig
 from d2m_jax.models import mob
 from d2m_jax.models.blocks import SingleStreamBlock
 from d2m_jax.models.layers import rope
-from d2m_jax.models.protocol import Context
+from d2m_jax.models.reports import Context
 from d2m_jax.models.stack import Stack, over_axes
 from tests.models import toy
 from tests.seed import generator

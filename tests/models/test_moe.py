@@ -12,7 +12,7 @@ from d2m_jax.config import ConfigError, FluxConfig, MoEConfig, StackConfig
 from d2m_jax.kernels import grouped_matmul
 from d2m_jax.models import experts
 from d2m_jax.models.blocks import ffn
-from d2m_jax.models.protocol import FFNReport
+from d2m_jax.models.reports import FFNReport
 from tests.models import toy
 from tests.seed import generator
 

@@ -12,7 +12,7 @@ from d2m_jax import flow
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
 from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.models.flux import abstract as shapes
-from d2m_jax.models.protocol import Context
+from d2m_jax.models.reports import Context
 from tests.seed import generator
 
 DENSE = FluxConfig(

@@ -12,8 +12,8 @@ from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.reproduce import all_cells
 from d2m_jax.reproduce.all_cells import chosen, make
 from d2m_jax.reproduce.cells import Cells, unique
+from d2m_jax.reproduce.paper_tables import TABLES
 from d2m_jax.reproduce.recipe import Recipe
-from d2m_jax.reproduce.tables import TABLES
 from d2m_jax.training import run
 from tests.report.conftest import DATA, model, parameters, stages
 

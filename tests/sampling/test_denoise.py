@@ -9,7 +9,7 @@ import pytest
 
 from d2m_jax import flow
 from d2m_jax.models.flux import Flux
-from d2m_jax.models.protocol import FFNReport, GroupReport
+from d2m_jax.models.reports import FFNReport, GroupReport
 from d2m_jax.sampling.denoise import denoise
 from tests.seed import generator
 

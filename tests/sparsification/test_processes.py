@@ -69,13 +69,13 @@ def cut():
     """A process that computes for itself would make another student than the first does."""
     from d2m_jax.models.flux import initialise
     from d2m_jax.sharding import make_mesh, own_rows, put_batch, put_parameters, whole
-    from d2m_jax.sparsification import experts, make_student, modulation
+    from d2m_jax.sparsification import deal, make_student, modulation
     from tests.sparsification.conftest import CONFIG, batches, noisy
 
     jax.config.update("jax_disable_most_optimizations", True)
     with hosts.joined():
         if jax.process_index():
-            experts.cluster = lambda vectors, count, _: np.arange(len(vectors)) % count
+            deal.cluster = lambda vectors, count, _: np.arange(len(vectors)) % count
             modulation.UNSEEN = 1.0
         mesh = make_mesh(MeshConfig())
         rng = np.random.default_rng(0)  # what is zero at birth would hide the FFNs

@@ -9,7 +9,7 @@ from flax import nnx
 from d2m_jax.config import FluxConfig, MoEConfig, SparsifyConfig, StackConfig
 from d2m_jax.models import blocks
 from d2m_jax.sparsification import refit
-from d2m_jax.sparsification.experts import make_moe
+from d2m_jax.sparsification.deal import make_moe
 from d2m_jax.sparsification.prune import prune
 from tests.models import toy
 from tests.seed import generator

@@ -14,10 +14,10 @@ import numpy as np
 
 from d2m_jax.config import ConfigError
 from d2m_jax.data.sources import captions
+from d2m_jax.data.sources.any_source import BadSample, Sample
 from d2m_jax.data.sources.image_size import image_size
 from d2m_jax.data.sources.index import Index, Problems, Scanned
 from d2m_jax.data.sources.indexed import Indexed
-from d2m_jax.data.sources.protocol import BadSample, Sample
 from d2m_jax.data.sources.stores import OPEN, Found, is_remote, look
 
 IMAGES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "img")  # names of the feature

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from d2m_jax.data.sources.protocol import BadSample
+from d2m_jax.data.sources.any_source import BadSample
 
 FIELDS = ("caption", "captions", "text", "txt")  # where JSON and tables have it, the first found
 LONGEST = 65_536  # bytes of all captions of an image: a page of text has about 3,000

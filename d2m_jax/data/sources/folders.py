@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from d2m_jax.data.sources import captions
+from d2m_jax.data.sources.any_source import BadSample, Sample
 from d2m_jax.data.sources.image_size import image_size
 from d2m_jax.data.sources.index import Problems, Scanned, name_below, pack
 from d2m_jax.data.sources.indexed import Indexed
-from d2m_jax.data.sources.protocol import BadSample, Sample
 from d2m_jax.data.sources.stores import Changed, Found, Reader, Window, listed, walk
 from d2m_jax.data.sources.tars import SUFFIXES
 

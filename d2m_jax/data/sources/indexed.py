@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from d2m_jax.data.sources.any_source import BadSample, Sample
 from d2m_jax.data.sources.index import Index
-from d2m_jax.data.sources.protocol import BadSample, Sample
 from d2m_jax.data.sources.stores import Changed, Found, Reader
 
 
 class Indexed:
-    """The part of a Source (protocol.py) that does not depend on how samples are stored.
+    """The part of a Source (any_source.py) that does not depend on how samples are stored.
 
     The index has a column "size", int32 [n, 2], and, where rows have names, a packed column "name".
     """

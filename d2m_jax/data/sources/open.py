@@ -13,10 +13,10 @@ from typing import TypeVar
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, check
 from d2m_jax.data.sources import array_records, folders, parquet, tars
+from d2m_jax.data.sources.any_source import Source
 from d2m_jax.data.sources.build import SUFFIX, indexed, place
 from d2m_jax.data.sources.index import Index, Scanned
 from d2m_jax.data.sources.indexed import Indexed
-from d2m_jax.data.sources.protocol import Source
 from d2m_jax.data.sources.stores import Found, is_folder, is_remote, look, matching
 
 # Suffixes of files of many samples → what reads them.

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from d2m_jax.data.sources import captions
+from d2m_jax.data.sources.any_source import BadSample, Sample
 from d2m_jax.data.sources.image_size import image_size
 from d2m_jax.data.sources.index import Index, Problems, Scanned
 from d2m_jax.data.sources.indexed import Indexed
-from d2m_jax.data.sources.protocol import BadSample, Sample
 from d2m_jax.data.sources.stores import Changed, Found, Reader
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img")  # names of a column of images

@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from d2m_jax.data.sources import captions
+from d2m_jax.data.sources.any_source import Sample
 from d2m_jax.data.sources.image_size import image_size
 from d2m_jax.data.sources.index import Problems, Scanned, pack
 from d2m_jax.data.sources.indexed import Indexed
-from d2m_jax.data.sources.protocol import Sample
 from d2m_jax.data.sources.stores import Changed, Found, Window, is_remote, reading
 
 BLOCK = 512  # bytes: all of a tar lies in blocks

@@ -6,9 +6,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from d2m_jax.config import ConfigError
+from d2m_jax.data.sources.any_source import BadSample, Source
 from d2m_jax.data.sources.array_records import features
 from d2m_jax.data.sources.open import open_source
-from d2m_jax.data.sources.protocol import BadSample, Source
 from tests.data.sources.making import encoded
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from d2m_jax.config import ConfigError
 from d2m_jax.data.sources import folders
+from d2m_jax.data.sources.any_source import BadSample, Source
 from d2m_jax.data.sources.open import open_source
-from d2m_jax.data.sources.protocol import BadSample, Source
 from tests.data.sources.making import encoded
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from d2m_jax.config import ConfigError
 from d2m_jax.data.sources import stores
+from d2m_jax.data.sources.any_source import BadSample
 from d2m_jax.data.sources.open import braces, open_source
-from d2m_jax.data.sources.protocol import BadSample
 from tests.data.sources.making import encoded, members, tar
 
 

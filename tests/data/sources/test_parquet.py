@@ -10,8 +10,8 @@ import pytest
 
 from d2m_jax.config import ConfigError
 from d2m_jax.data.sources import parquet
+from d2m_jax.data.sources.any_source import BadSample, Source
 from d2m_jax.data.sources.open import open_source
-from d2m_jax.data.sources.protocol import BadSample, Source
 from tests.data.sources.making import encoded
 
 IMAGES = [encoded(i, size=(20 + i, 10)) for i in range(7)]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from d2m_jax.config import ConfigError
+from d2m_jax.data.sources.any_source import BadSample, Source
 from d2m_jax.data.sources.captions import LONGEST
 from d2m_jax.data.sources.open import open_source
-from d2m_jax.data.sources.protocol import BadSample, Source
 from d2m_jax.data.sources.stores import look
 from d2m_jax.data.sources.tars import scan
 from tests.data.sources.making import encoded, members, place, tar

@@ -7,8 +7,8 @@ import pytest
 from configs.icons_moe_s import get_config
 from d2m_jax.config import ConfigError, GroupsConfig, RunConfig, StackConfig
 from d2m_jax.models.accounting import account
+from d2m_jax.reproduce.paper_tables import TABLES
 from d2m_jax.reproduce.recipe import Recipe, total_steps
-from d2m_jax.reproduce.tables import TABLES
 from d2m_jax.sparsification.groups import grouped
 from d2m_jax.sparsification.student import student_config
 from tests.sparsification.conftest import CONFIG

@@ -6,7 +6,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from d2m_jax.config import SparsifyConfig
-from d2m_jax.sparsification.experts import assign, cluster, fit_gate, make_moe, snake, split
+from d2m_jax.sparsification.deal import assign, cluster, fit_gate, make_moe, snake, split
 from tests.seed import generator
 
 

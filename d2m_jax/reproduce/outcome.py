@@ -17,8 +17,8 @@ from d2m_jax.report.page import Picture, page
 from d2m_jax.report.page import Table as Shown
 from d2m_jax.report.rows import Row, Run, Student
 from d2m_jax.reproduce.cells import Cells, Result
+from d2m_jax.reproduce.paper_tables import Cell, Table
 from d2m_jax.reproduce.statistics import Interval, Ratio, difference, mean, ratio
-from d2m_jax.reproduce.tables import Cell, Table
 
 COSTS: dict[str, Callable[[Result], float]] = {
     "activated parameters, M": lambda result: result.activated / 1e6,

@@ -7,7 +7,7 @@ from scipy import ndimage
 from d2m_jax.config import ConfigError, IconsConfig, PixelsConfig
 from d2m_jax.data.icons import CATEGORIES, Object, Scene, prompts, render
 from d2m_jax.data.pictograms import lexicon
-from d2m_jax.evaluate.icons import UNKNOWN, correct, read, score
+from d2m_jax.evaluate.oracle import UNKNOWN, correct, read, score
 from d2m_jax.evaluate.scores import paired_difference
 
 CONFIG, CANVAS = IconsConfig(), PixelsConfig(32, 32)
