@@ -1,18 +1,18 @@
 """How far a student is from its teacher before any training, by how it is cut.
 
-    python benchmarks/cut.py [--seeds 1]
+    python benchmarks/cut.py --seeds 1
 
 Error: E‖v_teacher − v_student‖² on noisy validation examples of the icons task.
 Every way to cut, with both scores and all refits; the rival too. docs/recipe.md has the table.
 """
 
-import argparse
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 
 import jax
 import jax.numpy as jnp
+from timing import described
 
 from d2m_jax.config import ModelConfig, SparsifyConfig
 from d2m_jax.cores import use_cores
@@ -41,7 +41,7 @@ def velocity(config: ModelConfig, params: dict, inputs: tuple) -> jax.Array:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options = described(__doc__)
     options.add_argument("--seeds", type=int, default=1)
     seeds = range(options.parse_args().seeds)
     use_cores()

@@ -12,6 +12,7 @@ from itertools import islice
 
 import jax
 import jax.numpy as jnp
+from timing import described
 
 from d2m_jax.config import SparsifyConfig
 from d2m_jax.data import icons
@@ -48,6 +49,7 @@ def judge(ffn: dict, x: jax.Array) -> dict[str, float]:
 
 
 def main() -> None:
+    described(__doc__).parse_args()
     config, params = model_directory.load(TEACHER)
     task = task_of(config)
     noisy = partial(noisy_inputs, config, "uniform")

@@ -14,6 +14,7 @@ from itertools import islice
 
 import jax
 import numpy as np
+from timing import described
 
 from d2m_jax.config import FluxConfig
 from d2m_jax.data import icons
@@ -54,6 +55,7 @@ def errors(config: FluxConfig, params: dict, seen: np.ndarray, held_out: np.ndar
 
 
 def main() -> None:
+    described(__doc__).parse_args()
     config, params = model_directory.load("teachers/pictograms")
     encoders, task = Encoders(config), task_of(config)
 

@@ -8,11 +8,12 @@ extras `tpu` (libtpu) and `gpu` (XLA's compiler for CUDA, which needs no GPU). A
 two cores.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+from timing import described
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("shared", "moe", "mob")
@@ -71,7 +72,7 @@ HEAD = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "plans")
     parser.add_argument("--only", nargs="+", choices=TARGETS, default=list(TARGETS))
     options = parser.parse_args()

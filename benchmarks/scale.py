@@ -11,7 +11,6 @@ before. The JSON is written after every point, and a compiled point that it has 
 again; a PNG is drawn beside it. Takes minutes a point.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from jax.sharding import Mesh
-from timing import PACKAGES
+from timing import PACKAGES, described
 
 from d2m_jax import command_line
 from d2m_jax.config import AutoencoderConfig, MeshConfig, ModelConfig, PromptsConfig
@@ -149,7 +148,7 @@ def draw(points: list[dict], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("config")
     parser.add_argument("--teacher", default="configs/flux_dev.py")
     parser.add_argument("--stage", required=True)

@@ -1,12 +1,11 @@
 """What cutting FLUX.1's FFNs takes at full size: seconds and peak memory of each part, per FFN.
 
-    python benchmarks/sparsify.py [--dim 3072] [--tokens 4608]
+    python benchmarks/sparsify.py --dim 3072 --tokens 4608
 
 Random weights and inputs: an FFN of a double block, with its own output bias, and that of a single
 block. Memory is the peak of the whole process, in GB, after each part.
 """
 
-import argparse
 import resource
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from timing import described
 
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
 from d2m_jax.sparsification import sensitivity
@@ -62,7 +62,7 @@ def cut(dim: int, tokens: int, out_bias: bool) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options = described(__doc__)
     options.add_argument("--dim", type=int, default=3072)
     options.add_argument("--tokens", type=int, default=4608)
     options = options.parse_args()

@@ -19,9 +19,15 @@ from d2m_jax.output import new_file
 PACKAGES = ("jax", "jaxlib", "flax", "tokamax", "libtpu", "torch", "diffusers", "triton")
 
 
+def described(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help prints a file's docstring as it stands, with the command in it."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=raw)
+
+
 def parser(doc: str, rounds: int = 15) -> argparse.ArgumentParser:
-    """The options of every benchmark."""
-    options = argparse.ArgumentParser(description=doc.splitlines()[0])
+    """The same with the options that most benchmarks share."""
+    options = described(doc)
     options.add_argument("--rounds", type=int, default=rounds)
     options.add_argument("--note", default="", help="what else the machine did")
     options.add_argument("--output", type=Path, help="JSON file")

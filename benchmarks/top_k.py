@@ -1,18 +1,18 @@
 """A student with other numbers of experts per token than it trained with: its error by k.
 
-    python benchmarks/top_k.py runs/demo/models/moe …
+    python benchmarks/top_k.py runs/demo/models/moe
 
 Error: E‖v_teacher − v_student‖² on noisy validation examples of the icons task. Beside the weights
 of models/moe.py, those that add up to k at every k, as they were until 2026-11-26.
 """
 
-import sys
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 
 import jax
 import jax.numpy as jnp
+from timing import described
 
 from d2m_jax.config import ModelConfig, MoEConfig
 from d2m_jax.data import icons
@@ -35,6 +35,9 @@ def with_moe(config: ModelConfig, moe: MoEConfig) -> ModelConfig:
 
 
 def main() -> None:
+    options = described(__doc__)
+    options.add_argument("models", nargs="+", help="students of the teacher that ships")
+    models = options.parse_args().models
     teacher, params = model_directory.load(TEACHER)
     encoders, task = Encoders(teacher), task_of(teacher)
     drawn = icons.batches(task, encoders.tokenizer, teacher.image, 64, 0, "validation")
@@ -44,7 +47,7 @@ def main() -> None:
         inputs.append(noisy)
         targets.append(velocity(teacher, params, noisy))
     print("model, weights".ljust(50), *(f"k = {k:<5}" for k in TOP_KS))
-    for path in sys.argv[1:]:
+    for path in models:
         student, params = model_directory.load(path)
         moe = student.transformer.moe
         for name, rule in (

@@ -77,7 +77,12 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
 
 def launched(program: str) -> str:
     """What is typed to run a program: a script of Python's, or one that is installed."""
-    return f"python {program}" if program.endswith(".py") else program
+    return f"python {program}" if program.split()[0].endswith(".py") else program
+
+
+def with_example(description: str, program: str, example: str) -> str:
+    """What --help says: the description, then a command that can be typed as it stands."""
+    return f"{description.strip()}\n\nExample: {launched(program)} {example}"
 
 
 def _nobody_reads(more: str = "") -> bool:
@@ -157,12 +162,14 @@ def parse(
     *,
     usage: str,
     description: str,
+    example: str,
     default: T | None = None,
     elsewhere: Mapping[str, str] | None = None,
 ) -> T:
     """Arguments as a dataclass, by tyro: a field is `--field`, one of an inner dataclass `--a.b`.
 
-    `--help` prints them all and exits. Raises ConfigError where tyro would draw a box, which says
+    `--help` prints the description, `example` (arguments that can follow `usage`) and all options,
+    and exits. Raises ConfigError where tyro would draw a box, which says
     of options in `elsewhere`, that others have, what to do.
     """
     given: dict[str, Any] = {} if default is None else {"default": default}
@@ -172,7 +179,7 @@ def parse(
             kind,
             args=list(arguments),
             prog=usage,
-            description=description,
+            description=with_example(description, usage, example),
             return_unknown_args=True,
             use_underscores=True,
             config=(tyro.conf.AvoidSubcommands,),

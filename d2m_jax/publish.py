@@ -69,7 +69,11 @@ class Arguments:
 def main(arguments: Sequence[str]) -> None:
     """The command."""
     parsed = command_line.parse(
-        Arguments, arguments, usage="python -m d2m_jax.publish", description=__doc__ or ""
+        Arguments,
+        arguments,
+        usage="python -m d2m_jax.publish",
+        description=__doc__ or "",
+        example="runs/demo OWNER/NAME --private",
     )
     about = parsed.base_model, parsed.license
     if parsed.card is not None:

@@ -86,7 +86,7 @@ def error_of(script):
 
 def parse(*arguments: str, kind=RunConfig, default=STUDENT):
     return command_line.parse(
-        kind, arguments, usage="train.py", description="Train.", default=default
+        kind, arguments, usage="train.py", description="Train.", example="--seed 1", default=default
     )
 
 

@@ -38,7 +38,8 @@ def main(arguments: Sequence[str], program: str = "convert_torch_weights.py") ->
         Arguments,
         arguments,
         usage=program,
-        description=(__doc__ or "") + f" {program} black-forest-labs/FLUX.1-dev models/flux_dev",
+        description=__doc__ or "",
+        example="black-forest-labs/FLUX.1-dev models/flux_dev",
     )
     # Imported once the arguments are right: help and errors need not wait for jax.
     from d2m_jax.weights import convert

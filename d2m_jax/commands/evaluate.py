@@ -30,6 +30,8 @@ from d2m_jax.config import check, suggestion
 from d2m_jax.evaluate.arguments import Clip, Export, Routing
 from d2m_jax.sampling.options import check_options
 
+EXAMPLE = "icons runs/demo/model teachers/pictograms"
+
 
 @dataclass(frozen=True)
 class Account:
@@ -48,6 +50,7 @@ def account(arguments: Sequence[str], program: str) -> None:
         arguments,
         usage=f"{program} account",
         description="Parameters and FLOPs of a model, beside the paper's figures.",
+        example="configs/flux_moe_l.py",
     )
     # Imported once the arguments are right: help and errors need not wait for jax.
     from d2m_jax import api
@@ -82,6 +85,7 @@ def icons(arguments: Sequence[str], program: str) -> None:
         arguments,
         usage=f"{program} icons",
         description="Scores of models on the embedded task, in percent, with 95 % confidence.",
+        example="runs/demo/model teachers/pictograms",
     )
     check(len(parsed.models) > 0, "MODEL: expected at least one model directory, found none")
     check(parsed.prompts > 0, f"--prompts {parsed.prompts}: expected at least 1")
@@ -118,6 +122,7 @@ def export(arguments: Sequence[str], program: str) -> None:
         usage=f"{program} export",
         description="Images of a benchmark's prompts in the folders that its official scorer"
         " reads. Killed at any moment and started again, it goes on; many processes share it.",
+        example="geneval runs/flux/model --prompts evaluation_metadata.jsonl --output geneval",
     )
     check_options(**parsed.numbers)
     from d2m_jax.evaluate.export import run
@@ -134,6 +139,8 @@ def clip(arguments: Sequence[str], program: str) -> None:
         description="CLIP score of a model's images of some prompts, and how far they are from a"
         " teacher's of the same noise. Killed at any moment and started again, it goes on; many"
         " processes share it.",
+        example="runs/flux/model --clip clip-vit-large-patch14 --prompts prompts.txt"
+        " --output clip --teacher models/flux_dev",
     )
     check_options(**parsed.numbers)
     from d2m_jax.evaluate.clip_score import run
@@ -152,6 +159,7 @@ def routing(arguments: Sequence[str], program: str) -> None:
         description="Which experts and blocks a model chooses while it draws, by place, time and"
         " group of prompts, and how much each block changes: arrays, pictures, a summary. Many"
         " processes share the prompts.",
+        example="runs/demo/model --output routing",
     )
     check_options(**parsed.numbers)
     from d2m_jax.evaluate.watch_run import lines, run
@@ -173,7 +181,8 @@ COMMANDS = {
 def main(arguments: Sequence[str], program: str = "evaluate.py") -> None:
     """The command; `program` is what it was called by."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print((__doc__ or "").strip().format(program=command_line.launched(program)))
+        said = (__doc__ or "").format(program=command_line.launched(program))
+        print(command_line.with_example(said, program, EXAMPLE))
         return
     name = arguments[0]
     expected = f"expected {' or '.join(COMMANDS)}"

@@ -60,8 +60,8 @@ def main(arguments: Sequence[str], program: str = "sample.py") -> None:
         Arguments,
         arguments,
         usage=program,
-        description=(__doc__ or "")
-        + f" {program} models/flux_dev --prompt 'a red fox in the snow' --output samples",
+        description=__doc__ or "",
+        example="teachers/pictograms --prompt 'red anchor left of blue earth' --output samples",
         elsewhere={
             "--lora": "merge it into its model first: python convert_torch_weights.py MODEL OUTPUT"
             " --lora FILE"

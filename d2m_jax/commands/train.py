@@ -1,7 +1,5 @@
 """Train or distill a model: {program} CONFIG [--run-dir DIR --any.field value …]
 
-    {program} icons_moe_s --run-dir runs/mine --stages.moe.steps 2000
-
 CONFIG is a Python file with get_config(), or the name of one of those that come with the package.
 Goes on where it stopped if DIR (default: runs/ and the config's name) holds a run of that config.
 `--plan --topology v5p:4x4x4` trains nothing, and tells after some minutes of compilation what every
@@ -23,6 +21,8 @@ import tyro
 
 from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check
 
+EXAMPLE = "icons_moe_s --run-dir runs/mine --stages.moe.steps 2000"
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -38,9 +38,9 @@ class Arguments:
 
 def main(arguments: Sequence[str], program: str = "train.py") -> None:
     """The command; `program` is what it was called by."""
-    said = (__doc__ or "").strip().format(program=command_line.launched(program))
+    said = (__doc__ or "").format(program=command_line.launched(program))
     if list(arguments) in (["-h"], ["--help"]):
-        print(said)
+        print(command_line.with_example(said, program, EXAMPLE))
         return
     found = arguments[0] if arguments else "none"
     check(
@@ -60,6 +60,7 @@ def main(arguments: Sequence[str], program: str = "train.py") -> None:
         arguments[1:],
         usage=f"{program} {arguments[0]}",
         description=said,
+        example="--run_dir runs/mine --seed 1",
         default=Arguments(config),
     )
     # Imported once the arguments are right: help and errors need not wait for jax.

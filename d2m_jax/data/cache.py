@@ -49,6 +49,8 @@ from d2m_jax.sharding import batch_shards, local_mesh
 from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.files.hub import check_folder_name
 
+PROGRAM = "python -m d2m_jax.data.cache"
+EXAMPLE = "examples/emoji/teacher.py --output data/emoji_encoded"
 MEGAPIXEL = 2**20  # pixels that each device encodes at once
 MOST = 32  # images that it does
 THREADS = 4  # that decode images
@@ -70,7 +72,7 @@ class Arguments:
 def main(arguments: Sequence[str]) -> None:
     """The command."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print((__doc__ or "").strip())
+        print(command_line.with_example(__doc__ or "", PROGRAM, EXAMPLE))
         return
     config = command_line.load_config(arguments[0])
     check(
@@ -80,8 +82,9 @@ def main(arguments: Sequence[str]) -> None:
     parsed = command_line.parse(
         Arguments,
         arguments[1:],
-        usage=f"python -m d2m_jax.data.cache {arguments[0]}",
+        usage=f"{PROGRAM} {arguments[0]}",
         description=__doc__ or "",
+        example="--output data/encoded",
         default=Arguments(config, Path()),
     )
     check(parsed.output != Path(), "--output FOLDER: missing")

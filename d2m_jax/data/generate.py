@@ -76,6 +76,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments,
         usage="python -m d2m_jax.data.generate",
         description=__doc__ or "",
+        example="models/flux_dev --prompts prompts.txt --output data/flux_dev --guidance 1.5 5",
     )
     prompts = prompts_of(parsed.prompts, parsed.column)
     check_folder_name(parsed.output)

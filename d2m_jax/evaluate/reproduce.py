@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments,
         usage="python -m d2m_jax.evaluate.reproduce",
         description=__doc__ or "",
+        example="main mlp --seeds 2 --budget 60 --output runs/reproduce",
     )
     check(parsed.seeds >= 1, f"--seeds {parsed.seeds}: expected at least 1")
     check(parsed.steps is None or parsed.steps >= 4, f"--steps {parsed.steps}: expected at least 4")

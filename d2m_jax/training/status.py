@@ -214,6 +214,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments,
         usage="python -m d2m_jax.training.status",
         description=__doc__ or "",
+        example="runs/demo --watch",
     )
     console = Console()
     console = Console(width=max(console.width, 124))  # less would cut the table
