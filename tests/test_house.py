@@ -121,6 +121,12 @@ def test_no_circles():
     tuple(graphlib.TopologicalSorter(graph).static_order())
 
 
+def test_every_file_has_a_name_of_its_own():
+    """But for the commands, which are called as what they do elsewhere."""
+    found = [f.name for f in MODULES.values() if f.parent.name != "commands" and f.name[0] != "_"]
+    assert not {name for name in found if found.count(name) > 1}
+
+
 def test_only_its_benchmark_knows_the_embedded_task():
     """All else goes through the door, data/source.py."""
     task = {"d2m_jax.data.icons", "d2m_jax.data.pictograms", "d2m_jax.evaluate.oracle"}
