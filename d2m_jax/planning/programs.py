@@ -113,7 +113,7 @@ def calibration(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> Lowered:
         {"teacher": params, "batch": batch},
         (forwards + backward) * forward,
         again * forward,
-        _encoders(config, teacher, mesh) | _restacked(teacher, student, params),
+        _encoders(config, teacher, mesh) | _restacked(teacher, student, stage.dtype, mesh),
         lambda: iter(()),
     )
 
@@ -145,7 +145,7 @@ class _Stage:
                 for path, leaf in names(params).items()
             }
             params = restructure(params, shared)
-            self.beside |= _restacked(teacher, transformer, constants)
+            self.beside |= _restacked(teacher, transformer, stage.dtype, mesh)
         self.grid = model.grid(*largest_size(config.data, model))
         loss, self.count, self.again = objective(
             model, stage, self.same, config.timesteps, math.prod(self.grid)
@@ -249,12 +249,15 @@ def _encoders(config: RunConfig, model: ModelConfig, mesh: Mesh) -> dict[str, An
     return {ENCODERS: found} if found else {}
 
 
-def _restacked(teacher: ModelConfig, student: FluxConfig, params: dict) -> dict[str, Any]:
-    """Stacks of the teacher that its student has in another shape are there twice."""
-    twice = []
+def _restacked(
+    teacher: ModelConfig, student: FluxConfig, dtype: DTypeLike, mesh: Mesh
+) -> dict[str, Any]:
+    """Stacks of the teacher that its student has in another shape, or shorter, are there beside
+    those that the student meets."""
+    params, twice = _placed(mesh, abstract(teacher.transformer), dtype), []
     for kind in KINDS:
         old, new = (_starts(shapes(config)[kind]) for config in (teacher.transformer, student))
-        twice += [params[kind][i] for i, stack in enumerate(new) if stack not in old]
+        twice += [params[kind][i] for i, stack in enumerate(old) if stack not in new]
     return {RESTACKED: twice} if twice else {}
 
 

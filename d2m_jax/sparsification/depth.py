@@ -107,6 +107,8 @@ def _parts(
 
 
 def _taken(blocks: np.ndarray, a: Array | np.ndarray) -> Array | np.ndarray:
+    if a.shape[:2] == (len(blocks), 1):
+        return a  # all stay: one array for both models
     return a.reshape(-1, *a.shape[2:])[blocks][:, None]
 
 

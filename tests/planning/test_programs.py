@@ -75,7 +75,15 @@ class Recorded:
         return self.program.lower(*args, **kwargs)
 
 
-def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch):
+SHALLOW = replace(
+    CONFIG,
+    sparsify=replace(CONFIG.sparsify, depth_single=2, depth_choice="even"),
+    stages={"moe": replace(STAGE, sample_every=0)},
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SHALLOW], ids=["mob", "shallow"])
+def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch, config):
     jax.config.update("jax_disable_most_optimizations", True)
     held = defaultdict(list)
     before = jax.live_arrays()  # of other tests
@@ -96,9 +104,9 @@ def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(Step, "evaluate", recorded(Step.evaluate, "validation"))
     monkeypatch.setattr(pipeline, "denoising", Recorded(pipeline.denoising, teller("samples")))
     try:
-        teacher = with_vocabulary(CONFIG.data, TEACHER)
+        teacher = with_vocabulary(config.data, TEACHER)
         model_directory.save(tmp_path / "teacher", teacher, initialise(TRANSFORMER, 0))
-        config = replace(CONFIG, teacher=str(tmp_path / "teacher"))
+        config = replace(config, teacher=str(tmp_path / "teacher"))
         run.run(config, tmp_path / "run")
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
@@ -117,7 +125,7 @@ def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch):
         assert held[phase][-1] == pytest.approx(wanted, rel=0.01), (phase, held[phase], parts)
     twice, teacher = device_bytes(step.beside[RESTACKED]), device_bytes(step.parts["teacher"])
     assert 0.2 * teacher < twice < teacher
-    assert RESTACKED not in planned["calibration"].beside
+    assert (RESTACKED in planned["calibration"].beside) == (config.sparsify.depth_single is not None)
 
 
 def test_encoders_count_where_no_cache_spares_them():
