@@ -101,5 +101,7 @@ def text_of(path: str) -> str:
     if file.is_dir():
         names = sorted(inner.name for inner in file.iterdir())
         return f"# `{path}`\n\n" + "\n".join(f"- [`{n}`]({file.name}/{n})" for n in names)
+    if file.suffix == ".ipynb":
+        file = file.with_suffix(".py")  # the script that it is made of
     language = LANGUAGES.get(file.suffix, "text")
     return f"# `{path}`\n\n~~~~~~{language}\n{file.read_text()}\n~~~~~~\n"
