@@ -12,7 +12,6 @@ does. A single layer would measure the operating system instead: every call touc
 Parts are differences between programs that stop earlier and earlier.
 """
 
-import os
 from functools import partial
 from unittest import mock
 
@@ -24,9 +23,8 @@ from timing import Times, finish, limits, measure, on_cpu, parser, table, usual_
 
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
 from d2m_jax.kernels import grouped_matmul, tiles, token_rows
-from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.kernels.target import target
-from d2m_jax.models import moe
+from d2m_jax.models import experts, moe
 from d2m_jax.models.blocks import ffn
 from d2m_jax.models.experts import sort
 from d2m_jax.models.layers import FFN
@@ -63,7 +61,7 @@ def layer(kind: str, dim: int):
     context = Context(vec, cond=vec, pe=(table, table), text_tokens=0)
 
     def function(params, x):
-        with mock.patch.dict(os.environ, {EXPERTS: kind.removeprefix("moe ")}):
+        with mock.patch.object(experts, "asked", lambda: kind.removeprefix("moe ")):
             return nnx.merge(graph, params)(x, x, context)[0]
 
     return params, function

@@ -21,7 +21,7 @@ from d2m_jax.config import (
 from d2m_jax.data import generate
 from d2m_jax.encoders import Encoders
 from d2m_jax.evaluate import latency
-from d2m_jax.kernels.grouped_matmul import EXPERTS
+from d2m_jax.models import experts
 from d2m_jax.report import write
 from d2m_jax.sampling.noise import noise
 from d2m_jax.sampling.pipeline import load_pipeline
@@ -153,7 +153,7 @@ def test_all_stages_with_its_own_encoders_in_the_loop(model, images, tmp_path):
 def test_from_prompts_alone(model, tmp_path, monkeypatch):
     """The teacher makes the data, in two sizes; neither T5 nor the autoencoder is loaded to cut the
     student and to train it. The stages and the kernels are those of the test above."""
-    monkeypatch.setenv(EXPERTS, "reference")
+    monkeypatch.setattr(experts, "asked", lambda: "reference")
     (tmp_path / "prompts.txt").write_text("red anchor\nblue earth\nred earth\nblue anchor\n")
     monkeypatch.setattr(generate, "use_cores", lambda: None)
     cache = str(tmp_path / "cache")

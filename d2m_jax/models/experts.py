@@ -40,8 +40,7 @@ class Experts(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Σ_k weight · expert(x), in the way that EXPERTS asks for, or fit."""
         # Tokens are sorted on their own device; so are they where experts are spread over devices.
-        way = os.environ.get(EXPERTS, "auto")
-        run = partial(run_own_experts, way, self.in_bias.shape)
+        run = partial(run_own_experts, asked(), self.in_bias.shape)
         stored = (PARAMETERS[f"experts.{name}"] for name in ("in_kernel", "in_bias", "out_kernel"))
         return on_own_part(
             run,
@@ -53,6 +52,11 @@ class Experts(nnx.Module):
     def cast(self, dtype: DTypeLike) -> tuple[Array | QArray, ...]:
         """Kernels, biases and kernels in a dtype; what is quantised stays so."""
         return tuple(cast(p[...], dtype) for p in (self.in_kernel, self.in_bias, self.out_kernel))
+
+
+def asked() -> str:
+    """The way that EXPERTS in the environment asks for."""
+    return os.environ.get(EXPERTS, "auto")
 
 
 def run_own_experts(

@@ -18,8 +18,8 @@ from qwix import QArray
 from d2m_jax.config import ConfigError, FluxConfig, StackConfig
 from d2m_jax.kernels import grouped_matmul as gmm
 from d2m_jax.kernels import target
-from d2m_jax.kernels.grouped_matmul import EXPERTS
 from d2m_jax.kernels.quantized import KINDS, dot, plain, quantized
+from d2m_jax.models import experts
 from d2m_jax.models.blocks import ffn
 from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.models.parameters import unstacked
@@ -130,7 +130,7 @@ def test_a_block_of_a_stack_is_that_block_quantised(kind):
 @pytest.mark.parametrize(("name", "way"), [("dense", "auto"), ("moe", "tiled"), ("mob", "auto")])
 def test_a_model_is_near(name, way, kind, monkeypatch):
     config, inputs = MODELS[name], toy.inputs(MODELS[name])
-    monkeypatch.setenv(EXPERTS, way)
+    monkeypatch.setattr(experts, "asked", lambda: way)
     params = toy.params(config)
     run = jax.jit(lambda params: model_of(config, params)(*inputs))
     true = run(params)

@@ -11,8 +11,7 @@ from flax import nnx
 
 from d2m_jax import flow
 from d2m_jax.config import FluxConfig, StackConfig
-from d2m_jax.kernels.grouped_matmul import EXPERTS
-from d2m_jax.models import flux, layers
+from d2m_jax.models import experts, flux, layers
 from tests.models import toy
 from tests.models.oracle import operations
 from tests.seed import generator
@@ -122,7 +121,7 @@ def test_mob_runs_the_chosen_blocks(six):
 
 def test_a_sample_does_not_depend_on_its_batch(monkeypatch):
     """MoE and MoB together; up to float rounding, for another batch is another program."""
-    monkeypatch.setenv(EXPERTS, "tiled")
+    monkeypatch.setattr(experts, "asked", lambda: "tiled")
     config = replace(
         toy.SPARSE,
         single=(StackConfig(2, 3, 2, ffn="moe"),),

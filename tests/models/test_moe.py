@@ -1,6 +1,7 @@
 """The MoE FFN: both paths, gates, the run-time knob, independence of samples."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -331,3 +332,9 @@ def test_devices_with_some_of_the_experts_add_up(way, monkeypatch):
         np.testing.assert_allclose(parts[0][i] + parts[1][i], whole[i], atol=1e-4, err_msg=name)
     for a, b, c in zip(parts[0][3], parts[1][3], whole[3], strict=True):
         np.testing.assert_allclose(jnp.concatenate([a, b]), c, atol=1e-4)
+
+
+def test_the_environment_asks_for_a_way(monkeypatch):
+    for environment, way in (({}, "auto"), ({"D2M_JAX_EXPERTS": "tiled"}, "tiled")):
+        monkeypatch.setattr(experts, "os", SimpleNamespace(environ=environment))
+        assert experts.asked() == way

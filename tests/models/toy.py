@@ -1,6 +1,5 @@
 """Small transformers whose every parameter matters, and inputs for them."""
 
-import os
 from dataclasses import replace
 from unittest import mock
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from d2m_jax import flow
 from d2m_jax.config import FluxConfig, MoEConfig, StackConfig
-from d2m_jax.kernels.grouped_matmul import EXPERTS
+from d2m_jax.models import experts
 from d2m_jax.models.flux import abstract as shapes
 from d2m_jax.models.reports import Context
 from tests.seed import generator
@@ -51,8 +50,11 @@ def params(config, seed=0):
 
 
 def computed_by(way):
-    """While programs are traced in here, experts are computed in this way."""
-    return mock.patch.dict(os.environ, {EXPERTS: way})
+    """While programs are traced in here, experts are computed in this way.
+
+    The environment stays as it is: to change it while threads of XLA read it crashes the process.
+    """
+    return mock.patch.object(experts, "asked", lambda: way)
 
 
 def context(vec, **fields):

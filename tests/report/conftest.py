@@ -23,7 +23,7 @@ from d2m_jax.config import (
     to_json,
 )
 from d2m_jax.data import icons
-from d2m_jax.kernels.grouped_matmul import EXPERTS
+from d2m_jax.models import experts
 from d2m_jax.models.flux import abstract
 from tests.seed import generator
 
@@ -78,7 +78,7 @@ def leave(directory: Path, name: str, models: dict, seed: int, steps: dict) -> N
 @pytest.fixture(autouse=True)
 def plain_experts(monkeypatch):
     """Nothing here depends on how experts are computed, and this way compiles soonest."""
-    monkeypatch.setenv(EXPERTS, "reference")
+    monkeypatch.setattr(experts, "asked", lambda: "reference")
 
 
 @pytest.fixture

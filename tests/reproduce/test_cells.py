@@ -8,7 +8,7 @@ import pytest
 
 from d2m_jax import weights
 from d2m_jax.config import ConfigError, RunConfig, SparsifyConfig
-from d2m_jax.kernels.grouped_matmul import EXPERTS
+from d2m_jax.models import experts
 from d2m_jax.reproduce import all_cells
 from d2m_jax.reproduce.all_cells import chosen, make
 from d2m_jax.reproduce.cells import Cells, unique
@@ -20,7 +20,7 @@ from tests.report.conftest import DATA, model, parameters, stages
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    monkeypatch.setenv(EXPERTS, "reference")
+    monkeypatch.setattr(experts, "asked", lambda: "reference")
     monkeypatch.setattr("d2m_jax.reproduce.cells.PROBE_STEPS", 4)
     # The suite's own folder of programs stays.
     monkeypatch.setattr(all_cells, "_keep_programs", lambda folder: None)
