@@ -123,12 +123,10 @@ def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch, config):
         wanted = sum(map(device_bytes, parts.values()))
         # Samples are drawn of the teacher first; before the first step there is one batch more.
         assert held[phase][-1] == pytest.approx(wanted, rel=0.01), (phase, held[phase], parts)
-    shallow = config.sparsify.depth_single is not None
     twice, teacher = device_bytes(step.beside[RESTACKED]), device_bytes(step.parts["teacher"])
     assert 0.2 * teacher < twice < teacher
-    assert (RESTACKED in planned["calibration"].beside) == (
-        config.sparsify.depth_single is not None
-    )
+    shallow = config.sparsify.depth_single is not None
+    assert (RESTACKED in planned["calibration"].beside) == shallow
 
 
 def test_encoders_count_where_no_cache_spares_them():
