@@ -88,7 +88,8 @@ def sparsify(
     work = _work(teacher, found, seed=seed, timesteps=timesteps, guidance=guidance)
     fits = micro_batch is None or config.batch_size % micro_batch == 0
     check(
-        fits, f"micro_batch = {micro_batch}: expected a divisor of {config.batch_size}, a batch's"
+        fits,
+        f"micro_batch = {micro_batch}: expected a divisor of the batch's size, {config.batch_size}",
     )
     checked_student("sparsify", teacher.config, config, work.mesh)
     noisy = partial(noisy_inputs, teacher.config, timesteps, guidance=guidance)
@@ -219,7 +220,7 @@ def account(
     config = config.model if isinstance(config, RunConfig) else config
     if not isinstance(config, FluxConfig | ModelConfig):
         raise ConfigError(
-            f"{source}: expected a config that holds a model; of one with a teacher, count the"
+            f"{source}: expected a config that holds a model; this one names a teacher: count the"
             " model directory that its run leaves"
         )
     return accounting.account(config, image_tokens, text_tokens)

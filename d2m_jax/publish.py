@@ -1,4 +1,4 @@
-"""A model on the Hugging Face Hub, with a card that says what it is and how to use it.
+"""Publish a model on the Hugging Face Hub, with a card that says what it is and how to use it.
 
     python -m d2m_jax.publish MODEL OWNER/NAME
 
@@ -56,7 +56,7 @@ DEV_NOTICE = (
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command is given."""
+    """The arguments of the command."""
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     repository: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OWNER/NAME")]

@@ -194,7 +194,7 @@ def test_images_with_captions_are_encoded(teacher):
         ([{"image": np.zeros((2, 8, 8, 3)), "text": ["a", "b"]}], "image is float64"),
         ([{"image": np.zeros((2, 8, 8, 3), np.uint8), "text": ["a"]}], "found 1 of text, 2 of im"),
         ("absent", "absent"),
-        (list(images(2)), "data: ended after 2 batches, expected more"),
+        (list(images(2)), "data: ended after 2 batches, expected one for every step"),
         ([*images(1), *images(1, 3)], "batch 2 has 3 samples of image, text, expected 4 of"),
         (["red hearth"], "unknown word 'hearth'"),
     ],

@@ -1,4 +1,4 @@
-"""FLUX.1 from torch's files to a model directory, and back with --export."""
+"""Convert FLUX.1 from torch's files to a model directory, or back with --export."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command is given."""
+    """The arguments of the command."""
 
     # A .safetensors file of BFL or ComfyUI, a folder of diffusers or of --export torch, a
     # repository OWNER/NAME of Hugging Face, or a model directory.

@@ -35,7 +35,7 @@ EXAMPLE = "icons runs/demo/model teachers/pictograms"
 
 @dataclass(frozen=True)
 class Account:
-    """What `account` is given."""
+    """The arguments of `account`."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG_OR_MODEL")]
     json: bool = False  # print JSON instead of a table
@@ -65,7 +65,7 @@ def account(arguments: Sequence[str], program: str) -> None:
 
 @dataclass(frozen=True)
 class Icons:
-    """What `icons` is given."""
+    """The arguments of `icons`."""
 
     models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL …")]
     prompts: int = 600  # of combinations seen in training, and as many held out of it
@@ -115,7 +115,7 @@ def icons(arguments: Sequence[str], program: str) -> None:
 
 
 def export(arguments: Sequence[str], program: str) -> None:
-    """Images for an official scorer."""
+    """Draw the images that an official scorer reads."""
     parsed = command_line.parse(
         Export,
         arguments,
@@ -131,7 +131,7 @@ def export(arguments: Sequence[str], program: str) -> None:
 
 
 def clip(arguments: Sequence[str], program: str) -> None:
-    """CLIP's scores."""
+    """Score a model's images with CLIP."""
     parsed = command_line.parse(
         Clip,
         arguments,
@@ -151,7 +151,7 @@ def clip(arguments: Sequence[str], program: str) -> None:
 
 
 def routing(arguments: Sequence[str], program: str) -> None:
-    """Inside the routing."""
+    """Watch which experts and blocks a model chooses."""
     parsed = command_line.parse(
         Routing,
         arguments,

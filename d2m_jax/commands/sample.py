@@ -24,7 +24,7 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command is given."""
+    """The arguments of the command."""
 
     # a model directory, a diffusers FluxPipeline folder or its Hugging Face repository; with
     # --encoders also a transformer alone: a file of BFL or ComfyUI, a folder of diffusers

@@ -26,7 +26,7 @@ EXAMPLE = "icons_moe_s --run-dir runs/mine --stages.moe.steps 2000"
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command is given."""
+    """The arguments of the command."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     run_dir: Path | None = None  # default: runs/ and the config's name

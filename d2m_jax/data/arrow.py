@@ -71,7 +71,7 @@ def _files(folder: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{file}: damaged, expected what datasets' save_to_disk wrote") from None
     lost = [name for name in names if not (folder / name).is_file()]
-    check(not lost, f"{folder / (lost or [''])[0]}: no such file, {file} names it")
+    check(not lost, f"{folder / (lost or [''])[0]}: no such file, but {file} names it")
     return [folder / name for name in names]
 
 

@@ -101,7 +101,7 @@ class Batches(Generic[T]):
             except BadSample as error:
                 self.bad.add(error)
                 entry = self.schedule.any(bucket, other)
-        raise ConfigError(f"of {TRIES} samples in the place of a bad one none can be used")
+        raise ConfigError(f"a sample cannot be used, nor can any of {TRIES} others in its place")
 
 
 class Endless:
@@ -127,8 +127,8 @@ class Endless:
             state = {"position": state, "data": self._fingerprint}
         if state["data"] != self._fingerprint:
             hosts.say(
-                "the data are not those of the last start (samples came, went, or were written"
-                " again): training goes on, its next batches are others than they would have been"
+                "the data are not those of the last start: samples came, went, or were written"
+                " again; training goes on, but with other batches than it would have had"
             )
         self._batches.set_state(state["position"])
 

@@ -58,7 +58,7 @@ THREADS = 4  # that decode images
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command is given."""
+    """The arguments of the command."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     output: Path
@@ -94,7 +94,8 @@ def main(arguments: Sequence[str]) -> None:
     with hosts.joined(*parsed.among.who):
         hosts.agree({"config": to_json(parsed.config), "output": str(parsed.output)})
         counts = cache(parsed.config, parsed.output, parsed.padding, parsed.all_captions)
-        hosts.say(f"{sum(counts.values())} samples: CacheConfig(path={str(parsed.output)!r})")
+        path = f"path={str(parsed.output)!r}"
+        hosts.say(f"{sum(counts.values())} samples; to train on them: data=CacheConfig({path})")
 
 
 def cache(
@@ -144,7 +145,9 @@ def cache(
         folder, made, shards, lambda: Record({}, text([""])[0]), records_of, "encoding"
     )
     if count := making.name_bad(folder, bad.told):
-        print(f"left out: {count}, named in {folder}", file=sys.stderr, flush=True)
+        where = folder / "left_out.*.txt"
+        told = f"left out: {count} samples that cannot be used, which are named in {where}"
+        print(told, file=sys.stderr, flush=True)
     return counts
 
 

@@ -147,7 +147,9 @@ def _check(cache: Cache, model: ModelConfig, config: CacheConfig) -> None:
     )
     if config.latents == "sampled" and len(cache.samples):
         whole = "logvar" in cache.samples[0].arrays
-        check(whole, f"CacheConfig.latents = sampled: {config.path} has means alone")
+        check(
+            whole, f"CacheConfig.latents = sampled: {config.path} holds means alone, expected mean"
+        )
 
 
 def _encoded(

@@ -1,4 +1,4 @@
-"""A teacher makes its own training data from prompts alone.
+"""Let a teacher make its own training data from prompts alone.
 
     python -m d2m_jax.data.generate TEACHER --prompts FILE --output FOLDER
 
@@ -44,7 +44,7 @@ MOST = 32  # images that it does
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command is given."""
+    """The arguments of the command."""
 
     # A model directory, a FluxPipeline's folder or its repository on Hugging Face.
     teacher: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEACHER")]
@@ -100,14 +100,15 @@ def main(arguments: Sequence[str]) -> None:
             padding=parsed.padding,
             batch_size=parsed.batch_size,
         )
-        hosts.say(f"{sum(counts.values())} samples: CacheConfig(path={str(parsed.output)!r})")
+        path = f"path={str(parsed.output)!r}"
+        hosts.say(f"{sum(counts.values())} samples; to train on them: data=CacheConfig({path})")
 
 
 def _size(text: str) -> Size:
     parts = text.lower().split("x")
     check(
         len(parts) == 2 and all(part.isdigit() for part in parts),
-        f"--sizes {text}: expected HEIGHTxWIDTH in pixels, 1024x1024",
+        f"--sizes {text}: expected HEIGHTxWIDTH in pixels, such as 1024x1024",
     )
     return int(parts[0]), int(parts[1])
 

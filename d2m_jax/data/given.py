@@ -124,7 +124,10 @@ class Handed:
     def take(self) -> dict[str, Any]:
         """The next batch."""
         batch = next(self._left, None)
-        check(batch is not None, f"data: ended after {self.taken} batches, expected more")
+        check(
+            batch is not None,
+            f"data: ended after {self.taken} batches, expected one for every step",
+        )
         self.taken += 1
         batch = _checked(batch)
         found, first = ((_count(b), sorted(b)) for b in (batch, self._first))

@@ -159,7 +159,10 @@ def _checked(folder: Path, shapes: dict[str, Shape], model: ModelConfig) -> Size
     """Height and width of the images in pixels, of samples that this model reads."""
     image, transformer = model.image, model.transformer
     if not isinstance(image, AutoencoderConfig) or not isinstance(model.text, PromptsConfig):
-        raise ConfigError(f"{folder}: features of T5, CLIP and an autoencoder; the model has none")
+        raise ConfigError(
+            f"{folder}: holds features of T5, CLIP and an autoencoder, expected a model that has"
+            " these"
+        )
     (length, width), (pooled,) = shapes["t5_encodings"], shapes["clip_encodings"]
     channels, height, breadth = shapes["mean"]
     for what, found, expected in [

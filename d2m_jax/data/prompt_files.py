@@ -23,7 +23,7 @@ def grouped_prompts_of(
     file: Path, column: str | None = None, group: str | None = None
 ) -> list[tuple[str, str]]:
     """The same, each with what its field or column `group` says; without one that is empty."""
-    check(file.is_file(), f"{file}: no such file, expected one of prompts")
+    check(file.is_file(), f"{file}: no such file, expected a file of prompts")
     found = _column_of(file, column)
     groups = [""] * len(found) if group is None else _column_of(file, group)
     pairs = [
@@ -44,7 +44,10 @@ def _column_of(file: Path, column: str | None) -> list[str]:
         return _table(file, column, "\t" if kind == ".tsv" else ",")
     if kind == ".parquet":
         return _parquet(file, column)
-    check(column is None, f"{file}: a text file has no column {column!r}, expected none")
+    check(
+        column is None,
+        f"{file}: a text file has no columns, found the column {column!r}, expected none",
+    )
     return read_prompts(file)
 
 

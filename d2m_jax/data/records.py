@@ -149,10 +149,11 @@ def open_cache(folder: Path) -> Cache:
     value = _read(folder)
     check(
         value.get("shards") is not None,
-        f"{folder}: a cache that is not finished: the command that made it, given again, goes on",
+        f"{folder}: a cache that is not finished; give the command that made it again, and it goes"
+        " on",
     )
     lost = [name for name in value["shards"] if not (folder / name).is_file()]
-    check(not lost, f"{folder / (lost or [''])[0]}: no such file, {folder / FILE} names it")
+    check(not lost, f"{folder / (lost or [''])[0]}: no such file, but {folder / FILE} names it")
     return Cache(folder, value["made"], value["shards"])
 
 
@@ -167,7 +168,7 @@ def begin(folder: Path, made: dict[str, Any]) -> None:
         check_same(found, made, folder / FILE, "expected the same, or another folder")
         return
     others = list(folder.iterdir()) if folder.is_dir() else []
-    check(not others, f"{folder}: not empty, and no cache; expected a free folder")
+    check(not others, f"{folder}: holds other files than a cache, expected a new or empty folder")
     write_json(folder / FILE, {"format": FORMAT, "made": made, "shards": None})
 
 
@@ -221,7 +222,10 @@ def _read(folder: Path) -> dict[str, Any]:
     check(file.is_file(), f"{file}: no such file, expected a cache (python -m d2m_jax.data.cache)")
     try:
         value = json.loads(file.read_text())
-        check(value["format"] == FORMAT, f"{file}: format {value['format']}, expected {FORMAT}")
+        check(
+            value["format"] == FORMAT,
+            f"{file}: format {value['format']}, expected {FORMAT}, this version's",
+        )
         return value
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):

@@ -26,7 +26,7 @@ from d2m_jax.config import RunConfig, check, suggestion, teacher_path
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command is given."""
+    """The arguments of the command."""
 
     tables: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TABLE …")] = ()
     # The run of which all cells are variations: a file, or the name of one that comes along.

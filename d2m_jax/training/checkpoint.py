@@ -228,7 +228,7 @@ def _open_run(directory: Path, config: RunConfig) -> Path:
         try:
             theirs = to_json(from_json(RunConfig, saved, str(file)))  # as this version has it
         except ConfigError as error:
-            message = f"{error}: not the config of a run; expected a free directory, or a run's"
+            message = f"{error}: not the config of a run; expected a new directory, or a run's"
             raise ConfigError(message) from None
         # A run that failed before its first training left nothing that another would spoil.
         if begun:
@@ -237,12 +237,10 @@ def _open_run(directory: Path, config: RunConfig) -> Path:
             refuse_other(file, *both)
     elif others := _others(directory):
         raise ConfigError(
-            f"{directory}: holds other things ({', '.join(others[:3])}), expected a free directory"
+            f"{directory}: holds other things ({', '.join(others[:3])}), expected a new directory"
         )
     elif {"checkpoints", "metrics.jsonl"} & set(begun):
-        raise ConfigError(
-            f"{directory}: holds a run without config.json; expected a free directory"
-        )
+        raise ConfigError(f"{directory}: holds a run without config.json; expected a new directory")
     write_json(file, mine)
     return directory
 

@@ -199,7 +199,7 @@ class _Journal:
         if self.stop and isinstance(self.checkpoints, Checkpoints):
             self.checkpoints.close()
             stopped = f"stopped by {signal.Signals(self.stop).name} at step {step}, saved"
-            hosts.say(f"{self.name}: {stopped}; start again to go on")
+            hosts.say(f"{self.name}: {stopped}; the same command goes on from there")
 
     def check_finite(self, step: int, values: dict[str, Any]) -> None:
         """ConfigError that says what to try where a number is not finite."""
@@ -357,8 +357,8 @@ class _Clock:
 def _announce(name: str, stage: StageConfig, start: int, state: dict, frozen: dict) -> None:
     mine, others = (sum(a.size for a in jax.tree.leaves(t)) for t in (state["trainable"], frozen))
     resumed = f", going on from step {start}" if start else ""
-    share = f"{mine:,} of {mine + others:,} parameters train"
-    hosts.say(f"{name}: {stage.steps:,} steps of {stage.batch_size}, {share}{resumed}")
+    share = f"{mine:,} of {mine + others:,} parameters are trained"
+    hosts.say(f"{name}: {stage.steps:,} steps of {stage.batch_size} examples, {share}{resumed}")
 
 
 @contextmanager

@@ -30,9 +30,18 @@ from d2m_jax.training.event_files import (
 # When to warn, by the last part of a metric's name; `health` of distillation/losses.py says what
 # each is.
 COLLAPSE = {
-    "entropy": (lambda value: value < 0.5, "entropy {:.2f} of 1"),
-    "largest_load": (lambda value: value > 4.0, "largest load {:.1f} times the even one"),
-    "dead_experts": (lambda value: value >= 1, "{:.0f} dead experts"),
+    "entropy": (
+        lambda value: value < 0.5,
+        "few get nearly all (entropy {:.2f}, even is 1)",
+    ),
+    "largest_load": (
+        lambda value: value > 4.0,
+        "one gets {:.1f} times its even share",
+    ),
+    "dead_experts": (
+        lambda value: value >= 1,
+        "dead experts: {:.0f} (almost no token chooses them)",
+    ),
 }
 
 

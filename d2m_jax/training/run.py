@@ -117,7 +117,7 @@ def _run(
         ahead(model, work.data, work.validation, work.encoders)
     teacher = (*work.load(path), model_directory.load_cut(path, model.transformer))
     for name, rival in config.rivals.items():
-        hosts.say(f"rival {name}")
+        hosts.say(f"training the rival {name}")
         start = partial(_cut, work, teacher, rival)
         _train(work, run_directory / "rivals" / name, start, rival.stages, teacher)
     start = partial(_cut, work, teacher, StudentConfig(config.sparsify, config.stages))

@@ -1,4 +1,4 @@
-"""How far a run is, from another terminal.
+"""Show how far a run is, from another terminal.
 
     python -m d2m_jax.training.status RUN [--watch] [--json]
 
@@ -34,7 +34,7 @@ HEAD = re.compile(rb'\{"step": (\d+), "stage": "([^"]+)"')  # of a line of metri
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command is given."""
+    """The arguments of the command."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     watch: bool = False  # look again every five seconds, until the run is finished
@@ -158,10 +158,10 @@ def _checkpoint(folder: Path) -> tuple[int | None, float | None]:
 
 def table(status: Status) -> Table:
     """The stages, for people."""
-    held = f"{status.holder}, last seen {status.seen:.0f} s ago" if status.holder else "nobody"
-    result = Table(
-        box=rich.box.SIMPLE, title=f"{status.name}: held by {held}", title_justify="left"
-    )
+    held = "no process trains it now"
+    if status.holder:
+        held = f"in use by {status.holder}, last seen {status.seen:.0f} s ago"
+    result = Table(box=rich.box.SIMPLE, title=f"{status.name}: {held}", title_justify="left")
     head = ["", "step", "loss", "validation", "best", "s/step", "input", "left", "checkpoint"]
     for i, name in enumerate(head):
         result.add_column(name, justify="right" if i else "left", no_wrap=True)

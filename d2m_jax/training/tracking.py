@@ -103,7 +103,7 @@ class Tracker:
             where = self._run.settings.sync_dir
             hosts.say(
                 f"Weights & Biases: {first_line(error)}; this run is kept in {where}, wandb sync"
-                " sends it"
+                " sends it later"
             )
         for stage in self._before:
             self._run.define_metric(f"{stage}/step", hidden=True)

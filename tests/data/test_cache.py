@@ -189,7 +189,7 @@ def test_goes_on_and_is_never_changed_into_another(folder, tmp_path, monkeypatch
     assert content(part) == expected
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
-    with pytest.raises(ConfigError, match="other: not empty, and no cache"):
+    with pytest.raises(ConfigError, match="other: holds other files than a cache"):
         cache.cache(run_of(folder), tmp_path / "other")
 
 
@@ -207,7 +207,7 @@ def test_another_model_s_cache_is_refused(folder, tmp_path, change, message):
     assert open_data(config, MODEL) is not None
     with pytest.raises(ConfigError, match=message):
         open_data(config, replace(MODEL, **change))
-    with pytest.raises(ConfigError, match="latents = sampled: .* has means alone"):
+    with pytest.raises(ConfigError, match="latents = sampled: .* holds means alone"):
         open_data(replace(config, latents="sampled"), MODEL)
     with pytest.raises(ConfigError, match="found 22 samples, expected more than the 22"):
         open_data(replace(config, validation=22), MODEL)

@@ -264,7 +264,7 @@ def test_bad_samples_are_named_and_left_out(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": PixelsConfig(8, 12, 4)}, "CLIP and an autoencoder; the model has none"),
+        ({"image": PixelsConfig(8, 12, 4)}, "CLIP and an autoencoder, expected a model that has"),
         ({"text": PromptsConfig(length=5)}, "length of T5's features: found 6, the model reads 5"),
         ({"image": replace(MODEL.image, latent_channels=8)}, "channels .* found 4, expected 8"),
         (

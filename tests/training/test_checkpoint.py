@@ -171,7 +171,7 @@ def test_a_run_directory_that_not_all_processes_see(tmp_path, monkeypatch):
 def test_a_folder_of_other_things(tmp_path):
     (tmp_path / "notes.txt").touch()
     (tmp_path / "models").mkdir()
-    with pytest.raises(ConfigError, match="holds other things .notes.txt., expected a free direct"):
+    with pytest.raises(ConfigError, match="holds other things .notes.txt., expected a new direct"):
         open_run(tmp_path, run_config())
     assert not (tmp_path / "config.json").exists()
 
@@ -195,6 +195,6 @@ def test_damaged_run_config(tmp_path):
 def test_a_folder_of_something_else_keeps_its_config(tmp_path):
     config = '{"transformer": {}, "text": {"kind": "words"}}\n'
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(ConfigError, match="config.json.* not the config of a run; expected a free"):
+    with pytest.raises(ConfigError, match="config.json.* not the config of a run; expected a new"):
         open_run(tmp_path, run_config())
     assert (tmp_path / "config.json").read_text() == config

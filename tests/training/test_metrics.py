@@ -101,8 +101,8 @@ def test_collapse_is_told_once_per_layer(tmp_path, capfd):
     metrics.close()
     told = [line for line in capfd.readouterr().err.splitlines() if "collapses" in line]
     assert told == [
-        "moe, step 20: routing of mlp 1 collapses: entropy 0.10 of 1",
-        "moe, step 40: routing of mlp 0 collapses: 1 dead experts",
+        "moe, step 20: routing of mlp 1 collapses: few get nearly all (entropy 0.10, even is 1)",
+        "moe, step 40: routing of mlp 0 collapses: dead experts: 1 (almost no token chooses them)",
     ]
 
 

@@ -53,7 +53,9 @@ def test_a_run_amid_its_first_stage(directory):
     assert (moe.best, moe.best_step) == (2.0, 20)
     assert (moe.seconds_left, moe.input_wait) == (30.0, 0.015)
     assert moe.checkpoint == 40 and 85 < moe.checkpoint_age < 120
-    assert moe.alarms == ("routing of double.0.img_mlp 1 collapses: entropy 0.10 of 1",)
+    assert moe.alarms == (
+        "routing of double.0.img_mlp 1 collapses: few get nearly all (entropy 0.10, even is 1)",
+    )
     assert (mob.step, mob.finished, mob.loss, mob.checkpoint) == (0, False, None, None)
 
 
@@ -71,7 +73,7 @@ def test_who_has_it(directory, monkeypatch):
 def test_the_command(directory, capsys):
     status.main([str(directory)])
     said = capsys.readouterr().out
-    assert "mine: held by nobody" in said and "40 of 100" in said and "0:00:30" in said
+    assert "mine: no process trains it now" in said and "40 of 100" in said and "0:00:30" in said
     assert "2 at 20" in said and "1.5%" in said and "routing of double.0.img_mlp 1" in said
     status.main([str(directory), "--json"])
     value = json.loads(capsys.readouterr().out)
@@ -90,7 +92,7 @@ def test_it_watches_until_the_run_is_finished(directory, capsys, monkeypatch):
 
     monkeypatch.setattr(status.time, "sleep", finish)
     status.main([str(directory), "--watch"])
-    assert len(looks) == 1 and capsys.readouterr().out.count("held by") == 2
+    assert len(looks) == 1 and capsys.readouterr().out.count("trains it now") == 2
 
 
 def test_a_long_run_is_read_without_parsing_it(directory, monkeypatch):

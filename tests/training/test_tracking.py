@@ -115,7 +115,7 @@ def test_who_has_no_account_keeps_the_run(tmp_path, monkeypatch, capfd):
     told = capfd.readouterr().err
     assert "No API key configured" in told
     (folder,) = tmp_path.glob("wandb/offline-run-*")
-    assert f"this run is kept in {folder}, wandb sync sends it" in told
+    assert f"this run is kept in {folder}, wandb sync sends it later" in told
     assert rows(tmp_path)[0]["first/loss"] == 1.0
 
 

@@ -88,7 +88,9 @@ def _open(file: Found) -> Any:
     import array_record.python.array_record_module as module
 
     if is_remote(file.path):
-        raise ConfigError(f"{file.path}: ArrayRecord is read from disk alone; expected a path")
+        raise ConfigError(
+            f"{file.path}: ArrayRecord files are read from a disk only, expected a local path"
+        )
     # What is best for reading here and there.
     options = "readahead_buffer_size:0,max_parallelism:0"
     reader = module.ArrayRecordReader(file.path, options=options)

@@ -87,7 +87,7 @@ def scan(root: str, folder: Found) -> Scanned:
                 for message in wrong if here else ():
                     problems.add(message, 0)
     for name in told.keys() - files.keys():
-        problems.add(f"{folder.path}/{name}: is in the metadata, and not there")
+        problems.add(f"{folder.path}/{name}: the metadata name it, but there is no such file")
     with ThreadPoolExecutor(THREADS) as pool:
         known = list(pool.map(functools.partial(_look, Reader(), files, told), images))
     for row in known:

@@ -189,8 +189,8 @@ def _scan_group(table: _Table, number: int, file: Found, problems: Problems, fou
     key = f"{file.path}: {number}"
     if number == 0 and metadata.total_byte_size > LARGE:
         problems.add(
-            f"{file.path}: has row groups of {metadata.total_byte_size // 2**20} MiB, and an image"
-            " in random order costs reading one: better written with row groups of 100 rows",
+            f"{file.path}: has row groups of {metadata.total_byte_size // 2**20} MiB, and to read"
+            " an image its whole group is read: faster if written with row groups of 100 rows",
             0,
         )
     try:

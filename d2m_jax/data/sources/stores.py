@@ -82,7 +82,11 @@ def patiently(what: str, call: Callable[[], T]) -> T:
             if waited + pause > PATIENCE:
                 raise ConfigError(f"{said}; the store has failed for {waited:.0f} s") from None
             if pause == 0.5:
-                print(f"{said}; asked again for {PATIENCE:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"{said}; trying again for {PATIENCE:.0f} s at most",
+                    file=sys.stderr,
+                    flush=True,
+                )
         time.sleep(pause * random.uniform(0.5, 1.0))  # not all processes at the same moment
         pause = min(2 * pause, LONGEST_WAIT)
 

@@ -126,7 +126,7 @@ def test_what_is_bad_is_counted_and_named(tmp_path, capsys):
     assert set(captions(source)) == {"good.jpg", "header.jpg"}
     told = source.index.parts[0].problems
     for message in (
-        "gone.jpg: is in the metadata, and not there",
+        "gone.jpg: the metadata name it, but there is no such file",
         "metadata.jsonl, line 2: expected an object with file_name",
         "metadata.jsonl, line 3: expected an object with file_name",
         "empty.jpg: is empty",

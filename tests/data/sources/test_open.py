@@ -167,7 +167,7 @@ def test_a_store_that_fails_for_a_while_is_asked_again(remote, capsys):
     source = open_source("memory://d/*.tar")
     assert source[1].captions == ("caption of 2",)
     said = capsys.readouterr().err
-    assert "memory://d/a.tar: OSError: 503 Slow down; asked again for 300 s" in said
+    assert "memory://d/a.tar: OSError: 503 Slow down; trying again for 300 s at most" in said
     first = remote.pauses[:3]
     assert all(low / 2 <= pause <= low for low, pause in zip((0.5, 1, 2), first, strict=True))
 

@@ -177,7 +177,7 @@ def test_large_row_groups_are_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parquet, "LARGE", 100)
     write(tmp_path / "a.parquet", image=nested(), text=TEXTS)
     open_source(str(tmp_path), max_bad=0)
-    assert "better written with row groups of 100 rows" in capsys.readouterr().err
+    assert "faster if written with row groups of 100 rows" in capsys.readouterr().err
 
 
 def test_in_a_store(tmp_path, monkeypatch):
