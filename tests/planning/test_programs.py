@@ -75,15 +75,7 @@ class Recorded:
         return self.program.lower(*args, **kwargs)
 
 
-SHALLOW = replace(
-    CONFIG,
-    sparsify=replace(CONFIG.sparsify, depth_single=2, depth_choice="even"),
-    stages={"moe": replace(STAGE, sample_every=0)},
-)
-
-
-@pytest.mark.parametrize("config", [CONFIG, SHALLOW], ids=["mob", "shallow"])
-def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch, config):
+def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch):
     jax.config.update("jax_disable_most_optimizations", True)
     held = defaultdict(list)
     before = jax.live_arrays()  # of other tests
@@ -104,9 +96,9 @@ def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch, config):
     monkeypatch.setattr(Step, "evaluate", recorded(Step.evaluate, "validation"))
     monkeypatch.setattr(pipeline, "denoising", Recorded(pipeline.denoising, teller("samples")))
     try:
-        teacher = with_vocabulary(config.data, TEACHER)
+        teacher = with_vocabulary(CONFIG.data, TEACHER)
         model_directory.save(tmp_path / "teacher", teacher, initialise(TRANSFORMER, 0))
-        config = replace(config, teacher=str(tmp_path / "teacher"))
+        config = replace(CONFIG, teacher=str(tmp_path / "teacher"))
         run.run(config, tmp_path / "run")
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
@@ -125,8 +117,30 @@ def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch, config):
         assert held[phase][-1] == pytest.approx(wanted, rel=0.01), (phase, held[phase], parts)
     twice, teacher = device_bytes(step.beside[RESTACKED]), device_bytes(step.parts["teacher"])
     assert 0.2 * teacher < twice < teacher
-    shallow = config.sparsify.depth_single is not None
-    assert (RESTACKED in planned["calibration"].beside) == shallow
+    assert RESTACKED not in planned["calibration"].beside
+
+
+def test_calibration_of_fewer_blocks_holds_the_whole_teacher_too(tmp_path, monkeypatch):
+    before = jax.live_arrays()
+    known = {id(a) for a in before}
+
+    def measured(*arguments, **keywords):
+        mine = [a for a in jax.live_arrays() if id(a) not in known]
+        raise InterruptedError(device_bytes(mine))
+
+    monkeypatch.setattr(importance, "measure", measured)
+    teacher = with_vocabulary(CONFIG.data, TEACHER)
+    model_directory.save(tmp_path / "teacher", teacher, initialise(TRANSFORMER, 0))
+    cut = replace(CONFIG.sparsify, depth_single=2, depth_choice="even")
+    config = replace(CONFIG, teacher=str(tmp_path / "teacher"), sparsify=cut)
+    config = replace(config, stages={"moe": replace(STAGE, sample_every=0)}, held_out_batches=0)
+    with pytest.raises(InterruptedError) as held:
+        run.run(config, tmp_path / "run")
+    monkeypatch.undo()
+    planned = calibration(config, teacher, make_mesh(config.mesh))
+    parts = (*planned.parts.values(), *planned.beside.values())
+    assert held.value.args[0] == pytest.approx(sum(map(device_bytes, parts)), rel=0.01)
+    assert RESTACKED in planned.beside
 
 
 def test_encoders_count_where_no_cache_spares_them():
