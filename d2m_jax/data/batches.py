@@ -47,7 +47,9 @@ class Bad:
         """Name it on stderr, if it is one of the first. ConfigError when they are too many."""
         with self._lock:
             known = str(error) in self._keys
-            self._keys[str(error)] = None
+            # Threads that read ahead may find further ones: those are not asked for any more.
+            if len(self._keys) <= self.most:
+                self._keys[str(error)] = None
             count = len(self._keys)
         if count > self.most:
             raise ConfigError(

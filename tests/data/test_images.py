@@ -10,8 +10,10 @@ from PIL import Image
 
 from d2m_jax.config import ConfigError, ImagesConfig, ModelConfig, PixelsConfig, WordsConfig
 from d2m_jax.data import images
+from d2m_jax.data.batches import Bad
 from d2m_jax.data.images import Images
 from d2m_jax.data.source import open_data
+from d2m_jax.data.sources.any_source import BadSample
 from d2m_jax.models.words import Words
 
 CANVAS = PixelsConfig(32, 32, 4)
@@ -226,3 +228,14 @@ def test_data_smaller_than_a_batch(folder):
     (batch,) = taken(data, 1, 16)
     assert np.bincount([number_of(i) for i in batch["image"]]).max() == 4
     assert len({number_of(i) for i in batch["image"]}) == 4
+
+
+def test_threads_that_read_ahead_change_no_message():
+    bad = Bad(most=1, where="ImagesConfig.max_bad")
+    bad.add(BadSample("a"))
+    for key in ("b", "c", "b"):
+        with pytest.raises(
+            ConfigError, match=f"^{key}; 2 samples cannot be used, expected at most"
+        ):
+            bad.add(BadSample(key))
+    assert len(bad) == 2
