@@ -75,18 +75,19 @@ class Recorded:
         return self.program.lower(*args, **kwargs)
 
 
+def bytes_since(before):
+    """Of the arrays that live now, without those that other tests left."""
+    known = {id(a) for a in before}
+    return device_bytes([a for a in jax.live_arrays() if id(a) not in known])
+
+
 def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch):
     jax.config.update("jax_disable_most_optimizations", True)
     held = defaultdict(list)
-    before = jax.live_arrays()  # of other tests
-    known = {id(a) for a in before}
+    before = jax.live_arrays()
 
     def teller(phase):
-        def tell():
-            mine = [a for a in jax.live_arrays() if id(a) not in known]
-            held[phase].append(device_bytes(mine))
-
-        return tell
+        return lambda: held[phase].append(bytes_since(before))
 
     def recorded(method, phase):
         return lambda step: Recorded(method(step), teller(phase))
@@ -122,11 +123,9 @@ def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch):
 
 def test_calibration_of_fewer_blocks_holds_the_whole_teacher_too(tmp_path, monkeypatch):
     before = jax.live_arrays()
-    known = {id(a) for a in before}
 
     def measured(*arguments, **keywords):
-        mine = [a for a in jax.live_arrays() if id(a) not in known]
-        raise InterruptedError(device_bytes(mine))
+        raise InterruptedError(bytes_since(before))
 
     monkeypatch.setattr(importance, "measure", measured)
     teacher = with_vocabulary(CONFIG.data, TEACHER)

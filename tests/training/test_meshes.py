@@ -111,24 +111,22 @@ def alone(tmp_path_factory):
     return directory
 
 
-def test_processes_and_mesh_change_midway(alone, tmp_path):
-    """8 devices of one process, then two processes of which the last is asked to stop, then one."""
-    for processes, devices, sizes, stop in ((1, 8, (1, 8, 1, 1), 3), (2, 2, (2, 1, 1, 2), 4)):
+@pytest.mark.parametrize(
+    "starts",
+    [
+        pytest.param([(1, 8, (1, 8, 1, 1), 3), (2, 2, (2, 1, 1, 2), 4)], id="mesh and processes"),
+        pytest.param(
+            [(2, 2, (1, 4, 1, 1), 3), (4, 1, (1, 4, 1, 1), 4)], id="four", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_processes_and_mesh_change_midway(alone, tmp_path, starts):
+    """So many processes of so many devices, of which the last is asked to stop; in the end one."""
+    for processes, devices, sizes, stop in starts:
         last = processes - 1  # it alone gets the signal, and all stop at one step
         ended = together(
             train, str(tmp_path), sizes, stop, last, processes=processes, devices=devices
         )
-        codes = {each.code for each in ended}
-        assert codes == {143}, "\n".join(each.err for each in ended)
-    run(scratch(MeshConfig()), tmp_path)
-    assert_same(tmp_path, alone)
-
-
-@pytest.mark.slow
-def test_four_processes_take_over_from_two(alone, tmp_path):
-    for processes, devices, stop in ((2, 2, 3), (4, 1, 4)):
-        sizes = (1, processes * devices, 1, 1)
-        ended = together(train, str(tmp_path), sizes, stop, processes=processes, devices=devices)
         codes = {each.code for each in ended}
         assert codes == {143}, "\n".join(each.err for each in ended)
     run(scratch(MeshConfig()), tmp_path)

@@ -1,6 +1,5 @@
 """A FluxPipeline that is tiny and knows nothing, to try commands on where FLUX.1 is not at hand."""
 
-import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -83,8 +82,8 @@ def random_flux(folder: Path | str, seed: int = 0) -> Path:
     """
     with output.new_directory(folder, is_pipeline, "FluxPipeline") as new:
         index = {"_class_name": "FluxPipeline"} | {name: list(part) for name, part in PARTS.items()}
-        _write(new / INDEX, index)
-        _write(new / "scheduler" / "scheduler_config.json", SCHEDULER)
+        output.write_json(new / INDEX, index)
+        output.write_json(new / "scheduler" / "scheduler_config.json", SCHEDULER)
         _part(
             new / "transformer" / "diffusion_pytorch_model.safetensors",
             flux_keys.diffusers_config(TRANSFORMER),
@@ -120,7 +119,7 @@ def _part(
     file: Path, config: Mapping[str, Any], table: Sequence[Entry], params: Mapping[str, np.ndarray]
 ) -> None:
     """One of the networks: its weights, and config.json beside them."""
-    _write(file.parent / "config.json", config)
+    output.write_json(file.parent / "config.json", config)
     safetensors.write(file, torch_tensors(list(table), params), {"format": "pt"})
 
 
@@ -164,8 +163,3 @@ def _tokenizers(folder: Path) -> None:
     )
     pieces = [(piece, -float(i)) for i, piece in enumerate(T5_VOCABULARY)]
     T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer_2")
-
-
-def _write(file: Path, value: Mapping[str, Any]) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(value, indent=2) + "\n")
