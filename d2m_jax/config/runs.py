@@ -96,16 +96,26 @@ class StageConfig(Config):
 
 @dataclass(frozen=True)
 class GroupsConfig(Config):
-    """How blocks become MoB groups: the first `keep` stay outside, the rest form the groups."""
+    """How blocks become MoB groups: the first `keep` and the last `keep_last` stay outside, the
+    rest form the groups."""
 
     keep_double: int = 0
+    keep_last_double: int = 0
     double_blocks: int = 1
     double_active: int = 1
     keep_single: int = 0
+    keep_last_single: int = 0
     single_blocks: int = 2
     single_active: int = 1
     # Which of a group's blocks run together, in all groups of the model (FluxConfig.mob_choice).
     choice: Literal["any", "adjacent"] = "any"
+    # Routers at the start. fitted: to what each block costs left out (sparsification/routers.py).
+    router: Literal["random", "fitted"] = "fitted"
+    batches: int = 16  # of the stage's, to fit routers on
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_whole(self, 1, "batches")
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,9 @@ class SparsifyConfig(Config):
     # Depth pruning, before FFNs are cut: blocks of the teacher that stay; None: all.
     depth_double: int | None = None
     depth_single: int | None = None  # of the single ones
-    depth_choice: Literal["change", "even"] = "change"  # which stay (sparsification/depth.py)
+    depth_choice: Literal["cost", "change", "even"] = (
+        "change"  # which stay (sparsification/depth.py)
+    )
     # Which neurons are kept or shared (sparsification/sensitivity.py, importance.py).
     shared: Literal["sensitivity", "taylor", "random", "magnitude"] = "taylor"
     deal: Literal["rank", "random", "clustered"] = "clustered"  # of the others to experts

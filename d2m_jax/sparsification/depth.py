@@ -1,7 +1,8 @@
 """Depth pruning, the rival of the Mixture of Blocks: some blocks stay, the others are gone.
 
 Which stay: "change", those that change their streams most, the mean square of what a block adds to
-them (as FLUX.1-Lite was made); "even", the first of every stretch of about equal length, nothing
+them (as FLUX.1-Lite was made); "cost", those without which the velocity changes most, each left out
+alone (left_out.py); "even", the first of every stretch of about equal length, nothing
 measured (as BK-SDM chooses, and FLUX-Mini pairs blocks). A block that stays stands for itself and
 for those behind it that are gone: features are compared at the end of that stretch.
 """
@@ -25,6 +26,7 @@ from d2m_jax.models.reports import Context, Streams
 from d2m_jax.sharding import whole
 from d2m_jax.sparsification.groups import align, aligned, shapes
 from d2m_jax.sparsification.importance import Noisy
+from d2m_jax.sparsification.left_out import leave_out
 
 NONE: Cut = MappingProxyType({})
 Kept = Mapping[str, np.ndarray]  # by kind, the numbers of the blocks that stay, in their order
@@ -68,17 +70,23 @@ def without_blocks(
     batches: Iterable[dict],
     noisy: Noisy,
     seed: int,
+    micro_batch: int | None = None,
 ) -> tuple[FluxConfig, dict, dict[str, np.ndarray]]:
     """The model without the blocks that `sparsify` says are gone, and their order by cut's names:
     those that stay, then the others; {} where all stay. Measures on the first `sparsify.batches`
-    of the batches, if it measures."""
+    of the batches, if it measures, of `micro_batch` samples at a time ("cost" alone)."""
     left = _wanted(config, sparsify)
     if left == {kind: depth(config, kind) for kind in KINDS}:
         return config, params, {}
     kept = {kind: even(depth(config, kind), left[kind]) for kind in KINDS}
-    if sparsify.depth_choice == "change":
-        first = islice(batches, sparsify.batches)
-        found = changes(config, params, first, noisy, named_key(seed, "depth"))
+    if sparsify.depth_choice != "even":
+        key, count = named_key(seed, "depth"), sparsify.batches
+        if sparsify.depth_choice == "change":
+            found = changes(config, params, islice(batches, count), noisy, key)
+        else:
+            found = leave_out(
+                config, params, batches, noisy, key, count=count, micro_batch=micro_batch
+            ).means
         best = {kind: np.argsort(-found[kind], kind="stable")[: left[kind]] for kind in KINDS}
         kept = {kind: np.sort(blocks) for kind, blocks in best.items()}
     params, order = dict(params), {}

@@ -57,8 +57,9 @@ def grouped(config: FluxConfig, groups: GroupsConfig) -> FluxConfig:
     """
     stacks = {}
     for kind in KINDS:
-        keep, blocks, active = (
-            getattr(groups, name) for name in (f"keep_{kind}", f"{kind}_blocks", f"{kind}_active")
+        keep, last, blocks, active = (
+            getattr(groups, name)
+            for name in (f"keep_{kind}", f"keep_last_{kind}", f"{kind}_blocks", f"{kind}_active")
         )
         depth = len(_ffns(config, kind))
         check(
@@ -66,16 +67,22 @@ def grouped(config: FluxConfig, groups: GroupsConfig) -> FluxConfig:
             f"GroupsConfig.keep_{kind} = {keep}: expected 0 to {depth}, the model's {kind} blocks",
         )
         check(
-            blocks >= 1 and (depth - keep) % blocks == 0,
-            f"GroupsConfig.{kind}_blocks = {blocks}: expected a divisor of {depth - keep}, the"
-            f" {kind} blocks that keep_{kind} = {keep} leaves of {depth}",
+            0 <= last <= depth - keep,
+            f"GroupsConfig.keep_last_{kind} = {last}: expected 0 to {depth - keep}, the {kind}"
+            f" blocks that keep_{kind} = {keep} leaves of {depth}",
+        )
+        inside = depth - keep - last
+        check(
+            blocks >= 1 and inside % blocks == 0,
+            f"GroupsConfig.{kind}_blocks = {blocks}: expected a divisor of {inside}, the {kind}"
+            f" blocks that keep_{kind} = {keep} and keep_last_{kind} = {last} leave of {depth}",
         )
         check(
             1 <= active <= blocks,
             f"GroupsConfig.{kind}_active = {active}: expected 1 to {kind}_blocks = {blocks}",
         )
-        number = (depth - keep) // blocks
-        single_groups = [StackConfig(1)] * keep + [StackConfig(1, blocks, active)] * number
+        outside, group = StackConfig(1), StackConfig(1, blocks, active)
+        single_groups = [outside] * keep + [group] * (inside // blocks) + [outside] * last
         single_groups = _with_ffns(config, kind, single_groups, f"GroupsConfig.{kind}_blocks")
         stacks[kind] = tuple(
             replace(stack, groups=len(list(equal))) for stack, equal in groupby(single_groups)

@@ -54,7 +54,9 @@ def make_student(
     """
     student_config(teacher.transformer, sparsify)
     config, batches = teacher.transformer, iter(batches)
-    config, params, cut = without_blocks(config, params, sparsify, batches, noisy, seed)
+    config, params, cut = without_blocks(
+        config, params, sparsify, batches, noisy, seed, micro_batch
+    )
     if cut:
         left = {kind: blocks_left(config, cut, kind) for kind in KINDS}
         say(f"blocks that stay, by {sparsify.depth_choice}: {left}")

@@ -28,12 +28,13 @@ from d2m_jax.config import (
 from d2m_jax.data.protocol import Batches, Data, Split
 from d2m_jax.distillation.fixed_times import fixed_times
 from d2m_jax.distillation.objective import Objective
-from d2m_jax.distillation.stages import distill_loss, flow_loss
+from d2m_jax.distillation.stages import distill_loss, flow_loss, noisy_inputs
 from d2m_jax.encoders import Encoders
+from d2m_jax.keys import named_key
 from d2m_jax.models.accounting import flops_per_example
 from d2m_jax.models.cut import Cut, composed
 from d2m_jax.models.flux import abstract
-from d2m_jax.named_arrays import names, restructure
+from d2m_jax.named_arrays import names, nested, restructure
 from d2m_jax.sharding import (
     batch_shards,
     check_mesh,
@@ -45,12 +46,15 @@ from d2m_jax.sharding import (
 from d2m_jax.sparsification.depth import meeting
 from d2m_jax.sparsification.groups import align, grouped, regroup, shapes
 from d2m_jax.sparsification.importance import Noisy
+from d2m_jax.sparsification.left_out import leave_out
+from d2m_jax.sparsification.routers import blocks_in_groups, fit_routers, with_routers
 from d2m_jax.sparsification.student import make_student, student_config
 from d2m_jax.training.loop import check_batch, train_stage
 from d2m_jax.training.metrics import Board
 from d2m_jax.training.step import Step
 from d2m_jax.training.tracking import Tracker
 from d2m_jax.weights.directory import model_directory
+from d2m_jax.weights.files import safetensors
 
 Start = tuple[ModelConfig, dict, Cut]
 
@@ -76,6 +80,16 @@ class Work:
         data = self.data if split == "train" else self.validation
         rows = own_rows(self.mesh, size)
         return data.batches(self.encoders.tokenizer, size, self.config.seed, split, rows)
+
+    def encoded(self, size: int) -> Iterator[dict]:
+        """Batches on the mesh, encoded."""
+        for batch in self.batches(size):
+            yield self.encoders.encode(put_batch(self.mesh, batch))
+
+    def noisy_of(self, model: ModelConfig) -> Noisy:
+        """What calibration draws of a batch for a model."""
+        config = self.config
+        return partial(noisy_inputs, model, config.timesteps, guidance=config.guidance)
 
 
 def check_stages(
@@ -143,15 +157,11 @@ def cut_student(
     model, params, cut = teacher
     assert work.noisy is not None  # of a run with a teacher
     with jax.set_mesh(work.mesh):
-        batches = (
-            work.encoders.encode(put_batch(work.mesh, batch))
-            for batch in work.batches(sparsify.batch_size)
-        )
         made = make_student(
             model,
             params,
             sparsify,
-            batches,
+            work.encoded(sparsify.batch_size),
             work.noisy,
             work.config.seed,
             hosts.say,
@@ -191,7 +201,11 @@ def train_model(
     def start() -> dict:
         params = load()
         if stage.groups is not None:
-            params = regroup(start_config.transformer, params, stage.groups, config.seed)[1]
+            before = start_config.transformer
+            routers = partial(_routers, work, name, stage, start_config, params, run_directory)
+            params = regroup(before, params, stage.groups, config.seed)[1]
+            if stage.groups.router == "fitted":
+                params = with_routers(params, routers())
         return share(params, constants)
 
     held_out = []
@@ -216,6 +230,40 @@ def train_model(
         keep=config.keep_checkpoints,
         mesh=work.mesh,
     )
+
+
+def _routers(
+    work: Work,
+    name: str,
+    stage: StageConfig,
+    start: ModelConfig,
+    params: dict,
+    run_directory: Path | None,
+) -> dict:
+    """Routers of the stage's groups, fitted to the model that it begins with; kept in the run
+    directory, for they take many forwards and are asked for whenever the stage goes on."""
+    assert stage.groups is not None
+    model = grouped(start.transformer, stage.groups)
+    file = run_directory and run_directory / "routers" / f"{name}.safetensors"
+    if file is not None and hosts.by_first(file.exists):
+        return hosts.from_first(lambda: nested(safetensors.read(file)))
+    hosts.say(f"{name}: routers are fitted to what leaving out each block costs")
+    with jax.set_mesh(work.mesh):
+        found = leave_out(
+            start.transformer,
+            params,
+            work.encoded(stage.batch_size),
+            work.noisy or work.noisy_of(start),
+            named_key(work.config.seed, f"{name}.routers"),
+            count=stage.groups.batches,
+            blocks=blocks_in_groups(model),
+            micro_batch=stage.batch_size // stage.optimizer.accumulate,
+        )
+    routers = hosts.from_first(partial(fit_routers, model, found))
+    if file is not None and hosts.first():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.write(file, names(routers))
+    return routers
 
 
 def objective(
