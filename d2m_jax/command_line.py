@@ -142,6 +142,14 @@ def load_config(path: str | Path) -> Any:
         raise ConfigError(f"{path}{f', line {line}' if line else ''}: {_told(error)}") from error
 
 
+def load_run(path: str | Path) -> config.RunConfig:
+    """The config of a run with a teacher that `load_config` finds; ConfigError for another one."""
+    found = load_config(path)
+    fits = isinstance(found, config.RunConfig) and found.teacher is not None
+    check(fits, f"{path}: expected a RunConfig with a teacher")
+    return found
+
+
 def _told(error: Exception) -> str:
     """What went wrong in a config file."""
     if isinstance(error, ConfigError):

@@ -8,6 +8,9 @@
                               CLIP score, and the distance of features from a teacher's images
 {program} routing MODEL --output FOLDER [--prompts FILE]
                               where tokens and samples go while it draws: arrays, pictures
+{program} blocks CONFIG [--size 2] [--active 1]
+                              what each block of a run's teacher is worth, and where groups of a
+                              Mixture of Blocks lose least
 
 CONFIG is a Python file with get_config(), MODEL a model directory; `account --help` and so on list
 all options.
@@ -16,31 +19,17 @@ all options.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Literal
 
 from d2m_jax import command_line  # first, for it tells where there is no environment
 
 # isort: split
-import tyro
 
 from d2m_jax.config import check, suggestion
-from d2m_jax.evaluate.arguments import Clip, Export, Routing
+from d2m_jax.evaluate.arguments import Account, Blocks, Clip, Export, Icons, Routing
 from d2m_jax.sampling.options import check_options
 
 EXAMPLE = "icons runs/demo/model teachers/pictograms"
-
-
-@dataclass(frozen=True)
-class Account:
-    """The arguments of `account`."""
-
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG_OR_MODEL")]
-    json: bool = False  # print JSON instead of a table
-    image_tokens: int | None = None  # default: those of the model's images, else 4096
-    text_tokens: int | None = None  # default: those of the model's captions, else 77
 
 
 def account(arguments: Sequence[str], program: str) -> None:
@@ -61,21 +50,6 @@ def account(arguments: Sequence[str], program: str) -> None:
         print(json.dumps(accounting.to_json(parsed.source.stem, counted), indent=1))
     else:
         print(accounting.table(parsed.source.stem, counted))
-
-
-@dataclass(frozen=True)
-class Icons:
-    """The arguments of `icons`."""
-
-    models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL …")]
-    prompts: int = 600  # of combinations seen in training, and as many held out of it
-    seed: int = 0  # of the noise
-    steps: int | None = None  # default: the model's own
-    # Normal experts per token, several for shares of the steps; default: the model's own.
-    top_k: tuple[int, ...] | None = None
-    reuse: int = 1  # compute the normal experts in every so many-th step only
-    quantize: Literal["int8", "fp8"] | None = None  # the large matrices of blocks
-    json: bool = False  # print JSON instead of tables
 
 
 def icons(arguments: Sequence[str], program: str) -> None:
@@ -169,12 +143,34 @@ def routing(arguments: Sequence[str], program: str) -> None:
         print("\n".join([*lines(found), f"arrays, pictures and summary.json in {parsed.output}"]))
 
 
+def blocks(arguments: Sequence[str], program: str) -> None:
+    """Measure what each block is worth."""
+    parsed = command_line.parse(
+        Blocks,
+        arguments,
+        usage=f"{program} blocks",
+        description="What the velocity of a run's teacher loses without each of its blocks, and"
+        " what groups of a Mixture of Blocks would lose, wherever they stand, with routers that are"
+        " fitted to that: before any training. CONFIG is a run's, a file or the name of one that"
+        " comes along.",
+        example="configs/icons_moe_s.py --output blocks",
+    )
+    config = command_line.load_run(parsed.config)
+    from d2m_jax.cores import use_cores
+
+    use_cores(config.quick_compilation)
+    from d2m_jax.report.block_costs import run
+
+    run(config, parsed)
+
+
 COMMANDS = {
     "account": account,
     "icons": icons,
     "export": export,
     "clip": clip,
     "routing": routing,
+    "blocks": blocks,
 }
 
 

@@ -1,4 +1,4 @@
-"""What the commands of evaluate.py are given that draw images; without jax, for --help."""
+"""What the commands of evaluate.py are given; without jax, for --help."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from d2m_jax.command_line import Among, AmongProcesses
+from d2m_jax.config import check
 
 # Of Sampled, what Pipeline takes under the same name.
 OPTIONS = (
@@ -14,6 +15,31 @@ OPTIONS = (
     *("max_sequence_length", "tile"),
 )
 Model = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+
+
+@dataclass(frozen=True)
+class Account:
+    """Parameters and FLOPs."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG_OR_MODEL")]
+    json: bool = False  # print JSON instead of a table
+    image_tokens: int | None = None  # default: those of the model's images, else 4096
+    text_tokens: int | None = None  # default: those of the model's captions, else 77
+
+
+@dataclass(frozen=True)
+class Icons:
+    """Scores on the embedded task."""
+
+    models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL …")]
+    prompts: int = 600  # of combinations seen in training, and as many held out of it
+    seed: int = 0  # of the noise
+    steps: int | None = None  # default: the model's own
+    # Normal experts per token, several for shares of the steps; default: the model's own.
+    top_k: tuple[int, ...] | None = None
+    reuse: int = 1  # compute the normal experts in every so many-th step only
+    quantize: Literal["int8", "fp8"] | None = None  # the large matrices of blocks
+    json: bool = False  # print JSON instead of tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,3 +134,31 @@ class Routing(Drawn):
         names = ("height", "width", "steps", "guidance", "seed", "max_sequence_length")
         found = {name: getattr(self, name) for name in (*names, "batch_size", "top_k")}
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """What each block of a run's teacher is worth, and where groups of a Mixture of Blocks lose
+    least."""
+
+    config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
+    size: int = 2  # blocks of a group
+    active: int = 1  # of them that run
+    batches: int = 32  # of data; the second half judges the routers that the first half fitted
+    batch_size: int = 64
+    micro_batch: int | None = None  # samples whose activations are held at a time; default: all
+    output: Path | None = None  # folder for costs.png and costs.json
+
+    def __post_init__(self):
+        for name, least in (("size", 2), ("active", 1), ("batches", 2), ("batch_size", 1)):
+            option, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            check(value >= least, f"{option} {value}: expected at least {least}")
+        check(
+            self.active < self.size,
+            f"--active {self.active}: expected less than --size {self.size}",
+        )
+        micro, size = self.micro_batch, self.batch_size
+        check(
+            micro is None or (micro > 0 and size % micro == 0),
+            f"--micro-batch {micro}: expected a divisor of --batch-size {size}",
+        )

@@ -21,7 +21,7 @@ from d2m_jax import command_line  # first, for it tells where there is no enviro
 # isort: split
 import tyro
 
-from d2m_jax.config import RunConfig, check, suggestion, teacher_path
+from d2m_jax.config import check, suggestion, teacher_path
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     check(parsed.seeds >= 1, f"--seeds {parsed.seeds}: expected at least 1")
     check(parsed.steps is None or parsed.steps >= 4, f"--steps {parsed.steps}: expected at least 4")
-    base = command_line.load_config(parsed.config)
-    check(
-        isinstance(base, RunConfig) and base.teacher is not None,
-        f"{parsed.config}: expected a RunConfig with a teacher",
-    )
+    base = command_line.load_run(parsed.config)
     if parsed.prompts is not None:
         base = replace(base, evaluate_prompts=parsed.prompts)
     # Imported once the arguments are right: help and errors need not wait for jax.

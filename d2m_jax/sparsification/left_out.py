@@ -28,6 +28,7 @@ class LeftOut:
     costs: Mapping[tuple[str, int], Float[np.ndarray, " n"]]  # mean squared change without it
     pooled: Mapping[tuple[str, int], Float[np.ndarray, "n e"]]  # what a router there would read
     vec: Float[np.ndarray, "n d"]  # the global vector
+    timesteps: Float[np.ndarray, " n"]
 
     @property
     def means(self) -> dict[str, Float[np.ndarray, " m"]]:
@@ -74,12 +75,13 @@ def leave_out(
     check(
         len(found) == count, f"leaving out: expected batches = {count} of them, found {len(found)}"
     )
-    costs, pooled, vec = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+    costs, pooled, vec, timesteps = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
     number = {block: i for i, block in enumerate(all_blocks(config))}
     return LeftOut(
         {block: costs[:, i] for i, block in enumerate(blocks)},
         {block: pooled[:, number[block]] for block in blocks},
         vec,
+        timesteps,
     )
 
 
@@ -92,9 +94,9 @@ def measure(
     noisy: Noisy,
     blocks: Blocks,
     parts: int,
-) -> tuple[Float[Array, "n k"], Float[Array, "n m e"], Float[Array, "n d"]]:
+) -> tuple[Float[Array, "n k"], Float[Array, "n m e"], Float[Array, "n d"], Float[Array, " n"]]:
     """Of one batch in so many parts, whose samples come in their order: costs of `blocks`, pooled
-    streams before every block, the global vector."""
+    streams before every block, the global vector, timesteps."""
     (image, image_ids, txt, text_ids, *others), _ = noisy(batch, key)
     model, everything = model_of(config, params, jnp.float32), all_blocks(config)
     numbers = jnp.array([everything.index(block) for block in blocks])
@@ -109,7 +111,7 @@ def measure(
             return jnp.square(run(jnp.arange(len(everything)) != number)[0] - full).mean((1, 2))
 
         costs = jax.lax.map(cost, numbers)
-        return None, (costs.T, pooled.swapaxes(0, 1), context.vec.astype(jnp.float32))
+        return None, (costs.T, pooled.swapaxes(0, 1), context.vec, others[0])
 
     found = jax.lax.scan(of_part, None, in_parts((image, txt, *others), parts))[1]
     return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), found)

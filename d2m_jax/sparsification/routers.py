@@ -90,6 +90,18 @@ def fit_router(
     }
 
 
+def logits(
+    router: Mapping[str, Mapping[str, np.ndarray]],
+    pooled: Float[np.ndarray, "n e"],
+    vec: Float[np.ndarray, "n d"],
+    alpha: float,
+) -> Float[np.ndarray, "n m"]:
+    """What a models.mob.BlockRouter with these parameters gives."""
+    features, of_vec = router["features"], router["vec"]
+    of_features = pooled @ features["kernel"] + features["bias"]
+    return alpha * of_features + (1 - alpha) * vec @ of_vec["kernel"]
+
+
 def with_routers(params: dict, routers: Mapping[str, Mapping[str, dict]]) -> dict:
     """A model's parameters with these routers."""
     return params | {

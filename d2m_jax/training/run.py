@@ -108,20 +108,30 @@ def _run(
         work = _open(config, mesh, model, tracker)
         _train(work, run_directory, partial(_start, work, model), config.stages)
         return
-    path = teacher_path(config.teacher)
-    model = model_directory.load_config(path)
+    model = model_directory.load_config(teacher_path(config.teacher))
     _check_students(config, model, mesh)
-    noisy = partial(noisy_inputs, model, config.timesteps, guidance=config.guidance)
-    work = _open(config, mesh, model, tracker, noisy)
-    if ahead is not None:
-        ahead(model, work.data, work.validation, work.encoders)
-    teacher = (*work.load(path), model_directory.load_cut(path, model.transformer))
+    work, teacher = with_teacher(config, mesh, tracker, ahead)
     for name, rival in config.rivals.items():
         hosts.say(f"training the rival {name}")
         start = partial(_cut, work, teacher, rival)
         _train(work, run_directory / "rivals" / name, start, rival.stages, teacher)
     start = partial(_cut, work, teacher, StudentConfig(config.sparsify, config.stages))
     _train(work, run_directory, start, config.stages, teacher)
+
+
+def with_teacher(
+    config: RunConfig, mesh: Mesh, tracker: Tracker | None = None, ahead: Ahead | None = None
+) -> tuple[Work, Start]:
+    """What trainings of a run with a teacher share, and the teacher. ConfigError for data that this
+    teacher cannot read."""
+    assert config.teacher is not None
+    path = teacher_path(config.teacher)
+    model = model_directory.load_config(path)
+    noisy = partial(noisy_inputs, model, config.timesteps, guidance=config.guidance)
+    work = _open(config, mesh, model, tracker, noisy)
+    if ahead is not None:
+        ahead(model, work.data, work.validation, work.encoders)
+    return work, (*work.load(path), model_directory.load_cut(path, model.transformer))
 
 
 def _start(work: Work, model: ModelConfig) -> Start:
