@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from d2m_jax.models.layers import Linear32
 from d2m_jax.models.reports import NOTHING, Context, Known, Streams
 from d2m_jax.sharding import BY_NAME, on_own_part
 
-# Samples run side by side while copies of their blocks' weights fit in this many bytes, else one
-# after the other with weights read in place.
-GATHER_BYTES = 64 * 2**20
+PARTS = 4  # of a batch, at most: the more, the fewer samples too many, and the smaller the products
 
 
 class BlockRouter(nnx.Module):
@@ -101,6 +99,9 @@ def run_chosen(
     the blocks' parameters, whose weights are then read where they are. `known` is what
     Context.known is to be, for all blocks: [m, b, …].
 
+    Block after block, the samples that run it come first and go through it in parts of the batch;
+    a part in which none runs is skipped. So samples that choose alike are computed together, and
+    of a block at most a part's samples too many.
     What a block reports per sample comes back as [m, b, …], zero where the block did not run.
     """
     # Position tables of one row serve all samples, those of many belong to theirs.
@@ -111,61 +112,82 @@ def run_chosen(
     asked = each, context.tokens, context.text_lengths
     samples = streams, context.vec, context.cond, chosen, weight, pe, known, asked
     arguments = samples, params, None if pe_mapped else context.pe
-    run = partial(_run_samples, run_block, context)
+    run = partial(_run_blocks, run_block, context)
     streams, reports = on_own_part(run, arguments, (("batch",), BY_NAME, ()), ("batch",))
     return streams, jax.tree.map(lambda a: a.swapaxes(0, 1), reports)
 
 
-def _run_samples(
+def _run_blocks(
     run_block: RunBlock,
     context: Context,
     samples: tuple,
     params: Any,
     pe_of_all: tuple[Array, Array] | None,
-):
-    apart, batch = isinstance(params, tuple), samples[1].shape[0]
+) -> tuple[Streams, Any]:
+    """All blocks; reports are [b, m, …]."""
+    streams, vec, cond, chosen, weight, pe, known, asked = samples
+    apart, batch = isinstance(params, tuple), vec.shape[0]
     blocks = len(params) if apart else jax.tree.leaves(params)[0].shape[0]
+    parts = max(n for n in range(1, PARTS + 1) if batch % n == 0)
+    chooses = chosen[:, :, None] == jnp.arange(blocks)
+    runs, weights = chooses.any(1), (chooses * weight[:, :, None]).sum(1)
 
-    @partial(jax.checkpoint, prevent_cse=False)
-    def one(sample: tuple):
-        streams, vec, cond, chosen, weight, pe, known, asked = sample
-        pe = jax.tree.map(lambda a: a[None], pe) if pe_of_all is None else pe_of_all
-        each, tokens, lengths = jax.tree.map(lambda a: a[None], asked)
-        own = {"vec": vec[None], "cond": cond[None], "pe": pe}
-        own |= {"top_k_each": each, "tokens": tokens, "text_lengths": lengths}
-        mine = replace(context, **own)
-        streams = tuple(x[None] for x in streams)
+    def block(streams: Streams, mine: tuple) -> tuple[Streams, Any]:
+        params, runs, weight, known = mine
+        order = jnp.argsort(~runs, stable=True)
+        given = streams, vec, cond, pe, known, asked, runs, weight
 
-        def step(streams: Streams, choice: tuple[Array, Array]):
-            block, w = choice
+        @partial(jax.checkpoint, prevent_cse=False)
+        def part(given: tuple) -> tuple[Streams, Any]:
+            streams, vec, cond, pe, known, asked, runs, weight = given
+            pe = pe_of_all if pe is None else pe
+            each, tokens, lengths = asked
+            own = {"vec": vec, "cond": cond, "pe": pe, "known": known}
+            own |= {"top_k_each": each, "tokens": tokens, "text_lengths": lengths}
 
-            def picked(tree: Any, keepdims: bool):
-                index = partial(jax.lax.dynamic_index_in_dim, index=block, keepdims=keepdims)
-                return jax.tree.map(index, tree)
+            def run(streams: Streams) -> tuple[Streams, Any]:
+                new, reports = run_block(params, streams, replace(context, **own))
+                reports = jax.tree.map(lambda a: jnp.where(_like(runs, a), a, 0), reports)
+                return tuple(map(partial(_through, runs, weight), streams, new)), reports
 
-            # The axis of blocks becomes that of a batch of one.
-            here = replace(mine, known=picked(known, keepdims=True))
-            if apart:  # no weights are copied: each block is a branch that reads its own
-                branches = [partial(lambda p, x: run_block(p, x, here), p) for p in params]
-                new, reports = jax.lax.switch(block, branches, streams)
-            else:
-                new, reports = run_block(picked(params, keepdims=False), streams, here)
-            # w − 1 is exactly 0, so the block's output passes as it is; the gradient of w is y − x.
-            streams = tuple(
-                y + (w - 1).astype(x.dtype) * (y - x) for x, y in zip(streams, new, strict=True)
-            )
-            return streams, reports
+            def skip(streams: Streams) -> tuple[Streams, Any]:
+                shapes = jax.eval_shape(run, streams)[1]
+                return streams, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
-        streams, reports = jax.lax.scan(step, streams, (chosen, weight))
-        used, exact = jax.nn.one_hot(chosen, blocks), jax.lax.Precision.HIGHEST
-        reports = jax.tree.map(
-            lambda a: jnp.einsum("km,k...->m...", used.astype(a.dtype), a[:, 0], precision=exact),
-            reports,
-        )
-        return tuple(x[0] for x in streams), reports
+            return jax.lax.cond(runs[0], run, skip, streams)  # the first one tells of all
 
-    if apart:
-        return jax.lax.map(one, samples)
-    bytes_per_sample = sum(leaf[0].nbytes for leaf in jax.tree.leaves(params))
-    side_by_side = max(1, min(batch, GATHER_BYTES // bytes_per_sample))
-    return jax.lax.map(one, samples, batch_size=side_by_side if side_by_side > 1 else None)
+        def cut(a: Array) -> Array:
+            return a[order].reshape(parts, -1, *a.shape[1:])
+
+        def joined(a: Array) -> Array:
+            return a.reshape(batch, *a.shape[2:])[jnp.argsort(order)]
+
+        return jax.tree.map(joined, jax.lax.map(part, jax.tree.map(cut, given)))
+
+    of_blocks = runs.T, weights.T, jax.tree.map(lambda a: a.swapaxes(0, 1), known)
+    if not apart:
+        streams, reports = jax.lax.scan(block, streams, (params, *of_blocks))
+    else:
+        found = []
+        for i, mine in enumerate(params):
+            streams, report = block(streams, (mine, *jax.tree.map(lambda a, i=i: a[i], of_blocks)))
+            found.append(report)
+        reports = jax.tree.map(lambda *a: jnp.stack(a), *found)
+    return streams, jax.tree.map(lambda a: a.swapaxes(0, 1), reports)
+
+
+def _through(
+    runs: Bool[Array, " b"],
+    weight: Float[Array, " b"],
+    x: Float[Array, "b n d"],
+    y: Float[Array, "b n d"],
+) -> Float[Array, "b n d"]:
+    """y where it runs. The weight − 1 is exactly 0, so the block's output passes as it is; the
+    gradient of the weight is y − x."""
+    runs, weight = _like(runs, x), _like(weight, x)
+    return jnp.where(runs, y + (weight - 1).astype(x.dtype) * (y - x), x)
+
+
+def _like(a: Array, b: Array) -> Array:
+    """One value per sample, for all that b has of it."""
+    return a.reshape(-1, *(1,) * (b.ndim - 1))

@@ -33,9 +33,10 @@ from d2m_jax.named_arrays import names, restructure
 from d2m_jax.planning.plan import Phase
 from d2m_jax.sampling import pipeline
 from d2m_jax.sharding import batch_sharding, parameter_sharding, replicated
-from d2m_jax.sparsification import importance
+from d2m_jax.sparsification import importance, left_out
 from d2m_jax.sparsification.depth import meeting, shallower
-from d2m_jax.sparsification.groups import aligned, shapes
+from d2m_jax.sparsification.groups import aligned, one_by_one, shapes
+from d2m_jax.sparsification.routers import blocks_in_groups
 from d2m_jax.sparsification.student import micro_batch, student_config, wanted
 from d2m_jax.training.optimizer import split
 from d2m_jax.training.stage import check_stages, models_of, objective
@@ -72,8 +73,10 @@ def lower(config: RunConfig, teacher: ModelConfig | None, mesh: Mesh) -> Iterato
         start = replace(teacher, transformer=transformer)
     assert start is not None  # a run has a teacher or a model (RunConfig)
     check_stages("", config.stages, start, mesh, config.timesteps, teacher)
+    last = start
     for name, stage, model in models_of(config.stages, start):
-        yield _Stage(config, name, stage, model, teacher, before, mesh).lowered()
+        yield _Stage(config, name, stage, last, model, teacher, before, mesh).lowered()
+        last = model
         training, _ = split(abstract(model.transformer), stage.train, stage.freeze)
         before |= {_of_any_stack(path) for path in names(training)}
 
@@ -126,13 +129,15 @@ class _Stage:
         config: RunConfig,
         name: str,
         stage: StageConfig,
+        start: ModelConfig,
         model: ModelConfig,
         teacher: ModelConfig | None,
         before: set[str],
         mesh: Mesh,
     ):
         self.config, self.name, self.stage, self.mesh = config, name, stage, mesh
-        self.model, self.same = model, None
+        self.start, self.model, self.same = start, model, None
+        self.trained = frozenset(before)
         params, constants = _placed(mesh, abstract(model.transformer), stage.dtype, before), {}
         self.beside = _encoders(config, model, mesh)
         if teacher is not None:
@@ -185,7 +190,10 @@ class _Stage:
         }
 
     def others(self) -> Iterator[tuple[str, Phase]]:
-        """What runs between steps: what it does not read of the state lies beside it."""
+        """What runs before the first step and between steps: what it does not read of the state
+        lies beside it."""
+        if self.stage.groups is not None and self.stage.groups.router == "fitted":
+            yield "fitting routers", self._routers()
         held = self.config.held_out_batches
         models = self._models(trained(self.state))
         kept = {"optimizer": models.pop("optimizer"), "next batch": self.batch} | self.beside
@@ -205,6 +213,23 @@ class _Stage:
                 beside = kept | {"held-out batches": [self.batch] * held}
                 beside.pop(ENCODERS, None)
                 yield from self._samples(models, beside, self.step.whole(*three))
+
+    def _routers(self) -> Phase:
+        """A batch of what routers are fitted to (sparsification/routers.py)."""
+        stage, mesh = self.stage, self.mesh
+        measured = one_by_one(self.start.transformer)
+        params = _placed(mesh, abstract(measured), stage.dtype, self.trained)
+        noisy = partial(
+            noisy_inputs, self.start, self.config.timesteps, guidance=self.config.guidance
+        )
+        blocks = blocks_in_groups(self.model.transformer)
+        with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
+            program = left_out.measure.lower(
+                *(params, self.batch, _key(mesh)),
+                *(measured, noisy, blocks, stage.optimizer.accumulate),
+            )
+        beside = {"teacher": self.constants} | self.beside
+        return Phase(program, {"student": params, "batch": self.batch}, beside)
 
     def _samples(
         self, models: dict[str, Any], beside: dict[str, Any], params: dict

@@ -24,7 +24,7 @@ from d2m_jax.models.cut import BLOCKS, Cut, blocks_left, depth
 from d2m_jax.models.flux import join, model_of
 from d2m_jax.models.reports import Context, Streams
 from d2m_jax.sharding import whole
-from d2m_jax.sparsification.groups import align, aligned, shapes
+from d2m_jax.sparsification.groups import align, aligned, one_by_one, shapes
 from d2m_jax.sparsification.importance import Noisy
 from d2m_jax.sparsification.left_out import leave_out
 
@@ -125,8 +125,8 @@ def changes(
 ) -> dict[str, Float[np.ndarray, " n"]]:
     """By kind, the mean square of what every block adds to its streams, in float32, over the
     batches at random times. ConfigError for no batch."""
-    one_by_one = {kind: [(stack.depth, 1) for stack in getattr(config, kind)] for kind in KINDS}
-    config, params = align(config, jax.tree.map(jnp.asarray, params), one_by_one)
+    apart = shapes(one_by_one(config))
+    config, params = align(config, jax.tree.map(jnp.asarray, params), apart)
     parts = []
     for i, batch in enumerate(batches):
         mine = jax.random.fold_in(key, i)

@@ -41,6 +41,12 @@ def aligned(config: FluxConfig, shapes: Shapes) -> FluxConfig:
     return replace(config, **stacks)
 
 
+def one_by_one(config: FluxConfig) -> FluxConfig:
+    """The model's config with every block a group of its own. Raises what `aligned` raises."""
+    stacks = {kind: [(stack.depth, 1) for stack in getattr(config, kind)] for kind in KINDS}
+    return aligned(config, stacks)
+
+
 def align(config: FluxConfig, params: dict, shapes: Shapes) -> tuple[FluxConfig, dict]:
     """The model in stacks of these (groups, blocks): how a teacher meets its student.
 

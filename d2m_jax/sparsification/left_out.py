@@ -15,7 +15,7 @@ from d2m_jax.models.flux import Flux, join, model_of
 from d2m_jax.models.mob import layer_pool
 from d2m_jax.models.reports import Context, Streams
 from d2m_jax.sharding import in_parts, whole
-from d2m_jax.sparsification.groups import align
+from d2m_jax.sparsification.groups import align, one_by_one, shapes
 from d2m_jax.sparsification.importance import Noisy
 
 Blocks = tuple[tuple[str, int], ...]  # kind and number of blocks
@@ -63,15 +63,15 @@ def leave_out(
     samples at a time (None: all of a batch). ConfigError where there are fewer batches.
     """
     blocks = all_blocks(config) if blocks is None else blocks
-    one_by_one = {kind: [(stack.depth, 1) for stack in getattr(config, kind)] for kind in KINDS}
-    config, params = align(config, jax.tree.map(jnp.asarray, params), one_by_one)
+    apart = one_by_one(config)
+    config, params = align(config, jax.tree.map(jnp.asarray, params), shapes(apart))
     found = []
     for i, batch in enumerate(islice(batches, count)):
         size = jax.tree.leaves(batch)[0].shape[0]
         mine, parts = jax.random.fold_in(key, i), size // (micro_batch or size)
         with jax.default_matmul_precision("float32"):
             of_batch = measure(params, batch, mine, config, noisy, blocks, parts)
-        found.append(jax.tree.map(whole, of_batch))
+        found.append(jax.tree.map(lambda a: np.array(whole(a)), of_batch))  # off the devices
     check(
         len(found) == count, f"leaving out: expected batches = {count} of them, found {len(found)}"
     )

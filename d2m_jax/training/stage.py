@@ -201,11 +201,11 @@ def train_model(
     def start() -> dict:
         params = load()
         if stage.groups is not None:
-            before = start_config.transformer
-            routers = partial(_routers, work, name, stage, start_config, params, run_directory)
-            params = regroup(before, params, stage.groups, config.seed)[1]
+            routers = {}  # before blocks are copied into groups
             if stage.groups.router == "fitted":
-                params = with_routers(params, routers())
+                routers = _routers(work, name, stage, start_config, params, run_directory)
+            params = regroup(start_config.transformer, params, stage.groups, config.seed)[1]
+            params = with_routers(params, routers)
         return share(params, constants)
 
     held_out = []

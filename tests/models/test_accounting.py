@@ -126,8 +126,12 @@ def product_flops(jaxpr, times: int = 1) -> int:
             terms = math.prod(left[axis] for axis in contracted)
             total += 2 * times * terms * math.prod(equation.outvars[0].aval.shape)
         repeat = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            total += product_flops(inner, times * repeat)
+        inside = sum(
+            product_flops(inner, times * repeat)
+            for inner in jax.extend.core.jaxprs_in_params(equation.params)
+        )
+        # A block runs or does not: two of a group's three do.
+        total += inside * 2 // 3 if equation.primitive.name == "cond" else inside
     return total
 
 

@@ -1,5 +1,6 @@
 """Mixture of Blocks: what runs, what it gives, and how its router learns."""
 
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -7,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.extend.core import jaxprs_in_params
 
 from d2m_jax import flow
 from d2m_jax.config import StackConfig
@@ -83,12 +83,10 @@ def expected():
     return y, gradients
 
 
-@pytest.mark.parametrize("limit", ["side by side", "two at a time", "one after the other"])
-def test_chosen_blocks_run_as_by_hand(limit, monkeypatch, expected):
+@pytest.mark.parametrize("parts", [1, 4])  # the whole batch, or sample by sample
+def test_chosen_blocks_run_as_by_hand(parts, monkeypatch, expected):
     run_block, params = group()
-    size = sum(a[0].nbytes for a in jax.tree.leaves(params))
-    samples = {"side by side": BATCH, "two at a time": 2, "one after the other": 0}[limit]
-    monkeypatch.setattr(mob, "GATHER_BYTES", samples * size)
+    monkeypatch.setattr(mob, "PARTS", parts)
     x, vec = entry()
 
     def loss(params, x, vec, weight):
@@ -140,41 +138,37 @@ def test_reports_are_by_block_and_zero_where_skipped():
     np.testing.assert_allclose(routing.probability.sum(-1), ran, atol=1e-6)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("blocks", [2, 8])
-def test_skipped_blocks_are_not_computed(batch, blocks):
-    """Two blocks' work per sample, of two or of eight, and where samples choose differently."""
+@pytest.mark.parametrize(
+    "blocks, chosen, parts",
+    [
+        (2, [[0, 1]], {0: 1, 1: 1}),
+        (8, [[0, 1], [0, 7], [6, 7]], {0: 2, 1: 1, 6: 1, 7: 2}),  # parts of one sample
+        (2, [[1]] * 8, {1: 4}),  # of two: all choose alike, nothing is computed in vain
+        (2, [[0], [1]] * 4, {0: 2, 1: 2}),
+        (2, [[0], [1], [1], [1], [1], [1], [0], [0]], {0: 2, 1: 3}),  # one sample too many
+    ],
+)
+@pytest.mark.parametrize("apart", [False, True])
+def test_skipped_blocks_are_not_computed(blocks, chosen, parts, apart):
+    """Every call of a block, counted while it runs."""
     run_block, params = group(blocks)
+    batch, found = len(chosen), Counter()
+    numbered = {"params": params, "number": jnp.arange(blocks)}
+    if apart:
+        numbered = tuple(jax.tree.map(lambda a, i=i: a[i], numbered) for i in range(blocks))
+
+    def counting(numbered, streams, context):
+        jax.debug.callback(lambda n: found.update([int(n)]), numbered["number"])
+        assert streams[0].shape[0] == batch // min(4, batch)
+        return run_block(numbered["params"], streams, context)
+
     x, vec = entry(batch)
-    chosen = jnp.asarray([[0, 1], [0, blocks - 1], [blocks - 2, blocks - 1]])[:batch]
-
-    def chosen_blocks(params):
-        return run(run_block, params, x, vec, chosen, jnp.ones((batch, 2)))[0]
-
-    def one_block(params):
-        first = jax.tree.map(lambda a: a[0], params)
-        return run_block(first, (x[:1],), context(vec[:1]))[0]
-
-    done, one = (
-        multiplications(jax.make_jaxpr(f)(params).jaxpr) for f in (chosen_blocks, one_block)
-    )
-    assert done == 2 * batch * one
-
-
-def multiplications(jaxpr, times=1) -> int:
-    """Scalar multiplications of all matrix products, those in loops as often as they run."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = np.prod([left[i] for i in contracted])
-            total += times * int(inner * np.prod(equation.outvars[0].aval.shape))
-        assert equation.primitive.name not in ("cond", "while"), "count these too"
-        repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for inner in jaxprs_in_params(equation.params):
-            total += multiplications(inner, times * repeats)
-    return total
+    chosen = jnp.asarray(chosen)
+    weight = jnp.ones(chosen.shape)
+    y = jax.jit(lambda *a: run(counting, *a)[0][0])(numbered, x, vec, chosen, weight)
+    jax.effects_barrier()
+    assert found == parts
+    np.testing.assert_allclose(y, plain(run_block, params, x, vec, chosen, weight), atol=1e-4)
 
 
 def test_weight_is_exactly_1_and_its_gradient_reaches_the_router():

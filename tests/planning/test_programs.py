@@ -34,7 +34,7 @@ from d2m_jax.planning.plan import Phase, device_bytes, plan, table
 from d2m_jax.planning.programs import ENCODERS, RESTACKED, calibration, lower
 from d2m_jax.sampling import pipeline
 from d2m_jax.sharding import make_mesh, replicated
-from d2m_jax.sparsification import importance
+from d2m_jax.sparsification import importance, left_out
 from d2m_jax.training import run
 from d2m_jax.training.step import Step
 from d2m_jax.weights.directory import model_directory
@@ -92,7 +92,8 @@ def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch):
     def recorded(method, phase):
         return lambda step: Recorded(method(step), teller(phase))
 
-    monkeypatch.setattr(importance, "measure", Recorded(importance.measure, teller("calibration")))
+    for module, phase in ((importance, "calibration"), (left_out, "fitting routers")):
+        monkeypatch.setattr(module, "measure", Recorded(module.measure, teller(phase)))
     monkeypatch.setattr(Step, "train", recorded(Step.train, "step"))
     monkeypatch.setattr(Step, "evaluate", recorded(Step.evaluate, "validation"))
     monkeypatch.setattr(pipeline, "denoising", Recorded(pipeline.denoising, teller("samples")))
@@ -160,7 +161,7 @@ def test_encoders_count_where_no_cache_spares_them():
         given = replace(config, data=data), teacher, mesh
         (stage,) = lower(*given)
         others = dict(stage.others())
-        assert others.keys() == {"validation", "samples", "decoding"}
+        assert others.keys() == {"fitting routers", "validation", "samples", "decoding"}
         for phase in (calibration(*given), stage, others["validation"]):
             assert (ENCODERS in phase.beside) == (not cached)
         # Pictures need them all; what decodes is an argument.
