@@ -1,6 +1,6 @@
 """Options that make denoising cheaper, and what each costs in quality on the icons benchmark.
 
-    python benchmarks/cheaper.py runs/demo/models/moe --output cheaper.json
+    python benchmarks/cheaper.py runs/demo/rivals/moe/models/moe --output cheaper.json
 
 Every option paints the same prompts from the same noises as the model does without it. `score` is
 the overall one over combinations seen and held out, in percent; `difference` to the plain model is

@@ -1,6 +1,6 @@
 """A student with other numbers of experts per token than it trained with: its error by k.
 
-    python benchmarks/top_k.py runs/demo/models/moe
+    python benchmarks/top_k.py runs/demo/rivals/moe/models/moe
 
 Error: E‖v_teacher − v_student‖² on noisy validation examples of the icons task. Beside the weights
 of models/moe.py, those that add up to k at every k, as they were until 2026-11-26.

@@ -9,12 +9,16 @@ python train.py configs/tiny.py
 
 import dataclasses
 
+from configs.icons_moe_s import GROUPS as DEMOS
 from configs.icons_moe_s import get_config as get_demo
 from configs.icons_paper import get_config as get_paper
 from d2m_jax.config import RunConfig, SparsifyConfig, StageConfig, StudentConfig
 
 FFNS = ("*mlp.*",)
-GROUPS = ("single.1.*",)  # behind the blocks that always run
+GROUPS = ("single.0.*",)  # before the blocks that always run
+
+
+FITTED = dataclasses.replace(DEMOS, batches=2)
 
 
 def shorten(stage: StageConfig, train: tuple[str, ...]) -> StageConfig:
@@ -39,7 +43,8 @@ def get_config() -> RunConfig:
     demo, paper = get_demo(), get_paper()
     pruned = demo.rivals["pruned"]
     stages = {name: shorten(stage, stage.train) for name, stage in paper.stages.items()}
-    stages["mob"] = shorten(demo.stages["mob"], GROUPS)
+    stages["mob"] = shorten(demo.stages["joint"], GROUPS)
+    stages["mob"] = dataclasses.replace(stages["mob"], groups=FITTED)
     retrain = {"retrain": shorten(pruned.stages["retrain"], FFNS)}
     return dataclasses.replace(
         demo,

@@ -56,7 +56,7 @@ def watch(step, metrics, now):
     display(d2m_jax.compare(prompts, teacher, now, seed=1))
 
 
-stage = replace(recipe.stages["moe"], batch_size=16)
+stage = replace(recipe.stages["joint"], batch_size=16)
 student = d2m_jax.distill(
     student, teacher, recipe.data, stage, steps=60, every=30, callback=watch, validation_batches=1
 )

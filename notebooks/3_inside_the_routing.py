@@ -31,8 +31,8 @@ MODEL = ""  # a sparse model of yours: "runs/demo/model" after `make demo`
 
 # %% [markdown]
 # Without a model of yours we cut one: the small teacher that comes with the package, with 12 normal
-# experts in the place of each feed-forward layer, of which each token gets 2. Its last two blocks
-# become a group of which one runs. Nothing is trained, which is quick, and its pictures suffer.
+# experts in the place of each feed-forward layer, of which each token gets 2. Its first two single
+# blocks become a group of which one runs. Nothing is trained: that is quick, and pictures suffer.
 
 # %%
 teacher = d2m_jax.load_pipeline("teachers/pictograms")
@@ -43,7 +43,7 @@ else:
     quick = {"batches": 1, "batch_size": 32, "tokens": 512, "shared": "magnitude"}
     cut = replace(recipe.sparsify, **quick)
     student = d2m_jax.sparsify(teacher, recipe.data, cut)
-    groups = GroupsConfig(keep_double=1, keep_single=4, single_blocks=2, single_active=1)
+    groups = GroupsConfig(keep_double=1, keep_last_single=4, single_blocks=2, single_active=1)
     transformer, params = regroup(student.config.transformer, student.params, groups, seed=0)
     config = replace(student.config, transformer=transformer)
     student = d2m_jax.Pipeline(config, params, encoders=student.encoders)

@@ -47,7 +47,10 @@ def main(recipe: Recipe) -> Table:
         "xs": (7 / 19, 24 / 38, 3),
     }
     large = recipe.sparse()
-    sparse = {name: recipe.sparse(recipe.leaving_out(*out)) for name, out in left_out.items()}
+    sparse = {
+        name: recipe.sparse(recipe.placed(recipe.leaving_out(*out)))
+        for name, out in left_out.items()
+    }
     ratio = recipe.activated
     cells = (
         Cell("dense", "dense, the teacher", None, paper=paper(0.6595, 83.42, 11.90)),
@@ -107,7 +110,7 @@ def depth(recipe: Recipe) -> Table:
     """Depth pruning against a Mixture of Blocks with as many blocks that run; FFNs stay dense."""
     cells, single = [], recipe.depth("single")
     double = recipe.depth("double")
-    figures = paper(0.093, 41.6), paper(0.345, 66.9), paper(0.496, 76.5)
+    figures = {0: paper(0.093, 41.6), 1: paper(0.345, 66.9), 3: paper(0.496, 76.5)}
     for share in (12 / 38, 1 / 2):
         # Of the single blocks: the paper leaves out 10 of 19 double ones too, which this may lack.
         groups = recipe.leaving_out(0.0, share)
@@ -116,16 +119,50 @@ def depth(recipe: Recipe) -> Table:
         pairs = (single - groups.keep_single) // groups.single_blocks
         left = single - pairs
         of = f"{double} + {left} blocks"
-        names = [f"{kind}_{left}" for kind in ("change", "even", "mob")]
+        names = [f"{kind}_{left}" for kind in ("change", "even", "cost", "papers", "mob")]
         cells += [
             Cell(names[0], f"pruned as FLUX.1-lite, {of}", recipe.shallow(double, left, "change")),
             Cell(names[1], f"pruned evenly as BK-SDM, {of}", recipe.shallow(double, left, "even")),
-            Cell(names[2], f"MoB, {of} run", recipe.blocks(groups), names[1]),
+            Cell(names[2], f"pruned by cost (ours), {of}", recipe.shallow(double, left, "cost")),
+            Cell(names[3], f"MoB as the paper has it, {of} run", recipe.blocks(groups), names[2]),
+            Cell(names[4], f"MoB, ours, {of} run", recipe.blocks(recipe.placed(groups)), names[2]),
         ]
-        cells[-3:] = [replace(c, paper=f) for c, f in zip(cells[-3:], figures, strict=True)]
-        figures = {}, {}, {}
-    note = "The paper's figures are those of 9 + 26 of 19 + 38 blocks, with experts."
-    return Table("depth", "Depth: pruned or chosen", tuple(cells), (note,))
+        for i, theirs in figures.items():
+            cells[i - 5] = replace(cells[i - 5], paper=theirs)
+        figures = {}
+    notes = (
+        "The paper's figures are those of 9 + 26 of 19 + 38 blocks, with experts.",
+        "Cost: what the velocity loses without a block. MoB as the paper has it: the last blocks,"
+        " with random routers; ours: where they cost least, with routers fitted to that.",
+    )
+    return Table("depth", "Depth: pruned or chosen", tuple(cells), notes)
+
+
+def places(recipe: Recipe) -> Table:
+    """Groups of blocks beside experts, all in one stage: where they stand, how routers start."""
+    last = recipe.leaving_out(7 / 19, 1 / recipe.depth("single"))
+    placed = recipe.placed(last)
+    narrow = recipe.pruned(recipe.activated)
+    cut = replace(narrow.sparsify, depth_choice="cost", **recipe.running(last))
+    rival = replace(narrow, sparsify=cut)
+    cells = (
+        Cell("narrow_shallow", "pruned in width, and in depth by cost", rival),
+        Cell("last_random", "the last blocks, random routers (the paper's)", recipe.joint(last)),
+        Cell(
+            "last_fitted",
+            "the last blocks, fitted routers",
+            recipe.joint(replace(last, router="fitted")),
+        ),
+        Cell(
+            "placed_random",
+            "where blocks cost least, random routers",
+            recipe.joint(replace(placed, router="random")),
+        ),
+        Cell("placed_fitted", "where blocks cost least, fitted (ours)", recipe.joint(placed)),
+    )
+    cells = (cells[0], *(replace(cell, against="narrow_shallow") for cell in cells[1:]))
+    note = "One block of a pair runs; with as many double ones out as the paper's MoE-S."
+    return Table("places", "Groups of blocks: places and routers", cells, (note,))
 
 
 def starts(recipe: Recipe) -> Table:
@@ -162,6 +199,7 @@ def starts(recipe: Recipe) -> Table:
 def stages(recipe: Recipe) -> Table:
     """Three stages against one."""
     groups = recipe.leaving_out(7 / 19, 15 / 38)
+    ours = recipe.placed(groups)
     papers: dict[str, Any] = {"deal": "rank", "gate": "random"}
     cells = (
         Cell(
@@ -175,8 +213,8 @@ def stages(recipe: Recipe) -> Table:
             recipe.papers(groups),
             "papers_joint",
         ),
-        Cell("joint", "our start, one joint stage", recipe.joint(groups), "papers_joint"),
-        Cell("two", "our start, experts and then groups", recipe.sparse(groups), "papers_joint"),
+        Cell("joint", "our start, one joint stage", recipe.joint(ours), "papers_joint"),
+        Cell("two", "our start, experts and then groups", recipe.sparse(ours), "papers_joint"),
     )
     note = "The paper loses 0.02 of ImageReward by one joint stage."
     return Table("stages", "Stages", cells, (note,))
@@ -259,5 +297,5 @@ def topk(recipe: Recipe) -> Table:
 
 TABLES: dict[str, Callable[[Recipe], Table]] = {
     table.__name__: table
-    for table in (main, mlp, depth, starts, stages, groups, balance, routers, topk)
+    for table in (main, mlp, depth, places, starts, stages, groups, balance, routers, topk)
 }

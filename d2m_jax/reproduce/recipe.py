@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from d2m_jax.config import (
+    KINDS,
     FluxConfig,
     GroupsConfig,
     LossConfig,
@@ -26,6 +27,7 @@ BLOCKS = ("double.*", "single.*")  # everything but the embedders and the last l
 SHARED = ("*.shared.*",)
 ROUTED = ("*.experts.*", "*.gate.*", "*mlp.scale")
 SCALE = {"*mlp.scale": 30.0}  # it starts at 0 and has far to go
+ROUTER = {"*.router.*": 0.1}  # fitted, it is right from the start
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,16 @@ class Recipe:
         if groups is None or not mixes(groups):
             return StudentConfig(cut, {"moe": self.stage()})
         last = max(1, self.steps // 4)
-        stages = {"moe": self.stage(self.steps - last), "mob": self.stage(last, groups=groups)}
+        stages = {"moe": self.stage(self.steps - last), "mob": self._mixing(groups, steps=last)}
         return StudentConfig(cut, stages)
+
+    def _mixing(self, groups: GroupsConfig, **fields: Any) -> StageConfig:
+        """A stage in which blocks are in groups."""
+        stage = self.stage(groups=groups, **fields)
+        if groups.router == "random" or not mixes(groups):
+            return stage
+        rates = {**stage.optimizer.rates, **ROUTER}
+        return replace(stage, optimizer=replace(stage.optimizer, rates=rates))
 
     def pruned(self, ratio: float, **changes: Any) -> StudentConfig:
         """The rival in width, cut as the base cuts its own."""
@@ -130,8 +140,8 @@ class Recipe:
 
     def blocks(self, groups: GroupsConfig, **fields: Any) -> StudentConfig:
         """Groups of blocks with the teacher's own FFNs, trained as the rival in depth is."""
-        cut, stage = replace(self.cut, method="none"), self.stage(pruned=True, rates={})
-        return StudentConfig(cut, {"mob": replace(stage, groups=groups, **fields)})
+        stage = self._mixing(groups, pruned=True, rates={}, **fields)
+        return StudentConfig(replace(self.cut, method="none"), {"mob": stage})
 
     def papers(self, groups: GroupsConfig | None) -> StudentConfig:
         """The paper's three stages with its start and its freezing; each trains one thing."""
@@ -161,7 +171,7 @@ class Recipe:
         self, groups: GroupsConfig, loss: LossConfig | None = None, **cut: Any
     ) -> StudentConfig:
         """All at once: experts, gates, groups of blocks."""
-        stage = self.stage(groups=groups) if loss is None else self.stage(groups=groups, loss=loss)
+        stage = self._mixing(groups, **({} if loss is None else {"loss": loss}))
         return StudentConfig(replace(self.cut, **cut), {"joint": stage})
 
     # What matches what ------------------------------------------------------------------------
@@ -172,7 +182,8 @@ class Recipe:
 
     def leaving_out(self, double: float, single: float, size: int = 2) -> GroupsConfig:
         """Groups of which one block runs, so that about these shares of the blocks stay out: pairs
-        of double blocks, and of single ones groups of `size`."""
+        of double blocks, and of single ones groups of `size`. As the paper has them they are the
+        last blocks, and their routers random."""
 
         def groups(depth: int, share: float, size: int) -> int:
             return min(round(depth * share / (size - 1)), depth // size)
@@ -184,7 +195,31 @@ class Recipe:
             double_blocks=2 if pairs else 1,
             keep_single=there[1] - size * many,
             single_blocks=size if many else 1,
+            router="random",
         )
+
+    def running(self, groups: GroupsConfig) -> dict[str, int | None]:
+        """As many blocks as run in these groups: SparsifyConfig's fields of a rival in depth."""
+        found = {}
+        for kind in KINDS:
+            outside, size, active = (
+                getattr(groups, f"keep_{kind}") + getattr(groups, f"keep_last_{kind}"),
+                getattr(groups, f"{kind}_blocks"),
+                getattr(groups, f"{kind}_active"),
+            )
+            found[f"depth_{kind}"] = outside + (self.depth(kind) - outside) // size * active or None
+        return found
+
+    def placed(self, groups: GroupsConfig) -> GroupsConfig:
+        """These groups as we have them: where the base has its own, with fitted routers."""
+        of_base = (stage.groups for s in self._students for stage in s.stages.values())
+        own = next((g for g in of_base if g is not None and mixes(g)), groups)
+        keep = {}
+        for kind in KINDS:
+            outside = sum(getattr(groups, name) for name in (f"keep_{kind}", f"keep_last_{kind}"))
+            first = min(outside, getattr(own, f"keep_{kind}"))
+            keep |= {f"keep_{kind}": first, f"keep_last_{kind}": outside - first}
+        return replace(groups, router="fitted", **keep)
 
     def cost(self, student: StudentConfig) -> int:
         """Parameters that a forward activates."""

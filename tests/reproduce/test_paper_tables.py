@@ -50,7 +50,7 @@ def test_rivals_of_the_main_table_match_what_they_stand_beside():
     # Of FLUX.1's depths, the presets.
     flux = Recipe(BASE, replace(CONFIG, double=(StackConfig(19),), single=(StackConfig(38),)), 40)
     assert flux.leaving_out(4 / 19, 9 / 38) == GroupsConfig(
-        keep_double=11, double_blocks=2, keep_single=20, single_blocks=2
+        keep_double=11, double_blocks=2, keep_single=20, single_blocks=2, router="random"
     )
     assert flux.leaving_out(7 / 19, 24 / 38, 3).keep_single == 2
 
@@ -59,8 +59,10 @@ def test_equal_depth_and_equal_width():
     depth = {cell.name: transformer(cell.student) for cell in TABLES["depth"](RECIPE).cells}
     for left in (4, 3):
         assert [s.depth for s in depth[f"even_{left}"].single] == [left]
-        running = sum(s.groups * s.active for s in depth[f"mob_{left}"].single)
-        assert running == left
+        assert [s.depth for s in depth[f"cost_{left}"].single] == [left]
+        for mob in ("papers", "mob"):
+            running = sum(s.groups * s.active for s in depth[f"{mob}_{left}"].single)
+            assert running == left
     mlp = {cell.name: transformer(cell.student) for cell in TABLES["mlp"](RECIPE).cells}
     assert mlp["moe_2"].moe.top_k == 4 and mlp["narrow_2"].single[0].mlp_ratio == 2
     found = TABLES["groups"](RECIPE).cells
@@ -68,10 +70,30 @@ def test_equal_depth_and_equal_width():
     assert [s.groups * s.active for s in stacks] == [3, 3, 2, 2]
 
 
+def test_groups_stand_where_the_bases_do_with_fitted_routers():
+    last = RECIPE.leaving_out(0, 2 / 6)
+    assert (last.keep_single, last.keep_last_single, last.router) == (2, 0, "random")
+    ours = RECIPE.placed(last)  # the base's begin with the first single block
+    assert (ours.keep_single, ours.keep_last_single, ours.router) == (0, 2, "fitted")
+    cells = {cell.name: cell.student for cell in TABLES["places"](RECIPE).cells}
+    stacks = {name: transformer(student) for name, student in cells.items()}
+    assert [s.depth for s in stacks["narrow_shallow"].stacks] == [1, 5]
+    for name, single in (("last_fitted", [4, 1]), ("placed_random", [1, 4])):
+        assert [s.groups for s in stacks[name].single] == single
+        assert sum(s.groups * s.active for s in stacks[name].stacks) == 6
+    rates = {
+        name: s.stages["joint"].optimizer.rates
+        for name, s in cells.items()
+        if "_" in name[4:] and "joint" in s.stages
+    }
+    assert rates["placed_fitted"]["*.router.*"] == 0.1 and "*.router.*" not in rates["last_random"]
+
+
 def test_rates_are_the_bases():
     recipe, pruned = RECIPE, BASE.rivals["pruned"].stages["retrain"].optimizer
     assert recipe.pruned(1.5).stages["retrain"].optimizer.rates == pruned.rates
-    assert recipe.sparse().stages["moe"].optimizer.rates == BASE.stages["moe"].optimizer.rates
+    moe = BASE.rivals["moe"].stages["moe"].optimizer
+    assert recipe.sparse().stages["moe"].optimizer.rates == moe.rates
     alone = Recipe(replace(BASE, rivals={}), TEACHER, 40)
     assert alone.pruned(1.5).stages["retrain"].optimizer.rates == {}
     with pytest.raises(ConfigError, match="no student of method = moe"):
