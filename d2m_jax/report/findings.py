@@ -110,9 +110,9 @@ def gather(run: Run, bench: Bench) -> Findings:
 
 
 def _sweep(run: Run, bench: Bench, count: int) -> tuple[Row, dict[int, Measured]] | None:
-    """The main student before it mixes blocks, with other numbers of experts per token, its own
-    and all of them; None where the run tries none."""
-    row = next((row for row in run.routed if not row.mixes), None)
+    """The main student, before it mixes blocks if it ever did not, with other numbers of experts
+    per token, its own and all of them; None where the run tries none."""
+    row = run.swept
     if row is None or not run.config.sweep_top_k:
         return None
     moe, prompts, found = row.config.transformer.moe, {"seen": count}, {}

@@ -45,7 +45,12 @@ class Row:
     @property
     def sparse(self) -> bool:
         """Whether it has MoE layers or mixes blocks."""
-        return any(s.ffn == "moe" or s.mixes for s in self.config.transformer.stacks)
+        return self.routes or self.mixes
+
+    @property
+    def routes(self) -> bool:
+        """Whether it has MoE layers."""
+        return any(stack.ffn == "moe" for stack in self.config.transformer.stacks)
 
     @property
     def mixes(self) -> bool:
@@ -106,6 +111,11 @@ class Run:
     def routed(self) -> list[Row]:
         """The rows whose routing is shown."""
         return [row for row in self.main.finals if row.sparse]
+
+    @property
+    def swept(self) -> Row | None:
+        """The first of these with experts, which other numbers of them are tried on."""
+        return next((row for row in self.routed if row.routes), None)
 
     @property
     def finals(self) -> list[Row]:
