@@ -220,6 +220,18 @@ def stages(recipe: Recipe) -> Table:
     return Table("stages", "Stages", cells, (note,))
 
 
+def experts(recipe: Recipe) -> Table:
+    """Few wide experts or many narrow ones, as much of the FFN activated; beside the rival."""
+    narrow, cells = recipe.pruned(recipe.activated), []
+    for times in (0.5, 1, 2, 4):
+        count, active = (round(times * n) for n in (recipe.moe.experts, recipe.moe.top_k))
+        moe = replace(recipe.moe, experts=count, top_k=max(1, active))
+        label = f"{moe.top_k} of {count} experts"
+        cells.append(Cell(f"experts_{count}", label, recipe.sparse(moe=moe), "narrow"))
+    rival = Cell("narrow", f"pruned, r = {recipe.activated:g}", narrow)
+    return Table("experts", "Wide experts or fine ones", (rival, *cells))
+
+
 def groups(recipe: Recipe) -> Table:
     """The same number of blocks that run, in fewer or in more groups, with features."""
     cells, single = [], recipe.depth("single")
@@ -297,5 +309,8 @@ def topk(recipe: Recipe) -> Table:
 
 TABLES: dict[str, Callable[[Recipe], Table]] = {
     table.__name__: table
-    for table in (main, mlp, depth, places, starts, stages, groups, balance, routers, topk)
+    for table in (
+        *(main, mlp, experts, depth, places, starts, stages, groups),
+        *(balance, routers, topk),
+    )
 }
