@@ -24,8 +24,13 @@ def use_cores(quick_compilation: bool = False) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     asked = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     if asked < 0 and DEVICE_COUNT not in flags:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        jax.config.update("jax_num_cpu_devices", 2 ** min(3, int(math.log2(cores or 1))))
+        found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = found or 1
+        devices = 2 ** min(3, int(math.log2(cores)))
+        jax.config.update("jax_num_cpu_devices", devices)
+        # Two devices with two threads can wait for each other for ever, each in another collective,
+        # of a loop and of what is around it (docs/decisions.md).
+        os.environ.setdefault("PJRT_NPROC", str(max(cores, 2 * devices)))
     if jax.__version_info__ < (0, 11):
         # The code generator that came before compiles in half the time what runs as fast.
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"

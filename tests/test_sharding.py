@@ -28,7 +28,7 @@ from d2m_jax.sharding import (
 )
 
 DEVICES = jax.device_count()
-NAMES = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+NAMES = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "PJRT_NPROC")
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
 
 
@@ -108,9 +108,15 @@ def test_a_mesh_leaves_no_process_without_devices():
     ],
 )
 def test_the_number_of_devices_is_the_user_s(asked):
-    """Without a wish of theirs it is that of the cores, a power of two up to 8."""
+    """Without a wish of theirs it is that of the cores, a power of two up to 8, with two threads
+    each at least."""
     clean = {name: value for name, value in os.environ.items() if name not in NAMES}
-    code = "import jax; from d2m_jax.cores import use_cores; use_cores(); print(jax.device_count())"
+    code = (
+        "import glob, jax; from d2m_jax.cores import use_cores; use_cores();"
+        "print(jax.device_count());"
+        "tasks = glob.glob('/proc/self/task/*/comm');"
+        "print(sum('XLAEigen' in open(task).read() for task in tasks))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=clean | {"JAX_PLATFORMS": "cpu"} | asked,
@@ -119,4 +125,7 @@ def test_the_number_of_devices_is_the_user_s(asked):
         check=True,
         timeout=120,
     )
-    assert int(done.stdout) == (3 if asked else 2 ** min(3, int(math.log2(len(CORES)))))
+    devices, threads = map(int, done.stdout.split())
+    assert devices == (3 if asked else 2 ** min(3, int(math.log2(len(CORES)))))
+    if not asked and sys.platform == "linux":
+        assert threads == max(len(CORES), 2 * devices)

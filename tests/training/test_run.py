@@ -28,8 +28,11 @@ from d2m_jax.data import icons
 from d2m_jax.grid import GAP
 from d2m_jax.named_arrays import names
 from d2m_jax.sampling.pipeline import load_pipeline
-from d2m_jax.training.run import run
+from d2m_jax.sharding import make_mesh
+from d2m_jax.training import stage as of_stage
+from d2m_jax.training.run import run, with_teacher
 from d2m_jax.weights.directory import model_directory
+from d2m_jax.weights.files import safetensors
 
 TRANSFORMER = FluxConfig(
     in_channels=192,
@@ -205,6 +208,32 @@ def test_starts_where_it_stopped(teacher, finished, tmp_path):
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_routers_are_fitted_once(teacher, finished, tmp_path, monkeypatch):
+    """What is fitted is in the run directory, and a stage that goes on begins with that."""
+    config = student(teacher)
+    before, params = model_directory.load(finished / "models" / "moe")
+    asked = []
+
+    def measured(*arguments, **options):
+        asked.append(options["blocks"])
+        raise InterruptedError
+
+    monkeypatch.setattr(of_stage, "leave_out", measured)
+    work, _ = with_teacher(config, make_mesh(config.mesh))
+    given = work, "mob", config.stages["mob"], before, params
+    kept = names(of_stage._routers(*given, finished))
+    there = safetensors.read(finished / "routers" / "mob.safetensors")
+    assert not asked and kept.keys() == there.keys()
+    for name, array in kept.items():
+        np.testing.assert_array_equal(array, there[name])
+    assert kept["single.1.features.kernel"].shape == (1, 2 * TRANSFORMER.hidden_size, 2)
+    trained = arrays(finished / "model")["single.1.router.features.kernel"]
+    assert 0 < np.abs(trained - kept["single.1.features.kernel"]).max() < 0.1
+    with pytest.raises(InterruptedError):
+        of_stage._routers(*given, tmp_path)
+    assert asked == [(("single", 1), ("single", 2))]
 
 
 def test_refuses_the_directory_of_another_run(teacher, finished):
