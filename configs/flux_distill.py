@@ -77,6 +77,7 @@ def get_config() -> RunConfig:
                     keep_single=8,
                     single_blocks=2,
                     single_active=1,
+                    router="random",  # fitted: where, says python evaluate.py blocks
                 ),
             ),
         },

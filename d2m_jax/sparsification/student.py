@@ -59,7 +59,8 @@ def make_student(
     )
     if cut:
         left = {kind: blocks_left(config, cut, kind) for kind in KINDS}
-        say(f"blocks that stay, by {sparsify.depth_choice}: {left}")
+        stay = "; ".join(f"{kind} {', '.join(map(str, of))}" for kind, of in left.items())
+        say(f"blocks of the teacher that stay, chosen by {sparsify.depth_choice}: {stay}")
     student = student_config(config, sparsify)
     config, params = align(config, params, shapes(student))
     if not measures(sparsify):
@@ -76,7 +77,7 @@ def make_student(
         count=sparsify.batches,
         micro_batch=micro_batch,
     )
-    say(f"calibrated on {sparsify.batches} batches")
+    say(f"measured the teacher on {sparsify.batches} batches, to cut it")
 
     scores = _scores(sparsify.shared, params, measured, seed)
     made = dict(params)
@@ -105,15 +106,20 @@ def make_student(
                     cut[f"{kind}.{first + n}.{name}"] = neurons
             made[kind][i] = {"block": block}
     if sparsify.method == "moe":
-        said = f"experts: shared {sparsify.shared}, deal {sparsify.deal}, gate {sparsify.gate}"
-        say(f"{said}, refit {sparsify.refit}")
+        say(
+            f"cut into experts: neurons of the shared one chosen by {sparsify.shared}, the others"
+            f" dealt by {sparsify.deal}, gates {sparsify.gate}, outputs refitted: {sparsify.refit}"
+        )
     elif sparsify.method == "prune":
-        say(f"pruned to {sparsify.mlp_ratio}, by {sparsify.shared}, refit {sparsify.refit}")
+        say(
+            f"pruned to {sparsify.mlp_ratio:g} × D neurons per FFN, chosen by {sparsify.shared},"
+            f" outputs refitted: {sparsify.refit}"
+        )
 
     if sparsify.modulation_rank is not None:
         rank = sparsify.modulation_rank
         student, made, cut[MODULATION], error = low_rank(student, made, measured.cond, rank)
-        say(f"modulation of rank {rank}: relative error {error:.1e}")
+        say(f"modulations on a shared basis of rank {rank}: relative error {error:.1e}")
     return replace(teacher, transformer=student), made, cut
 
 

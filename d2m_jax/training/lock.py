@@ -139,8 +139,8 @@ def _wait(directory: Path, before: dict[str, Any]) -> None:
         return
     end = time.monotonic() + PATIENCE - age
     hosts.say(
-        f"{_in_use(directory, before)}, last seen {age:.0f} s ago; this run begins in"
-        f" {PATIENCE - age:.0f} s unless it is again"
+        f"{_in_use(directory, before)}, which last gave a sign of life {age:.0f} s ago; this run"
+        f" begins in {PATIENCE - age:.0f} s unless it gives another"
     )
     while time.monotonic() < end:
         time.sleep(min(1.0, PATIENCE / 10))

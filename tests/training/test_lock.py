@@ -75,7 +75,10 @@ def test_a_process_of_another_host_is_waited_for_while_it_may_live(elsewhere, tm
     with lock.held(tmp_path):
         assert 0.5 < time.monotonic() - start < 10
     (line,) = capsys.readouterr().err.splitlines()
-    assert "in use by process 123 on node7 since 2026-11-25 20:00:00, last seen" in line
+    assert (
+        "in use by process 123 on node7 since 2026-11-25 20:00:00, which last gave a sign of life"
+        in line
+    )
 
 
 def test_one_that_died_long_ago_is_not_waited_for(elsewhere, tmp_path, capsys):

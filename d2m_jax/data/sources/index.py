@@ -74,7 +74,9 @@ def pack(texts: list[bytes]) -> tuple[np.ndarray, bytes]:
     """Ends and bytes of a packed column."""
     ends = np.cumsum([len(text) for text in texts], dtype=np.uint64)
     if len(ends) and ends[-1] >= 2**32:
-        raise ConfigError("a part of a source has more than 4 GB of text; expected smaller parts")
+        raise ConfigError(
+            "a file of a source has more than 4 GB of captions; expected smaller files"
+        )
     return ends.astype(np.uint32), b"".join(texts)
 
 
@@ -88,18 +90,18 @@ class Index:
         with Path(path).open("rb") as file:
             start = file.read(len(MAGIC) + 8)
             if start[: len(MAGIC)] != MAGIC or len(start) < len(MAGIC) + 8:
-                raise ConfigError(f"{path}: is no index of this version")
+                raise ConfigError(f"{path}: is not an index that this version can read")
             (length,) = struct.unpack("<Q", start[len(MAGIC) :])
             size = Path(path).stat().st_size
             if length > size:
-                raise ConfigError(f"{path}: is cut off")
+                raise ConfigError(f"{path}: is cut off: the file is shorter than it says")
             header = json.loads(file.read(length))
         self.kind: str = header["kind"]
         self.parts = [_part(values) for values in header["parts"]]
         begin = aligned(len(start) + length)
         arrays = header["arrays"]
         if size < begin + max((at + count for at, count, _, _ in arrays.values()), default=0):
-            raise ConfigError(f"{path}: is cut off")
+            raise ConfigError(f"{path}: is cut off: the file is shorter than it says")
         mapped = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
         self.columns: dict[str, np.ndarray] = {
             name: mapped[begin + at : begin + at + count].view(dtype).reshape(-1, *shape)
@@ -117,8 +119,8 @@ class Index:
         self.fingerprint = self._fingerprint()
         if fingerprint not in (None, self.fingerprint):
             raise ConfigError(
-                f"{path}: was made anew, of other samples, since this run opened it; expected that"
-                " a source stays as it is while it is read"
+                f"{path}: was made anew, of other samples, since this run opened it; expected the"
+                " source to stay as it is while a run reads it: start the run again"
             )
 
     def __reduce__(self) -> tuple[type, tuple]:

@@ -196,7 +196,7 @@ class Headers:
         found = self.array.sum(1, dtype=np.int64) - own.sum(1, dtype=np.int64) + 8 * ord(" ")
         digits = own[:, :6].astype(np.int64) - ord("0")
         if not np.all((digits @ 8 ** np.arange(5, -1, -1) == found) & (own[:, 6] == 0)):
-            raise ValueError("a wrong sum")
+            raise ValueError("a header whose checksum is wrong")
 
     @functools.cached_property
     def array(self) -> UInt8[np.ndarray, "n 512"]:
@@ -223,7 +223,7 @@ def _walk(file: Found, window: Window, problems: Problems, careful: bool) -> Hea
             if len(header) < BLOCK or not header.strip(b"\0"):
                 break
             if not careful:
-                raise ValueError("an odd header")
+                raise ValueError("a header that is not a tar's")
             if not _is_header(header):
                 at = _behind_damage(file, window, at, problems)
                 if at == 0:
@@ -311,7 +311,7 @@ def _number(text: bytes) -> int:
             raise
         found = int.from_bytes(text[1:], "big")
     if found < 0:
-        raise ValueError(f"{found} where a size belongs")
+        raise ValueError(f"{found} where the size of a file belongs")
     return found
 
 
