@@ -7,12 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2m_jax.config import ConfigError, GroupsConfig, ModelConfig, SparsifyConfig, StackConfig
+from d2m_jax import flow
+from d2m_jax.config import (
+    ConfigError,
+    FluxConfig,
+    GroupsConfig,
+    ModelConfig,
+    SparsifyConfig,
+    StackConfig,
+)
 from d2m_jax.keys import named_key
-from d2m_jax.models.flux import join, model_of
+from d2m_jax.models.flux import abstract, join, model_of
 from d2m_jax.models.mob import BlockRouter, layer_pool
-from d2m_jax.sparsification import make_student
-from d2m_jax.sparsification.groups import align, regroup
+from d2m_jax.sparsification import left_out, make_student
+from d2m_jax.sparsification.groups import align, grouped, one_by_one, regroup
 from d2m_jax.sparsification.left_out import leave_out
 from d2m_jax.sparsification.routers import (
     blocks_in_groups,
@@ -119,6 +127,23 @@ def test_routers_choose_the_block_that_is_missed(small):
     used = report["single"][0].choice.used
     np.testing.assert_array_equal(used[0], np.tile([1.0, 0.0], (8, 1)))
     np.testing.assert_array_equal(used[1], np.tile([0.0, 1.0], (8, 1)))
+
+
+def test_costs_of_flux(small):
+    """Shapes at full size: 44 of 57 blocks in groups, 4,608 tokens, a sample at a time."""
+    flux, groups = FluxConfig(), GroupsConfig(5, 0, 2, 1, 8, 0, 2, 1)
+    blocks = blocks_in_groups(grouped(flux, groups))
+    batch = {"image": (4096, 64), "words": (512, 4096), "y": (768,)}
+    batch = {name: jax.ShapeDtypeStruct((4, *shape), jnp.float32) for name, shape in batch.items()}
+
+    def noisy(batch, key):
+        t, ids = jnp.zeros(4), flow.image_ids(64, 64)
+        return (batch["image"], ids, batch["words"], flow.text_ids(512), t, batch["y"], t), None
+
+    apart = one_by_one(flux)
+    asked = abstract(apart), batch, jax.eval_shape(lambda: jax.random.key(0))
+    found = jax.eval_shape(lambda *a: left_out.measure(*a, apart, noisy, blocks, 4), *asked)
+    assert [a.shape for a in found] == [(4, 44), (4, 57, 6144), (4, 3072), (4,)]
 
 
 def test_groups_in_the_middle(small):
