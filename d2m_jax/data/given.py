@@ -126,7 +126,8 @@ class Handed:
         batch = next(self._left, None)
         check(
             batch is not None,
-            f"data: ended after {self.taken} batches, expected one for every step",
+            f"data: ended after {self.taken} batches, expected one for every step and for all that"
+            " measures before it",
         )
         self.taken += 1
         batch = _checked(batch)

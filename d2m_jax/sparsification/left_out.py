@@ -73,7 +73,8 @@ def leave_out(
             of_batch = measure(params, batch, mine, config, noisy, blocks, parts)
         found.append(jax.tree.map(lambda a: np.array(whole(a)), of_batch))  # off the devices
     check(
-        len(found) == count, f"leaving out: expected batches = {count} of them, found {len(found)}"
+        len(found) == count,
+        f"costs of blocks: expected {count} batches to measure them on, found {len(found)}",
     )
     costs, pooled, vec, timesteps = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
     number = {block: i for i, block in enumerate(all_blocks(config))}

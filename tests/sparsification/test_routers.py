@@ -78,7 +78,7 @@ def test_costs_do_not_depend_on_stacks(small):
     some = measured(small, blocks=(("single", 2), ("double", 1)))
     assert list(some.costs) == [("single", 2), ("double", 1)]
     np.testing.assert_allclose(some.costs["single", 2], there.costs["single", 2], rtol=1e-3)
-    with pytest.raises(ConfigError, match="expected batches = 9 of them, found 4"):
+    with pytest.raises(ConfigError, match="expected 9 batches to measure them on, found 4"):
         measured(small, count=9)
 
 
