@@ -127,7 +127,9 @@ def test_positions_may_differ_by_sample(expected):
     assert difference[1] > 1e-2 and difference[jnp.asarray([0, 2])].max() < 1e-4
 
 
-def test_reports_are_by_block_and_zero_where_skipped():
+@pytest.mark.parametrize("parts", [1, 4])
+def test_reports_are_by_block_and_zero_where_skipped(parts, monkeypatch):
+    monkeypatch.setattr(mob, "PARTS", parts)
     run_block, params = group(ffn="moe")
     x, vec = entry()
     call = jax.jit(lambda *a: run(run_block, *a)[1])
