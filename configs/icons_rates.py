@@ -1,42 +1,51 @@
-"""Which rates suit a pruned student and a fitted one: 600 steps of each (docs/decisions.md).
+"""Which rates suit a pruned student and a fitted one: 200 steps of each (docs/decisions.md).
 
 python train.py configs/icons_rates.py
 """
 
 import dataclasses
 
+from configs.icons_moe_s import FITTED, PRUNED, STEPS, stage
 from configs.icons_moe_s import get_config as get_demo
-from configs.icons_moe_s import stage
-from d2m_jax.config import LossConfig, RunConfig, StudentConfig
+from d2m_jax.config import LossConfig, RunConfig, StageConfig, StudentConfig
 
-STEPS = 600
+LOSS = LossConfig(feature=0.0, balance=1e-3)
+WIDER = {"*.shared.*": 2.0, "*.experts.*": 8.0, "*.gate.*": 0.1}
+# Name → factors, rate, warm-up. The first of either kind are the demo's.
+PRUNINGS = {
+    "pruned": (PRUNED, 2e-3, 50),
+    "pruned_warmup_20": (PRUNED, 2e-3, 20),
+    "pruned_3e-3": (PRUNED, 3e-3, 20),
+    "pruned_4e-3": (PRUNED, 4e-3, 20),
+    "pruned_4e-3_ffns_2": ({"*mlp.*": 2.0}, 4e-3, 20),
+}
+EXPERTS = {
+    "fitted": (FITTED, 2e-3, 50),
+    "fitted_warmup_20": (FITTED, 2e-3, 20),
+    "fitted_4e-3": (FITTED, 4e-3, 20),
+    "fitted_experts_8": (WIDER, 2e-3, 50),
+}
 
 
-def fitted(shared: float, experts: float, gate: float, balance: float) -> dict:
-    rates = {"*.shared.*": shared, "*.experts.*": experts, "*.gate.*": gate}
-    loss = LossConfig(feature=0.0, balance=balance)
-    return {"moe": stage(STEPS, rates=rates, loss=loss)}
+def tried(rates: dict, rate: float, warmup: int, **fields) -> StageConfig:
+    made = stage(STEPS, learning_rate=rate, rates=rates, **fields)
+    return dataclasses.replace(made, optimizer=dataclasses.replace(made.optimizer, warmup=warmup))
 
 
 def get_config() -> RunConfig:
     demo = get_demo()
     cut = demo.rivals["pruned"].sparsify
-    pruned = {
-        "pruned_1": stage(STEPS),
-        "pruned_2": stage(STEPS, rates={"*mlp.*": 2.0}),
-        "pruned_4": stage(STEPS, rates={"*mlp.*": 4.0}),
-        "pruned_all_2": stage(STEPS, learning_rate=4e-3),
+    students = {n: StudentConfig(cut, {"retrain": tried(*p)}) for n, p in PRUNINGS.items()}
+    students |= {
+        name: StudentConfig(demo.sparsify, {"moe": tried(*how, loss=LOSS)})
+        for name, how in EXPERTS.items()
     }
-    moe = {
-        "fitted_1": fitted(1, 1, 1, 1e-2),
-        "fitted_gate": fitted(1, 1, 0.1, 1e-3),
-        "fitted_experts_2": fitted(1, 2, 0.1, 1e-3),
-        "fitted_experts_4": fitted(1, 4, 0.1, 1e-3),
-        "fitted_experts_4_gate_0.03": fitted(1, 4, 0.03, 1e-3),
-        "fitted_shared_2_experts_8": fitted(2, 8, 0.1, 1e-3),
-    }
-    rivals = {name: StudentConfig(cut, {"retrain": s}) for name, s in pruned.items()}
-    rivals |= {name: StudentConfig(demo.sparsify, stages) for name, stages in moe.items()}
+    main = students.pop("fitted")
     return dataclasses.replace(
-        demo, name="fitted_shared_2_experts_4", rivals=rivals, stages=fitted(2, 4, 0.1, 1e-3)
+        demo,
+        name="fitted",
+        stages=main.stages,
+        rivals=students,
+        evaluate_prompts=60,
+        sweep_top_k=(),
     )
