@@ -8,7 +8,7 @@
                               CLIP score, and the distance of features from a teacher's images
 {program} routing MODEL --output FOLDER [--prompts FILE]
                               where tokens and samples go while it draws: arrays, pictures
-{program} blocks CONFIG [--size 2] [--active 1]
+{program} blocks CONFIG [--output FOLDER]
                               what each block of a run's teacher is worth, and where groups of a
                               Mixture of Blocks lose least
 

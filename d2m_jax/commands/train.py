@@ -21,7 +21,7 @@ import tyro
 
 from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check
 
-EXAMPLE = "icons_moe_s --run-dir runs/mine --stages.moe.steps 2000"
+EXAMPLE = "icons_moe_s --run-dir runs/mine --stages.joint.steps 2000"
 
 
 @dataclass(frozen=True)
