@@ -134,7 +134,6 @@ def _run_blocks(
 
     def block(streams: Streams, mine: tuple) -> tuple[Streams, Any]:
         params, runs, weight, known = mine
-        order = jnp.argsort(~runs, stable=True)
         given = streams, vec, cond, pe, known, asked, runs, weight
 
         @partial(jax.checkpoint, prevent_cse=False)
@@ -155,6 +154,10 @@ def _run_blocks(
                 return streams, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
             return jax.lax.cond(runs[0], run, skip, streams)  # the first one tells of all
+
+        if batch == 1:
+            return part(given)
+        order = jnp.argsort(~runs, stable=True)
 
         def cut(a: Array) -> Array:
             return a[order].reshape(parts, -1, *a.shape[1:])

@@ -111,12 +111,14 @@ def _run(
     model = model_directory.load_config(teacher_path(config.teacher))
     _check_students(config, model, mesh)
     work, teacher = with_teacher(config, mesh, tracker, ahead)
-    for name, rival in config.rivals.items():
-        hosts.say(f"training the rival {name}")
-        start = partial(_cut, work, teacher, rival)
-        _train(work, run_directory / "rivals" / name, start, rival.stages, teacher)
-    start = partial(_cut, work, teacher, StudentConfig(config.sparsify, config.stages))
-    _train(work, run_directory, start, config.stages, teacher)
+    students = [(run_directory / "rivals" / name, rival) for name, rival in config.rivals.items()]
+    students.append((run_directory, StudentConfig(config.sparsify, config.stages)))
+    for i, (directory, student) in enumerate(students):
+        if directory != run_directory:
+            hosts.say(f"training the rival {directory.name}")
+        same = (where for where, other in students[:i] if _cut_alike(other, student))
+        start = partial(_cut, work, teacher, student, next(same, None))
+        _train(work, directory, start, student.stages, teacher)
 
 
 def with_teacher(
@@ -157,8 +159,19 @@ def _check_students(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> None
         check_stages(where, student.stages, model, mesh, config.timesteps, teacher)
 
 
-def _cut(work: Work, teacher: Start, student: StudentConfig) -> Start:
-    """The student before any training."""
+def _cut_alike(one: StudentConfig, other: StudentConfig) -> bool:
+    """Whether two students of a run are the same before any training, to the bit."""
+    same = micro_batch(one.sparsify, one.stages) == micro_batch(other.sparsify, other.stages)
+    return one.sparsify == other.sparsify and same
+
+
+def _cut(work: Work, teacher: Start, student: StudentConfig, alike: Path | None = None) -> Start:
+    """The student before any training; `alike` is where one trained that began as the same."""
+    if alike is not None:
+        hosts.say(f"is cut as {alike.name} was: begins with the same model")
+        path = alike / "models" / "start"
+        model, params = work.load(path)
+        return model, params, model_directory.load_cut(path, model.transformer)
     micro = micro_batch(student.sparsify, student.stages)
     return cut_student(work, teacher, student.sparsify, micro)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from d2m_jax import hosts
@@ -246,7 +247,9 @@ def _routers(
     model = grouped(start.transformer, stage.groups)
     file = run_directory and run_directory / "routers" / f"{name}.safetensors"
     if file is not None and hosts.by_first(file.exists):
-        return hosts.from_first(lambda: nested(safetensors.read(file)))
+        return hosts.from_first(
+            lambda: nested({name: np.asarray(a) for name, a in safetensors.read(file).items()})
+        )
     hosts.say(f"{name}: routers are fitted to what leaving out each block costs")
     with jax.set_mesh(work.mesh):
         found = leave_out(

@@ -29,6 +29,7 @@ from d2m_jax.grid import GAP
 from d2m_jax.named_arrays import names
 from d2m_jax.sampling.pipeline import load_pipeline
 from d2m_jax.sharding import make_mesh
+from d2m_jax.training import run as of_run
 from d2m_jax.training import stage as of_stage
 from d2m_jax.training.run import run, with_teacher
 from d2m_jax.weights.directory import model_directory
@@ -210,6 +211,34 @@ def test_starts_where_it_stopped(teacher, finished, tmp_path):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
+def test_students_of_one_cut_are_cut_once(teacher, tmp_path, monkeypatch):
+    """They begin with the same bits; with other micro-batches a cut is another one."""
+    cut = replace(CUT, method="prune", modulation_rank=None, shared="magnitude")
+    short = replace(STAGE, steps=1, sample_every=0, evaluate_every=0)
+    parts = replace(short, optimizer=OptimizerConfig(warmup=1, accumulate=2))
+    rivals = {
+        "first": StudentConfig(cut, {"retrain": short}),
+        "parts": StudentConfig(cut, {"retrain": parts}),
+    }
+    config = student(teacher, sparsify=cut, stages={"other": short}, rivals=rivals)
+    cuts, made = [], of_run.cut_student
+
+    def counted(*arguments):
+        cuts.append(arguments[2])
+        return made(*arguments)
+
+    monkeypatch.setattr(of_run, "cut_student", counted)
+    run(config, tmp_path / "run")
+    assert cuts == [cut, cut]  # of "first" and of "parts"
+    first = arrays(tmp_path / "run" / "rivals" / "first" / "models" / "start")
+    main = arrays(tmp_path / "run" / "models" / "start")
+    assert first.keys() == main.keys()
+    for name, array in main.items():
+        np.testing.assert_array_equal(array, first[name], err_msg=name)
+    model = model_directory.load_config(tmp_path / "run" / "model").transformer
+    assert model_directory.load_cut(tmp_path / "run" / "model", model)
+
+
 def test_routers_are_fitted_once(teacher, finished, tmp_path, monkeypatch):
     """What is fitted is in the run directory, and a stage that goes on begins with that."""
     config = student(teacher)
@@ -227,6 +256,7 @@ def test_routers_are_fitted_once(teacher, finished, tmp_path, monkeypatch):
     there = safetensors.read(finished / "routers" / "mob.safetensors")
     assert not asked and kept.keys() == there.keys()
     for name, array in kept.items():
+        assert isinstance(array, np.ndarray)  # which jit takes
         np.testing.assert_array_equal(array, there[name])
     assert kept["single.1.features.kernel"].shape == (1, 2 * TRANSFORMER.hidden_size, 2)
     trained = arrays(finished / "model")["single.1.router.features.kernel"]
