@@ -13,7 +13,6 @@ is trained is a new one.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from d2m_jax.config import (
 from d2m_jax.data.generate import generate as generate_cache
 from d2m_jax.data.given import Given, Handed, cache_of, opened
 from d2m_jax.data.prompt_files import prompts_of
-from d2m_jax.distillation.stages import noisy_inputs
 from d2m_jax.evaluate.watch import watch
 from d2m_jax.evaluate.watch_run import Watched
 from d2m_jax.models import accounting
@@ -92,9 +90,8 @@ def sparsify(
         f"micro_batch = {micro_batch}: expected a divisor of the batch's size, {config.batch_size}",
     )
     checked_student("sparsify", teacher.config, config, work.mesh)
-    noisy = partial(noisy_inputs, teacher.config, timesteps, guidance=guidance)
     start = teacher.config, teacher.whole(), teacher.cut
-    return _like(teacher, *cut_student(replace(work, noisy=noisy), start, config, micro_batch))
+    return _like(teacher, *cut_student(work, start, config, micro_batch))
 
 
 def distill(

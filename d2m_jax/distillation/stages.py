@@ -1,6 +1,7 @@
 """A stage's loss for the training loop: from scratch, or distilled from a teacher."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -90,6 +91,15 @@ def noisy_inputs(
     """An encoded batch (data/protocol.py, Batches) at random times: the arguments of Flux.embed,
     and the velocity that is true there."""
     return noisy(config, with_noise(config, timesteps, guidance, batch, key))
+
+
+@cache
+def noisy_of(
+    config: ModelConfig, timesteps: Timesteps, guidance: tuple[float, float] | None = None
+) -> Callable[[dict, Array], tuple[tuple, Array]]:
+    """`noisy_inputs` of a batch and a key; one object for equal arguments, so that what is compiled
+    with it is compiled once."""
+    return partial(noisy_inputs, config, timesteps, guidance=guidance)
 
 
 def with_noise(

@@ -7,7 +7,7 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from d2m_jax.config import ModelConfig, StackConfig
 from d2m_jax.distillation.losses import health
@@ -49,7 +49,7 @@ def measure(
         with on_mesh_of(inputs):
             results.append(jax.device_get(_route(program, params, inputs)))
         times.append(np.asarray(inputs["timesteps"]))
-    bins = np.minimum((np.concatenate(times) * BINS).astype(int), BINS - 1)
+    bins = bins_of(np.concatenate(times))
     loads, places, used = (
         {name: [result[i][name] for result in results] for name in results[0][i]} for i in range(3)
     )
@@ -113,6 +113,11 @@ def blocks_of(config: ModelConfig) -> Iterator[tuple[str, int, int, StackConfig]
     for kind, i, stack in config.transformer.named_stacks:
         block = sum(before.depth for before in getattr(config.transformer, kind)[:i])
         yield kind, i, block, stack
+
+
+def bins_of(timesteps: Float[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+    """The bin of each timestep."""
+    return np.minimum((timesteps * BINS).astype(int), BINS - 1)
 
 
 def _by_time(values: Float[np.ndarray, "b n"], bins: np.ndarray) -> Float[np.ndarray, "t n"]:

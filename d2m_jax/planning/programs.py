@@ -4,7 +4,6 @@ with each: calibration, every stage's step, its validation, its samples."""
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -26,7 +25,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.data.source import largest_size
 from d2m_jax.distillation.fixed_times import fixed_times
-from d2m_jax.distillation.stages import noisy_inputs
+from d2m_jax.distillation.stages import noisy_of
 from d2m_jax.models.accounting import flops_per_example
 from d2m_jax.models.flux import abstract
 from d2m_jax.named_arrays import names, restructure
@@ -91,7 +90,7 @@ def calibration(config: RunConfig, teacher: ModelConfig, mesh: Mesh) -> Lowered:
     grid = teacher.grid(*largest_size(config.data, teacher))
     batch = _batch(teacher, cut.batch_size, stage.dtype, mesh, grid)
     want, size = wanted(cut), cut.batch_size
-    noisy = partial(noisy_inputs, teacher, config.timesteps, guidance=config.guidance)
+    noisy = noisy_of(teacher, config.timesteps, config.guidance)
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
         program = importance.measure.lower(
             params,
@@ -219,9 +218,7 @@ class _Stage:
         stage, mesh = self.stage, self.mesh
         measured = one_by_one(self.start.transformer)
         params = _placed(mesh, abstract(measured), stage.dtype, self.trained)
-        noisy = partial(
-            noisy_inputs, self.start, self.config.timesteps, guidance=self.config.guidance
-        )
+        noisy = noisy_of(self.start, self.config.timesteps, self.config.guidance)
         blocks = blocks_in_groups(self.model.transformer)
         with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
             program = left_out.measure.lower(

@@ -13,14 +13,14 @@ from rich.table import Table
 from d2m_jax import hosts
 from d2m_jax.config import KINDS, RunConfig, check
 from d2m_jax.evaluate.arguments import Blocks
+from d2m_jax.evaluate.routing import BINS, bins_of
 from d2m_jax.keys import named_key
+from d2m_jax.models.cut import depth
 from d2m_jax.output import check_writable, write_json
 from d2m_jax.sharding import make_mesh
 from d2m_jax.sparsification.left_out import LeftOut, leave_out
 from d2m_jax.sparsification.routers import fit_router, logits
 from d2m_jax.training.run import with_teacher
-
-BINS = 8  # of the timestep, from 0 (data) to 1 (noise)
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,17 @@ def run(config: RunConfig, asked: Blocks) -> None:
     mesh = make_mesh(config.mesh)
     work, (model, params, _) = with_teacher(config, mesh)
     alpha = model.transformer.mob_alpha
-    assert work.noisy is not None
+    longest = max(depth(model.transformer, kind) for kind in KINDS)
+    check(
+        asked.size <= longest,
+        f"--size {asked.size}: the teacher has no so many blocks of a kind one after the other",
+    )
     with jax.set_mesh(mesh):
         found = leave_out(
             model.transformer,
             params,
             work.encoded(asked.batch_size),
-            work.noisy,
+            work.noisy(model),
             named_key(config.seed, "blocks"),
             count=asked.batches,
             micro_batch=asked.micro_batch,
@@ -59,17 +63,13 @@ def run(config: RunConfig, asked: Blocks) -> None:
     if not hosts.first():
         return
     places = [place for kind in KINDS for place in places_of(found, kind, asked, alpha)]
-    check(
-        len(places) > 0,
-        f"--size {asked.size}: the teacher has no so many blocks of a kind one after the other",
-    )
-    rich.print(_blocks(found))
+    by_time = costs_by_time(found)
+    rich.print(_blocks(found, by_time))
     rich.print(_groups(places, asked))
     print("\n".join(_advice(places, found, asked)))
     if asked.output is None:
         return
     asked.output.mkdir(parents=True, exist_ok=True)
-    by_time = costs_by_time(found)
     write_json(
         asked.output / "costs.json",
         {
@@ -87,10 +87,10 @@ def run(config: RunConfig, asked: Blocks) -> None:
 
 def places_of(found: LeftOut, kind: str, asked: Blocks, alpha: float) -> list[Place]:
     """A group of blocks of this kind wherever one can stand."""
-    places, depth = [], sum(of == kind for of, _ in found.costs)
+    places, there = [], len(found.means[kind])
     fits, judges = np.split(np.arange(len(found.vec)), [len(found.vec) // 2])
     gone = asked.size - asked.active
-    for first in range(depth - asked.size + 1):
+    for first in range(there - asked.size + 1):
         blocks = [(kind, first + n) for n in range(asked.size)]
         costs = np.stack([found.costs[block] for block in blocks], axis=1)
         pooled, judged = found.pooled[blocks[0]], costs[judges]
@@ -116,7 +116,7 @@ def _left(costs: Float[np.ndarray, "n m"], worth: Float[np.ndarray, "n m"], gone
 
 def costs_by_time(found: LeftOut) -> dict[str, Float[np.ndarray, " t"]]:
     """The mean cost of every block in bins of the timestep, NaN where no sample came."""
-    bins = np.minimum((found.timesteps * BINS).astype(int), BINS - 1)
+    bins = bins_of(found.timesteps)
 
     def mean(costs: np.ndarray, t: int) -> float:
         return float(costs[bins == t].mean()) if (bins == t).any() else float("nan")
@@ -143,7 +143,7 @@ def picture(by_time: dict[str, Float[np.ndarray, " t"]]) -> Figure:
     return figure
 
 
-def _blocks(found: LeftOut) -> Table:
+def _blocks(found: LeftOut, by_time: dict[str, Float[np.ndarray, " t"]]) -> Table:
     table = Table(
         title="What the velocity loses without a block, E‖v − v without it‖²",
         caption=f"{len(found.vec)} samples; noise: the noisiest eighth of the timesteps",
@@ -151,7 +151,7 @@ def _blocks(found: LeftOut) -> Table:
     )
     for column in ("block", "mean", "noise", "middle", "data"):
         table.add_column(column, justify="left" if column == "block" else "right")
-    for (name, row), costs in zip(costs_by_time(found).items(), found.costs.values(), strict=True):
+    for (name, row), costs in zip(by_time.items(), found.costs.values(), strict=True):
         middle = row[BINS // 2 - 1 : BINS // 2 + 1].mean()
         table.add_row(name, *(f"{v:.4f}" for v in (costs.mean(), row[-1], middle, row[0])))
     return table
@@ -177,13 +177,13 @@ def _advice(places: list[Place], found: LeftOut, asked: Blocks) -> list[str]:
     said = []
     for kind in KINDS:
         costs = [place.fitted for place in places if place.kind == kind]
-        depth, size = sum(of == kind for of, _ in found.costs), asked.size
-        for count in range(1, depth // size + 1):
-            sums = [sum(costs[first::size][:count]) for first in range(depth - count * size + 1)]
+        there, size = len(found.means[kind]), asked.size
+        for count in range(1, there // size + 1):
+            sums = [sum(costs[first::size][:count]) for first in range(there - count * size + 1)]
             keep = int(np.argmin(sums))
             groups = f"{count} group{'s' * (count > 1)} of {kind} blocks"
             said.append(
                 f"{groups}, one after the other: least is lost, {sums[keep]:.4f}, with"
-                f" keep_{kind}={keep}, keep_last_{kind}={depth - count * size - keep}"
+                f" keep_{kind}={keep}, keep_last_{kind}={there - count * size - keep}"
             )
     return said

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from d2m_jax.config import KINDS, FluxConfig, check
+from d2m_jax.models.cut import depth
 from d2m_jax.models.flux import Flux, join, model_of
 from d2m_jax.models.mob import layer_pool
 from d2m_jax.models.reports import Context, Streams
@@ -41,8 +42,7 @@ class LeftOut:
 
 def all_blocks(config: FluxConfig) -> Blocks:
     """Every block."""
-    depths = {kind: sum(stack.depth for stack in getattr(config, kind)) for kind in KINDS}
-    return tuple((kind, number) for kind in KINDS for number in range(depths[kind]))
+    return tuple((kind, number) for kind in KINDS for number in range(depth(config, kind)))
 
 
 def leave_out(
@@ -127,10 +127,13 @@ def _run(
         streams = join(streams) if kind == "single" else streams
         for stack in getattr(model, kind):
             graphs, params = stack.split()
-            depth, body = stack.config.depth, partial(_block, context, stack.run_group, graphs)
-            streams, seen = jax.lax.scan(body, streams, (params, runs[first : first + depth]))
+            last, body = (
+                first + stack.config.depth,
+                partial(_block, context, stack.run_group, graphs),
+            )
+            streams, seen = jax.lax.scan(body, streams, (params, runs[first:last]))
             pooled.append(seen)
-            first += depth
+            first = last
     return model.final(streams, context), jnp.concatenate(pooled)
 
 

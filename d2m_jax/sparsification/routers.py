@@ -15,9 +15,8 @@ from jaxtyping import Float
 from d2m_jax.config import KINDS, FluxConfig
 from d2m_jax.sparsification.left_out import Blocks, LeftOut
 
-Group = tuple[
-    str, int, int, Blocks
-]  # kind, number of the stack, of the group in it, and its blocks
+# Kind, number of the stack, of the group in it, and its blocks.
+Group = tuple[str, int, int, Blocks]
 
 
 def groups_of(config: FluxConfig) -> Iterator[Group]:

@@ -21,7 +21,6 @@ from d2m_jax.config import (
 )
 from d2m_jax.data.protocol import Data
 from d2m_jax.data.source import open_data, with_vocabulary
-from d2m_jax.distillation.stages import noisy_inputs
 from d2m_jax.encoders import Encoders
 from d2m_jax.models.flux import initialise
 from d2m_jax.sampling.pipeline import Pipeline
@@ -29,7 +28,6 @@ from d2m_jax.sharding import (
     check_mesh,
     make_mesh,
 )
-from d2m_jax.sparsification.importance import Noisy
 from d2m_jax.sparsification.student import micro_batch
 from d2m_jax.training.checkpoint import open_run
 from d2m_jax.training.stage import (
@@ -48,13 +46,7 @@ from d2m_jax.weights.torch_files.diffusers_folder import parts
 KEPT = "the last whole checkpoint is kept, start again to go on from it"
 
 
-def _open(
-    config: RunConfig,
-    mesh: Mesh,
-    model: ModelConfig,
-    tracker: Tracker | None,
-    noisy: Noisy | None = None,
-) -> Work:
+def _open(config: RunConfig, mesh: Mesh, model: ModelConfig, tracker: Tracker | None) -> Work:
     """The data, and the encoders where these are not encoded already. ConfigError for data that
     cannot be had, or that this model does not read."""
     data = open_data(config.data, model)
@@ -77,7 +69,7 @@ def _open(
         prompts = data.prompts(config.sampled_prompts)
         check(len(prompts) > 0, "sample_every: the data have no prompts, expected at least one")
         encoders.check([prompt.caption for prompt in prompts])
-    return Work(config, mesh, encoders, data, validation, tracker, noisy)
+    return Work(config, mesh, encoders, data, validation, tracker)
 
 
 # What is asked of a run with a teacher before it trains, given the teacher's config, the data, the
@@ -129,8 +121,7 @@ def with_teacher(
     assert config.teacher is not None
     path = teacher_path(config.teacher)
     model = model_directory.load_config(path)
-    noisy = partial(noisy_inputs, model, config.timesteps, guidance=config.guidance)
-    work = _open(config, mesh, model, tracker, noisy)
+    work = _open(config, mesh, model, tracker)
     if ahead is not None:
         ahead(model, work.data, work.validation, work.encoders)
     return work, (*work.load(path), model_directory.load_cut(path, model.transformer))

@@ -29,7 +29,7 @@ from d2m_jax.config import (
 from d2m_jax.data.protocol import Batches, Data, Split
 from d2m_jax.distillation.fixed_times import fixed_times
 from d2m_jax.distillation.objective import Objective
-from d2m_jax.distillation.stages import distill_loss, flow_loss, noisy_inputs
+from d2m_jax.distillation.stages import distill_loss, flow_loss, noisy_of
 from d2m_jax.encoders import Encoders
 from d2m_jax.keys import named_key
 from d2m_jax.models.accounting import flops_per_example
@@ -70,7 +70,6 @@ class Work:
     data: Data
     validation: Data  # the same, or the data that the config names
     tracker: Tracker | None = None
-    noisy: Noisy | None = None  # for calibration; one object, so that it is compiled once
 
     def load(self, path: Path | str) -> tuple[ModelConfig, dict]:
         """A model directory onto the mesh, as it is stored."""
@@ -87,10 +86,9 @@ class Work:
         for batch in self.batches(size):
             yield self.encoders.encode(put_batch(self.mesh, batch))
 
-    def noisy_of(self, model: ModelConfig) -> Noisy:
+    def noisy(self, model: ModelConfig) -> Noisy:
         """What calibration draws of a batch for a model."""
-        config = self.config
-        return partial(noisy_inputs, model, config.timesteps, guidance=config.guidance)
+        return noisy_of(model, self.config.timesteps, self.config.guidance)
 
 
 def check_stages(
@@ -156,14 +154,13 @@ def cut_student(
     """The student before any training, its neurons' places those in the dense model from which the
     teacher may have been cut itself; `micro_batch` as make_student has it."""
     model, params, cut = teacher
-    assert work.noisy is not None  # of a run with a teacher
     with jax.set_mesh(work.mesh):
         made = make_student(
             model,
             params,
             sparsify,
             work.encoded(sparsify.batch_size),
-            work.noisy,
+            work.noisy(model),
             work.config.seed,
             hosts.say,
             micro_batch,
@@ -256,7 +253,7 @@ def _routers(
             start.transformer,
             params,
             work.encoded(stage.batch_size),
-            work.noisy or work.noisy_of(start),
+            work.noisy(start),
             named_key(work.config.seed, f"{name}.routers"),
             count=stage.groups.batches,
             blocks=blocks_in_groups(model),
