@@ -5,6 +5,8 @@ import pkgutil
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: an eighth of the time (cores.use_cores says why). With
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 they run the programs that users run.
@@ -52,3 +54,19 @@ install_import_hook(
     # an int may stand where a float is expected
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+import jax  # noqa: E402
+
+# hosts.start says these for the whole process; they change no program.
+OF_PROCESSES = {"jax_cpu_enable_async_dispatch", "jax_enable_preemption_service"}
+
+
+@pytest.fixture(autouse=True)
+def settings_stay():
+    """No test leaves a setting of JAX changed: the rest of its process would compile other programs
+    than the processes that tests start, with other last bits."""
+    before = dict(jax.config.values)
+    yield
+    after = jax.config.values
+    changed = {name for name in after if after[name] != before.get(name)} - OF_PROCESSES
+    assert not changed, f"{sorted(changed)} are left changed"

@@ -82,7 +82,6 @@ def bytes_since(before):
 
 
 def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch):
-    jax.config.update("jax_disable_most_optimizations", True)
     held = defaultdict(list)
     before = jax.live_arrays()
 
@@ -97,13 +96,10 @@ def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(Step, "train", recorded(Step.train, "step"))
     monkeypatch.setattr(Step, "evaluate", recorded(Step.evaluate, "validation"))
     monkeypatch.setattr(pipeline, "denoising", Recorded(pipeline.denoising, teller("samples")))
-    try:
-        teacher = with_vocabulary(CONFIG.data, TEACHER)
-        model_directory.save(tmp_path / "teacher", teacher, initialise(TRANSFORMER, 0))
-        config = replace(CONFIG, teacher=str(tmp_path / "teacher"))
-        run.run(config, tmp_path / "run")
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    teacher = with_vocabulary(CONFIG.data, TEACHER)
+    model_directory.save(tmp_path / "teacher", teacher, initialise(TRANSFORMER, 0))
+    config = replace(CONFIG, teacher=str(tmp_path / "teacher"))
+    run.run(config, tmp_path / "run")
 
     monkeypatch.undo()
     mesh = make_mesh(config.mesh)
