@@ -44,6 +44,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
+import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402 (jax reads the environment when imported)
 
 import d2m_jax  # noqa: E402
@@ -54,8 +55,6 @@ install_import_hook(
     # an int may stand where a float is expected
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
-
-import jax  # noqa: E402
 
 # hosts.start says these for the whole process; they change no program.
 OF_PROCESSES = {"jax_cpu_enable_async_dispatch", "jax_enable_preemption_service"}

@@ -72,7 +72,6 @@ def cut():
     from d2m_jax.sparsification import deal, make_student, modulation
     from tests.sparsification.conftest import CONFIG, batches, noisy
 
-    jax.config.update("jax_disable_most_optimizations", True)
     with hosts.joined():
         if jax.process_index():
             deal.cluster = lambda vectors, count, _: np.arange(len(vectors)) % count
