@@ -24,6 +24,7 @@ from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
 
 from d2m_jax.config import (
     ConfigError,
+    FluxConfig,
     ModelConfig,
     PromptsConfig,
     check,
@@ -33,6 +34,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.models.accounting import Account, account
 from d2m_jax.models.size import amount
+from d2m_jax.output import check_writable
 from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.files import hub
@@ -60,9 +62,9 @@ class Arguments:
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     repository: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OWNER/NAME")]
-    base_model: str | None = None  # OWNER/NAME of the teacher; default: FLUX.1's, by the config
-    license: str | None = None  # default: that of FLUX.1 [dev] or [schnell]
-    private: bool = False
+    base_model: str | None = None  # OWNER/NAME of the teacher; default, if as wide: FLUX.1's
+    license: str | None = None  # such as apache-2.0; default, if as wide: that of FLUX.1's
+    private: bool = False  # for its owner alone
     card: Path | None = None  # write the card into this file and publish nothing
 
 
@@ -78,7 +80,11 @@ def main(arguments: Sequence[str]) -> None:
     about = parsed.base_model, parsed.license
     if parsed.card is not None:
         check(not parsed.card.exists(), f"--card {parsed.card}: is there, expected a new file")
-        parsed.card.write_text(str(card(_read(parsed.model), parsed.repository, *about)))
+        text = str(card(_read(parsed.model), parsed.repository, *about))
+        check_writable(parsed.card)
+        parsed.card.parent.mkdir(parents=True, exist_ok=True)
+        parsed.card.write_text(text)
+        print(f"the card is in {parsed.card}; nothing was published")
         return
     print(push_to_hub(parsed.model, parsed.repository, *about, private=parsed.private))
 
@@ -145,13 +151,16 @@ def card(
 ) -> ModelCard:
     """The page of a repository: whose child the model is, its license, its size, what its run
     measured, and how to use it."""
-    flux = isinstance(found.config.text, PromptsConfig)
+    width = found.config.transformer.hidden_size
+    # A student keeps its teacher's width.
+    flux = isinstance(found.config.text, PromptsConfig) and width == FluxConfig().hidden_size
     dev = flux and found.config.transformer.guidance_embed
     if flux and base_model is None:
         base_model = DEV if dev else SCHNELL
     check(
         flux or license is not None,
-        "license: this model is no child of FLUX.1, expected a license such as apache-2.0",
+        f"--license: expected one, such as apache-2.0, for this model is no child of FLUX.1 (it is"
+        f" {width} wide, and FLUX.1 {FluxConfig().hidden_size})",
     )
     licensed: dict[str, Any] = {"license": license or "apache-2.0"}
     if license is None and dev:
@@ -178,7 +187,7 @@ def _what(config: ModelConfig, base_model: str | None) -> str:
     """Its architecture in a sentence or two."""
     body, moe = config.transformer, config.transformer.moe
     child = f" made of [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
-    said = [f"A diffusion transformer{child} by [d2m_jax](https://pypi.org/project/d2m_jax/)."]
+    said = [f"A diffusion transformer{child} by d2m_jax."]
     if any(stack.ffn == "moe" for stack in body.stacks):
         said.append(
             "Its FFNs are Mixtures of Experts: every token passes a shared expert and"

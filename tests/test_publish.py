@@ -47,7 +47,12 @@ SPARSE = FluxConfig(
     moe=MoEConfig(experts=4, top_k=1),
 )
 WORDS = ModelConfig(SPARSE, WordsConfig(dim=16, length=2, vocabulary=("cat",)), PixelsConfig(8, 8))
-FLUX = ModelConfig(SPARSE, PromptsConfig(), AutoencoderConfig(), encoders="/home/me/encoders")
+FLUX = ModelConfig(
+    replace(SPARSE, hidden_size=3072, num_heads=24, axes_dim=(16, 56, 56)),
+    PromptsConfig(),
+    AutoencoderConfig(),
+    encoders="/home/me/encoders",
+)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -206,7 +211,7 @@ def facts(card) -> dict:
 
 @pytest.mark.parametrize("guided", [True, False], ids=["dev", "schnell"])
 def test_a_child_of_flux_inherits_its_license(guided):
-    config = replace(FLUX, transformer=replace(SPARSE, guidance_embed=guided))
+    config = replace(FLUX, transformer=replace(FLUX.transformer, guidance_embed=guided))
     card = publish.card(publish.Published(Path(), config, False, False), "me/mine")
     found, text = facts(card), str(card)
     if guided:
@@ -221,6 +226,22 @@ def test_a_child_of_flux_inherits_its_license(guided):
     other = publish.card(publish.Published(Path(), config, False, True), "me/mine", "a/b", "mit")
     assert facts(other)["license"] == "mit" and facts(other)["base_model"] == "a/b"
     assert 'load_pipeline("me/mine")' in str(other)
+
+
+def test_what_is_not_as_wide_as_flux_inherits_nothing():
+    """A model that reads FLUX.1's text encoders need not be made of it."""
+    found = publish.Published(Path(), replace(FLUX, transformer=SPARSE), False, True)
+    with pytest.raises(ConfigError, match=r"--license: expected one.*32 wide, and FLUX.1 3072"):
+        publish.card(found, "me/mine")
+    text = str(publish.card(found, "me/mine", license="mit"))
+    assert "black-forest-labs" not in text and "base_model" not in text
+
+
+def test_a_card_alone(words, tmp_path, capsys):
+    file = tmp_path / "new" / "card.md"
+    publish.main([str(words), "me/mine", "--license", "mit", "--card", str(file)])
+    assert capsys.readouterr().out == f"the card is in {file}; nothing was published\n"
+    assert file.read_text().count("license: mit\n") == 1
 
 
 def test_a_run_tells_what_it_measured(words, tmp_path):
@@ -248,7 +269,7 @@ def test_an_export_for_torch_says_so(words, tmp_path):
 def test_what_cannot_be_published(words, tmp_path):
     with pytest.raises(ConfigError, match="mine: expected OWNER/NAME"):
         publish.push_to_hub(words, "mine", license="mit")
-    with pytest.raises(ConfigError, match="license: this model is no child of FLUX.1"):
+    with pytest.raises(ConfigError, match="--license: expected one, such as apache-2.0"):
         publish.push_to_hub(words, "me/mine")
     with pytest.raises(ConfigError, match="expected a model directory"):
         publish.push_to_hub(tmp_path, "me/mine")
