@@ -16,7 +16,7 @@
 # two for what is here.
 
 # %%
-# d2m_jax is not on PyPI yet: write in its place a wheel's file, or git+ and the address of its code.
+# Not on PyPI yet: for d2m_jax write a wheel's file, or git+ and the address of the repository.
 # !python -c "import d2m_jax" 2> /dev/null || pip install -q d2m_jax
 
 # %%

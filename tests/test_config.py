@@ -131,6 +131,9 @@ def test_a_teacher_is_found_from_the_shell_and_from_the_repository(tmp_path, mon
     assert teacher_path("teachers/pictograms") == tmp_path / "teachers/pictograms"
     with pytest.raises(ConfigError, match=f"^teacher = a/b: found nothing in {tmp_path} nor in"):
         teacher_path("a/b")
+    near = r"nor in [^;]*, did you mean pictograms\?; expected"
+    with pytest.raises(ConfigError, match=near):
+        teacher_path("teachers/pictogram")
 
 
 def test_grid_of_an_image():

@@ -26,7 +26,9 @@ def test_notebook_is_the_script(script):
     )
     assert not any(cell.get("outputs") for cell in notebook.cells)
     install = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    assert install.splitlines()[1:] == ['!python -c "import d2m_jax" 2> /dev/null || pip install -q d2m_jax']
+    assert install.splitlines()[1:] == [
+        '!python -c "import d2m_jax" 2> /dev/null || pip install -q d2m_jax'
+    ]
 
 
 def test_all_notebooks_are_named_where_one_looks_for_them():

@@ -80,8 +80,10 @@ def main(arguments: Sequence[str], program: str = "sample.py") -> None:
         parsed.model, parsed.dtype, mesh, parsed.quantize, encoders=parsed.encoders
     )
     images = pipe(prompts, negative_prompts=parsed.negative_prompt, progress=True, **options)
+    there = (parsed.output / "grid.png").exists()
+    replaced = ", in the place of those of before" if there else ""
     grid.write(images, parsed.output)
-    print(f"{len(images)} images and grid.png in {parsed.output}")
+    print(f"{len(images)} images and grid.png in {parsed.output}{replaced}")
 
 
 def prompts_of(parsed: Arguments) -> list[str]:

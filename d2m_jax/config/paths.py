@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from d2m_jax.config.errors import ConfigError
+from d2m_jax.config.errors import ConfigError, suggestion
 
 ROOT = Path(__file__).parents[2]  # of the repository, in a checkout
 # A wheel has them inside the package (setup.py).
@@ -20,6 +20,10 @@ def shipped(path: str | Path) -> Path:
     return brought if ours and not os.path.lexists(path) else path
 
 
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
 def teacher_path(teacher: str, field: str = "teacher") -> Path:
     """Where the model directory of RunConfig.teacher (or another `field`) lies: a relative path
     starts at the shell's folder or, where nothing is there, at that of what comes with the package,
@@ -28,9 +32,11 @@ def teacher_path(teacher: str, field: str = "teacher") -> Path:
     places = [folder / Path(teacher).expanduser() for folder in folders]
     found = next((place for place in places if place.exists()), None)
     if found is None:
+        beside = (p.name for place in places for p in _entries(place.parent))
+        near = suggestion(places[0].name, beside)
         raise ConfigError(
-            f"{field} = {teacher}: found nothing in {' nor in '.join(map(str, folders))}; expected"
-            " a model directory: python convert_torch_weights.py SOURCE OUTPUT makes one of torch's"
-            " files or of a repository of Hugging Face"
+            f"{field} = {teacher}: found nothing in {' nor in '.join(map(str, folders))}{near};"
+            " expected a model directory: python convert_torch_weights.py SOURCE OUTPUT makes one"
+            " of torch's files or of a repository of Hugging Face"
         )
     return found

@@ -135,6 +135,7 @@ def generate(
     """
     config = pipe.config
     steps = config.sample_steps if steps is None else steps
+    pipe.tell({}, max(guidance, default=None))
     guidance = list(guidance) or [config.guidance]
     sizes = list(dict.fromkeys(sizes)) or [(config.image.height, config.image.width)]
     for name, value in {"images_per_prompt": images_per_prompt, "steps": steps}.items():

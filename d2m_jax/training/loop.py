@@ -1,7 +1,6 @@
 """The loop of one stage: a jitted step on pure trees, the host one step behind the device."""
 
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +24,10 @@ from d2m_jax.named_arrays import fingerprint, shapes
 from d2m_jax.sharding import batch_shards, make_mesh, put_batch, put_parameters, put_whole
 from d2m_jax.training.checkpoint import Checkpoints, NoCheckpoints
 from d2m_jax.training.metrics import Board, Metrics, Window, matmul_peak
+from d2m_jax.training.signals import caught_signals
 from d2m_jax.training.step import Step, trained
 
+STOPS = "it stops after the step that runs and keeps what it has; once more stops it at once"
 Batch = dict[str, Any]  # arrays, or trees of them, with the batch in front
 
 
@@ -67,6 +68,7 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     check_batch(f"stages.{name}", stage, mesh)
     params = params() if callable(params) else params
     params, constants = put_parameters(mesh, (params, constants))
+    whole = sum(a.size for a in jax.tree.leaves(params))
     program = Step(stage, loss, params, constants, mesh)
     frozen, like = program.frozen, program.state()
     checkpoints: Checkpoints | NoCheckpoints = NoCheckpoints()
@@ -90,7 +92,7 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
         return program.whole(trained(state), frozen, constants)
     if start:
         batches.set_state(progress["batches"])
-    _announce(name, stage, start, state, frozen)
+    _announce(name, stage, start, state, whole)
 
     def put(batch: Batch) -> Batch:
         return encode(put_batch(mesh, batch))
@@ -104,7 +106,7 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     journal = _Journal(name, stage, checkpoints, metrics, clock, Window(progress.get("window")))
     try:
         # Inside, what crosses between host and devices is said to: anything else is a mistake.
-        with _caught_signals() as caught, jax.set_mesh(mesh), jax.transfer_guard("disallow"):
+        with caught_signals(STOPS) as caught, jax.set_mesh(mesh), jax.transfer_guard("disallow"):
             pending, batch, no_signal = None, None, hosts.flags(mesh, 0)
             if start == 0 and validation:
                 batch = put(clock.waiting(batches))
@@ -289,14 +291,13 @@ def _every(count: int, step: int) -> bool:
 def check_batch(path: str, stage: StageConfig, mesh: Mesh) -> None:
     """Raise ConfigError where the batch cannot be cut over the mesh and into micro-batches; `path`
     is that of the stage in its run's config."""
-    shards = batch_shards(mesh)
-    parts = stage.optimizer.accumulate * shards
-    if stage.optimizer.accumulate < 1 or stage.batch_size % parts:
-        raise ConfigError(
-            f"{path}.batch_size = {stage.batch_size}: expected a multiple of"
-            f" optimizer.accumulate = {stage.optimizer.accumulate} times the mesh's"
-            f" data · fsdp · expert = {shards}"
-        )
+    shards, accumulate = batch_shards(mesh), stage.optimizer.accumulate
+    if accumulate < 1 or stage.batch_size % (accumulate * shards):
+        factors = [f"optimizer.accumulate = {accumulate}"] if accumulate != 1 else []
+        if shards != 1:
+            factors.append(f"the mesh's data · fsdp · expert = {shards}")
+        expected = f"expected a multiple of {' times '.join(factors)}"
+        raise ConfigError(f"{path}.batch_size = {stage.batch_size}: {expected}")
 
 
 class _Clock:
@@ -354,31 +355,11 @@ class _Clock:
         return rates
 
 
-def _announce(name: str, stage: StageConfig, start: int, state: dict, frozen: dict) -> None:
-    mine, others = (sum(a.size for a in jax.tree.leaves(t)) for t in (state["trainable"], frozen))
+def _announce(name: str, stage: StageConfig, start: int, state: dict, whole: int) -> None:
+    mine = sum(a.size for a in jax.tree.leaves(state["trainable"]))
     resumed = f", going on from step {start}" if start else ""
-    share = f"{mine:,} of {mine + others:,} parameters are trained"
-    hosts.say(f"{name}: {stage.steps:,} steps of {stage.batch_size} examples, {share}{resumed}")
-
-
-@contextmanager
-def _caught_signals():
-    """A list that fills with the first SIGTERM or SIGINT; a second one acts as usual."""
-    caught: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {}
-
-    def catch(number: int, _: Any):
-        caught.append(signal.Signals(number))
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, catch)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    share = f"{mine:,} of {whole:,} parameters are trained"
+    hosts.say(
+        f"{name}: {stage.steps:,} steps of {stage.batch_size} examples, {share}{resumed}; the first"
+        " step is compiled before it runs"
+    )

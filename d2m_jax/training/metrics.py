@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -43,6 +44,7 @@ COLLAPSE = {
         "dead experts: {:.0f} (almost no token chooses them)",
     ),
 }
+LASTS = 3  # logged steps in a row with an alarm, after which it is told
 
 
 class Window:
@@ -95,6 +97,7 @@ class Metrics:
             self._own.append(_Lines(run_directory / "metrics.jsonl", stage, start))
             self._own.append(_Board(run_directory / "tensorboard" / stage, start))
         self._boards = (*self._own, *boards)
+        self._alarmed: Counter[str] = Counter()  # layers, by logged steps in a row
         self._warned: set[str] = set()
         self._printed = 0.0
         console = Console(stderr=True)
@@ -108,7 +111,7 @@ class Metrics:
                 console=console,
                 refresh_per_second=4,
             )
-            self._task = self._bar.add_task(stage, total=steps, completed=start, shown="")
+            self._task = self._bar.add_task(stage, total=steps, completed=start, shown="compiling")
             self._bar.start()
 
     def advance(self, step: int) -> None:
@@ -153,8 +156,13 @@ class Metrics:
         return f", {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
 
     def _warn_of_collapse(self, step: int, values: dict[str, Any]) -> None:
-        for layer, said in alarms(values):
-            if layer not in self._warned:
+        """Once per layer, and only of what lasts: a gate that has just been cut is uneven."""
+        found = dict(alarms(values))
+        for layer in [layer for layer in self._alarmed if layer not in found]:
+            del self._alarmed[layer]
+        for layer, said in found.items():
+            self._alarmed[layer] += 1
+            if self._alarmed[layer] >= LASTS and layer not in self._warned:
                 self._warned.add(layer)
                 hosts.say(f"{self.stage}, step {step}: {said}")
 

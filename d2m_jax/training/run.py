@@ -1,6 +1,6 @@
 """A whole run: a teacher from scratch, or a student and its rivals from one, stage after stage."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -105,12 +105,26 @@ def _run(
     work, teacher = with_teacher(config, mesh, tracker, ahead)
     students = [(run_directory / "rivals" / name, rival) for name, rival in config.rivals.items()]
     students.append((run_directory, StudentConfig(config.sparsify, config.stages)))
+    names = [*config.rivals, config.name]
+    if config.rivals:
+        hosts.say(_outlook(names, [student for _, student in students]))
     for i, (directory, student) in enumerate(students):
-        if directory != run_directory:
-            hosts.say(f"training the rival {directory.name}")
+        done = ", trained already" if _exists(directory / "model") else ""
+        if config.rivals or done:
+            hosts.say(f"student {i + 1} of {len(students)}: {names[i]}{done}")
         same = (where for where, other in students[:i] if _cut_alike(other, student))
         start = partial(_cut, work, teacher, student, next(same, None))
         _train(work, directory, start, student.stages, teacher)
+
+
+def _outlook(names: Sequence[str], students: Sequence[StudentConfig]) -> str:
+    """What a run is going to do, for one line."""
+    steps = [sum(stage.steps for stage in student.stages.values()) for student in students]
+    each = ", ".join(f"{name} ({count:,})" for name, count in zip(names, steps, strict=True))
+    return (
+        f"{len(students)} students are made of the teacher, one after the other, with so many steps"
+        f" of training: {each}; then a report compares them"
+    )
 
 
 def with_teacher(

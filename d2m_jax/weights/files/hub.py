@@ -44,6 +44,7 @@ def local(source: Path | str, parts: Sequence[str] = ("transformer",)) -> Path:
         _refuse_cache(path)
         refuse_run(path)
         return path
+    refuse_run(path)
     found = REPOSITORY.fullmatch(source)
     if found is None:
         far = "://" in source or re.fullmatch(r"[\w-][^/]*(/[^/]+){2,}", source)
@@ -71,8 +72,13 @@ def place(source: Any) -> str:
 
 
 def refuse_run(path: Path) -> None:
-    """Raise ConfigError for the directory of a run, which holds models and is none."""
+    """Raise ConfigError for the directory of a run, which holds models and is none, and for the
+    model of a run that has none yet."""
+    if path.name == "model" and not path.exists():
+        path = path.parent
     if not (path / "models" / "start").is_dir():
+        rivals = (path / "rivals").is_dir()  # which train first
+        check(not rivals, f"{path}: a run that has not ended; it has no model of its own yet")
         return
     if (path / "model").is_dir():
         raise ConfigError(f"{path}: a run; its model is {path / 'model'}")

@@ -1,5 +1,6 @@
 """The model directory: round trips, storage as bf16, damage, and writes that fail."""
 
+import itertools
 import json
 
 import jax
@@ -75,11 +76,15 @@ def test_replaced_whole(path, params):
 
 def test_a_run_is_no_model(tmp_path):
     run = tmp_path / "run"
-    (run / "models" / "start").mkdir(parents=True)
-    message = f"a run that has not ended; its newest model is {run}/models/start$"
-    for load in (model_directory.load_config, d2m_jax.load_model, d2m_jax.load_pipeline):
-        with pytest.raises(ConfigError, match=message):
-            load(run)
+    loads = (model_directory.load_config, d2m_jax.load_model, d2m_jax.load_pipeline)
+    for made, found in {
+        "rivals": "it has no model of its own yet",
+        "models/start": f"its newest model is {run}/models/start",
+    }.items():
+        (run / made).mkdir(parents=True)
+        for load, given in itertools.product(loads, (run, run / "model")):
+            with pytest.raises(ConfigError, match=f"run: a run that has not ended; {found}$"):
+                load(given)
     (run / "model").mkdir()
     with pytest.raises(ConfigError, match=f"run: a run; its model is {run}/model$"):
         d2m_jax.load_model(run)
