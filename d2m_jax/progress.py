@@ -14,17 +14,21 @@ PATIENCE = 10  # seconds between two lines
 
 @contextlib.contextmanager
 def bar(
-    total: int, what: str, unit: str = "bytes", waiting: str = ""
+    total: int, what: str, unit: str = "bytes", waiting: str = "", shown: bool = True
 ) -> Iterator[Callable[[int], None]]:
     """Takes how many bytes, or of another unit, were done since the last call; tells on stderr how
-    many of `total`, the rate and the time left. `waiting` is for before the first."""
+    many of `total`, the rate and the time left. `waiting` is for before the first; what is not
+    `shown`, as of all processes but one, tells nothing."""
+    if not shown:
+        yield lambda count: None
+        return
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn())
         text = _Told(unit, waiting)
-        with rich.progress.Progress(*columns, text, console=console, refresh_per_second=4) as shown:
-            task = shown.add_task(what, total=total)
-            yield lambda count: shown.advance(task, count)
+        with rich.progress.Progress(*columns, text, console=console, refresh_per_second=4) as live:
+            task = live.add_task(what, total=total)
+            yield lambda count: live.advance(task, count)
         return
     done, first, last = 0, (0, 0.0), time.monotonic()
 

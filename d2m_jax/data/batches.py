@@ -12,7 +12,7 @@ from absl import flags
 from jaxtyping import Int
 
 from d2m_jax import hosts
-from d2m_jax.config import ConfigError
+from d2m_jax.config import ConfigError, check
 from d2m_jax.data.buckets import Rows, Schedule
 from d2m_jax.data.sources.any_source import BadSample
 from d2m_jax.keys import named_generator
@@ -147,10 +147,16 @@ def endless(source: Batches, workers: int, fingerprint: str) -> Endless:
 
 
 def held_out(
-    key: Callable[[int], str], entries: Int[np.ndarray, " n"], count: int
+    key: Callable[[int], str], entries: Int[np.ndarray, " n"], count: int, found: str, kind: str
 ) -> Int[np.ndarray, " c"]:
     """The `count` entries whose keys have the least checksums: the same, but for those that leave
-    or come, when the data grow."""
+    or come, when the data grow. ConfigError where none would be left to train on; `found` says what
+    there is, `kind` is the data's config."""
+    check(
+        len(entries) > count,
+        f"{found}, expected more than {kind}.validation = {count}, which never train; where there"
+        " are few, give a smaller number (--data.validation 1)",
+    )
     if count == 0:
         return entries[:0]
     checksums = np.fromiter(

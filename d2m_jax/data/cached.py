@@ -52,12 +52,8 @@ class Cached:
         numbers = [self.buckets.index(size) for size, _ in runs]
         self._bucket_of = np.repeat(np.array(numbers, np.int16), [count for _, count in runs])
         count = len(self._bucket_of)
-        check(
-            count > config.validation,
-            f"{config.path}: found {count} samples, expected more than the {config.validation} of"
-            " CacheConfig.validation, which never train",
-        )
-        self._held_out = held_out(str, np.arange(count), config.validation)
+        found = f"{config.path}: found {count:,} samples"
+        self._held_out = held_out(str, np.arange(count), config.validation, found, "CacheConfig")
         if config.prompts is not None:
             prompts_of(Path(config.prompts))  # what is wrong with it is told now
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from d2m_jax import hosts
 from d2m_jax.config import ImagesConfig, check
 from d2m_jax.data.batches import Bad, Batches, Endless, endless, held_out
 from d2m_jax.data.buckets import Part, Rows, Schedule, Size, assign, bucket_sizes
@@ -52,15 +53,17 @@ class Images:
             for resolution in sorted(set(config.resolutions))
             for size in bucket_sizes(resolution, config.aspect_ratio, image.stride)
         )
-        self._bucket_of = assign(np.concatenate([s.sizes() for s in self.sources]), self.buckets)
+        sizes = np.concatenate([s.sizes() for s in self.sources])
+        self._bucket_of = assign(sizes, self.buckets)
         usable = np.flatnonzero(self._bucket_of >= 0)
-        found = f"{', '.join(config.sources)}: found {len(usable)} images"
-        check(
-            len(usable) > config.validation,
-            f"{found}, expected more than the {config.validation}"
-            " of ImagesConfig.validation, which never train",
-        )
-        self._held_out = held_out(self.key, usable, config.validation)
+        found = f"{', '.join(config.sources)}: found {len(usable):,} images"
+        self._held_out = held_out(self.key, usable, config.validation, found, "ImagesConfig")
+        smaller = sizes[usable] < np.array(self.buckets)[self._bucket_of[usable]]
+        if enlarged := int(smaller.any(1).sum()):
+            hosts.say(
+                f"{found}; {enlarged:,} are smaller than the smallest of ImagesConfig.resolutions ="
+                f" {tuple(sorted(config.resolutions))} and are enlarged"
+            )
         if config.prompts is not None:
             prompts_of(Path(config.prompts))  # what is wrong with it is told now
 

@@ -3,7 +3,7 @@
 Values per FFN are trees {"double": {stack: {"img_mlp": …}}, "single": …}, as `ffns` gives.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from d2m_jax import hosts
 from d2m_jax.config import FluxConfig, check
 from d2m_jax.keys import inner_key
 from d2m_jax.models.blocks import FFNS
 from d2m_jax.models.flux import model_of
 from d2m_jax.models.reports import Body, GroupReport, Known
+from d2m_jax.progress import bar
 from d2m_jax.sharding import in_parts, whole
 from d2m_jax.sparsification import sensitivity
 
@@ -73,7 +75,7 @@ def calibrate(
     params = jax.tree.map(jnp.asarray, params)
     found, kept, counts = [], [], None
     score_sums = {}
-    for i, batch in enumerate(islice(batches, count)):
+    for i, batch in enumerate(first_batches(batches, count, "measuring the teacher")):
         size = jax.tree.leaves(batch)[0].shape[0]
         counts = counts or tokens_of(count * size, tokens, text_share)
         mine, parts = jax.random.fold_in(key, i), size // (micro_batch or size)
@@ -98,6 +100,14 @@ def calibrate(
         weights=joined.get("weights", {}),
         cond=np.concatenate(cond),
     )
+
+
+def first_batches(batches: Iterable[dict], count: int, what: str) -> Iterator[dict]:
+    """The first `count` batches, or all that there are; it tells how far it is."""
+    with bar(count, what, "batches", "compiling …", hosts.first()) as advance:
+        for batch in islice(batches, count):
+            yield batch
+            advance(1)
 
 
 def tokens_of(samples: int, tokens: int, text_share: float) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from d2m_jax.models.mob import layer_pool
 from d2m_jax.models.reports import Context, Streams
 from d2m_jax.sharding import in_parts, whole
 from d2m_jax.sparsification.groups import align, one_by_one, shapes
-from d2m_jax.sparsification.importance import Noisy
+from d2m_jax.sparsification.importance import Noisy, first_batches
 
 Blocks = tuple[tuple[str, int], ...]  # kind and number of blocks
 
@@ -66,7 +65,7 @@ def leave_out(
     apart = one_by_one(config)
     config, params = align(config, jax.tree.map(jnp.asarray, params), shapes(apart))
     found = []
-    for i, batch in enumerate(islice(batches, count)):
+    for i, batch in enumerate(first_batches(batches, count, "leaving out blocks")):
         size = jax.tree.leaves(batch)[0].shape[0]
         mine, parts = jax.random.fold_in(key, i), size // (micro_batch or size)
         with jax.default_matmul_precision("float32"):

@@ -65,6 +65,7 @@ def make_student(
     config, params = align(config, params, shapes(student))
     if not measures(sparsify):
         return replace(teacher, transformer=student), params, cut
+    say(f"measures the teacher on {sparsify.batches} batches, to cut it")
     measured = importance.calibrate(
         config,
         params,
@@ -77,8 +78,6 @@ def make_student(
         count=sparsify.batches,
         micro_batch=micro_batch,
     )
-    say(f"measured the teacher on {sparsify.batches} batches, to cut it")
-
     scores = _scores(sparsify.shared, params, measured, seed)
     made = dict(params)
     for kind in KINDS:

@@ -209,7 +209,9 @@ def test_another_model_s_cache_is_refused(folder, tmp_path, change, message):
         open_data(config, replace(MODEL, **change))
     with pytest.raises(ConfigError, match="latents = sampled: .* holds means alone"):
         open_data(replace(config, latents="sampled"), MODEL)
-    with pytest.raises(ConfigError, match="found 22 samples, expected more than the 22"):
+    with pytest.raises(
+        ConfigError, match="found 22 samples, expected more than Cache.* = 22, which"
+    ):
         open_data(replace(config, validation=22), MODEL)
     with pytest.raises(ConfigError, match="no such file, expected a cache"):
         open_data(CacheConfig(path=str(tmp_path)), MODEL)

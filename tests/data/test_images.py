@@ -73,6 +73,14 @@ def test_every_image_trains_once_a_pass_but_those_held_out(folder):
     assert {p.caption for p in data.prompts(9)} == {f"image {i}" for i in held}
 
 
+def test_images_that_are_enlarged_are_counted(folder, capfd):
+    opened(folder, resolutions=(64, 32))
+    assert "enlarged" not in capfd.readouterr().err
+    opened(folder, resolutions=(64,))
+    said = "found 40 images; 40 are smaller than the smallest of ImagesConfig.resolutions = (64,)"
+    assert said in capfd.readouterr().err
+
+
 def test_the_same_from_any_state_and_in_parts(folder):
     data = opened(folder, caption_dropout=0.3)
     whole = taken(data, 8, seed=3)
@@ -212,7 +220,9 @@ def test_worker_processes_give_the_same(folder):
 
 
 def test_what_cannot_be_is_told_at_once(folder, tmp_path):
-    with pytest.raises(ConfigError, match="found 40 images, expected more than the 40 of"):
+    with pytest.raises(
+        ConfigError, match="found 40 images, expected more than Images.* = 40, which"
+    ):
         opened(folder, validation=40)
     with pytest.raises(ConfigError, match="resolutions: found 30, expected multiples of 4"):
         opened(folder, resolutions=(30,))

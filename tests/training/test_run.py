@@ -196,7 +196,7 @@ def test_each_stage_trains_what_it_says_and_nothing_else(finished):
     )
 
 
-def test_starts_where_it_stopped(teacher, finished, tmp_path):
+def test_starts_where_it_stopped(teacher, finished, tmp_path, capfd):
     """A run that was cut off after its first stages ends in the same bits as one that was not."""
     config = student(teacher)
     first = replace(config, stages={k: config.stages[k] for k in ("shared", "moe")})
@@ -204,7 +204,13 @@ def test_starts_where_it_stopped(teacher, finished, tmp_path):
     (tmp_path / "run" / "config.json").unlink()
     for name in ("metrics.jsonl", "checkpoints", "model"):
         (tmp_path / "run" / name).rename(tmp_path / name)
+    capfd.readouterr()
     run(config, tmp_path / "run")
+    told = capfd.readouterr().err
+    assert "with so many steps of training: pruned (2), shallow (2), student (6); then" in told
+    for line in ("1 of 3: pruned, trained already", "2 of 3: shallow, trained already"):
+        assert f"student {line}\n" in told
+    assert "student 3 of 3: student\n" in told
     ours, theirs = arrays(tmp_path / "run" / "model"), arrays(finished / "model")
     assert ours.keys() == theirs.keys()
     for name in ours:
