@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/installed-$(VERSION)
 .PHONY: demo test test-elsewhere test-newest newest test-slow lint docs clean
 
 demo: $(INSTALLED)
-	$(BIN)/python train.py configs/icons_moe_s.py --run-dir runs/demo
+	$(BIN)/python train.py configs/icons_moe_s.py --run_dir runs/demo
 
 # A file's tests share a process, and files begin in the order of tests/conftest.py.
 PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder

@@ -1,4 +1,4 @@
-"""Train or distill a model: python train.py CONFIG.py --run-dir DIR"""
+"""Train or distill a model: python train.py CONFIG.py --run_dir DIR"""
 
 import sys
 

@@ -87,7 +87,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--dims", type=int, nargs="+", default=[256, 512] if on_cpu() else [3072])
     options.add_argument("--side", type=int, default=12 if on_cpu() else 64, help="of the image")
-    options.add_argument("--text-tokens", type=int, default=16 if on_cpu() else 512)
+    options.add_argument("--text_tokens", type=int, default=16 if on_cpu() else 512)
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     options.add_argument("--blocks", type=int, default=4)
     options.add_argument("--active", type=int, nargs="+", default=[1, 2])

@@ -4,7 +4,7 @@
     python benchmarks/sampling.py --model models/flux_dev --prompt "a red fox in the snow"
 
 `text` and `image` are the encoders and the way back to pixels, timed alone; `denoising` is the rest
-of a whole call. --top-k adds rows for a sparse model with other numbers of experts, each a comma
+of a whole call. --top_k adds rows for a sparse model with other numbers of experts, each a comma
 separated schedule over the steps.
 """
 
@@ -60,7 +60,7 @@ def main() -> None:
     options.add_argument("--prompt", default="red anchor left of blue earth")
     options.add_argument("--steps", type=int, default=28)
     options.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
-    options.add_argument("--top-k", nargs="*", default=[], metavar="K,K,…")
+    options.add_argument("--top_k", nargs="*", default=[], metavar="K,K,…")
     options = options.parse_args()
     columns = {"batch": "5d", "top-k": "<8", "ms": "9.1f", "low": "9.1f", "high": "9.1f"}
     columns |= {"images/s": "8.2f", "text, %": "7.1f", "denoising, %": "12.1f"}

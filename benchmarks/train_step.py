@@ -110,7 +110,7 @@ def main() -> None:
     options.add_argument("--dim", type=int, default=512 if on_cpu() else 3072)
     options.add_argument("--divide", type=int, default=6 if on_cpu() else 1, help="the depth")
     options.add_argument("--pixels", type=int, default=256 if on_cpu() else 1024, help="of a side")
-    options.add_argument("--text-tokens", type=int, default=64 if on_cpu() else 512)
+    options.add_argument("--text_tokens", type=int, default=64 if on_cpu() else 512)
     options.add_argument("--batch", type=int, default=1)
     options = options.parse_args()
     peak = limits()

@@ -143,7 +143,7 @@ def main() -> None:
     options.add_argument("--divide", type=int, default=4 if on_cpu() else 1, help="the depth")
     sizes = [512] if on_cpu() else [1024, 512]
     options.add_argument("--pixels", type=int, nargs="+", default=sizes, help="of a side")
-    options.add_argument("--text-tokens", type=int, default=256 if on_cpu() else 512)
+    options.add_argument("--text_tokens", type=int, default=256 if on_cpu() else 512)
     options.add_argument("--no-torch", dest="torch", action="store_false")
     options = options.parse_args()
     peak = limits()

@@ -1,6 +1,6 @@
 """What a better cut is worth after training: the demo's students, cut in four ways.
 
-    python train.py configs/icons_cut.py --run-dir runs/cut
+    python train.py configs/icons_cut.py --run_dir runs/cut
 
 `validation` in the metrics of each is E‖v_teacher − v_student‖² after 0, 100, 200 … steps (of a
 student with balance, `validation_output`); docs/recipe.md has the table.

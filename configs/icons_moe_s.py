@@ -1,6 +1,6 @@
 """From the pictograms teacher to MoE with a Mixture of Blocks, beside two pruned rivals.
 
-    python train.py configs/icons_moe_s.py --run-dir runs/demo        (or: make demo)
+    python train.py configs/icons_moe_s.py --run_dir runs/demo        (or: make demo)
 
 1S12E2A: a shared expert of a quarter of the FFN and 2 of 12 normal experts, 37.5 % of the FFN per
 token. The student "moe" is that alone. The main one has a group too, of the first two of the 6

@@ -1,6 +1,6 @@
 """One student for every number of experts per token: k fixed, and k drawn for every sample.
 
-python train.py configs/icons_top_k.py --run-dir runs/top_k
+python train.py configs/icons_top_k.py --run_dir runs/top_k
 python benchmarks/top_k.py runs/top_k/models/moe runs/top_k/rivals/fixed/models/moe
 """
 

@@ -1,5 +1,6 @@
 """Prompts to token ids, by transformers' tokenizers of CLIP and T5 (no torch needed)."""
 
+import logging
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,11 +25,9 @@ class Tokenizers:
     @cached_property
     def loaded(self) -> dict:
         """Both, by the names of their encoders. ConfigError where they cannot be read."""
-        # It takes a second, and only those who have prompts need it.
-        from transformers import CLIPTokenizer, T5Tokenizer
-
+        clip, t5 = tokenizer_classes()
         # Named as a FluxPipeline does, for tokenizer.json alone does not say how to pad.
-        kinds = {"clip": (CLIPTokenizer, "tokenizer"), "t5": (T5Tokenizer, "tokenizer_2")}
+        kinds = {"clip": (clip, "tokenizer"), "t5": (t5, "tokenizer_2")}
         return {name: _load(kind, self.folder / part) for name, (kind, part) in kinds.items()}
 
     def ids(
@@ -81,9 +80,24 @@ class Tokenizers:
 
 def clip_tokenizer(folder: Path) -> Any:
     """That of a CLIPModel's folder. ConfigError where it cannot be read."""
-    from transformers import CLIPTokenizer
+    return _load(tokenizer_classes()[0], folder)
 
-    return _load(CLIPTokenizer, folder)
+
+def tokenizer_classes() -> tuple[Any, Any]:
+    """CLIPTokenizer and T5Tokenizer of transformers, imported by those alone who need them: it
+    takes a second."""
+    # It warns where torch is missing, which tokenizers have no use for.
+    quiet = logging.getLogger("transformers")
+    quiet.addFilter(_not_of_torch)
+    try:
+        from transformers import CLIPTokenizer, T5Tokenizer
+    finally:
+        quiet.removeFilter(_not_of_torch)
+    return CLIPTokenizer, T5Tokenizer
+
+
+def _not_of_torch(record: logging.LogRecord) -> bool:
+    return "PyTorch was not found" not in record.getMessage()
 
 
 def _load(kind: Any, folder: Path) -> Any:

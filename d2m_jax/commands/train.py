@@ -1,4 +1,4 @@
-"""Train or distill a model: {program} CONFIG [--run-dir DIR --any.field value …]
+"""Train or distill a model: {program} CONFIG [--run_dir DIR --any.field value …]
 
 CONFIG is a Python file with get_config(), or the name of one of those that come with the package.
 Goes on where it stopped if DIR (default: runs/ and the config's name) holds a run of that config.
@@ -21,7 +21,7 @@ import tyro
 
 from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check
 
-EXAMPLE = "icons_moe_s --run-dir runs/mine --stages.joint.steps 2000"
+EXAMPLE = "icons_moe_s --run_dir runs/mine --seed 1"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str], program: str = "train.py") -> None:
     check(
         bool(arguments) and not found.startswith("-"),
         "CONFIG: expected a Python file with get_config() before all options,"
-        f" {program} CONFIG --run-dir DIR, found {found}",
+        f" {program} CONFIG --run_dir DIR, found {found}",
     )
     config = command_line.load_config(arguments[0])
     model = isinstance(config, FluxConfig | ModelConfig)

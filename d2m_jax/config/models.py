@@ -52,8 +52,9 @@ class MoEConfig(Config):
     experts: int = 12  # n; the rest of mlp_ratio is divided among them, so r_n is derived
     top_k: int = 2  # k
     trained_top_k: int | None = None  # k that its gate's weights are those of; None: top_k
+    # How the chosen experts' outputs are weighed (docs/method.md).
     gate: Literal["renormalised", "softmax", "sigmoid"] = "renormalised"
-    router_input: Literal["modulated", "unmodulated"] = "modulated"
+    router_input: Literal["modulated", "unmodulated"] = "modulated"  # what the gate reads
 
     def __post_init__(self):
         super().__post_init__()

@@ -18,13 +18,13 @@ Timesteps = Literal["uniform", "logit_normal"]
 class OptimizerConfig(Config):
     """AdamW with a schedule; rates in steps of the stage."""
 
-    learning_rate: float = 1e-3
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: int = 50
+    learning_rate: float = 1e-3  # the highest, after the warm-up
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
+    warmup: int = 50  # steps of a rate that grows from 0
     final_rate: float = 0.0  # the share of learning_rate that is left at the end
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.99
+    weight_decay: float = 0.0  # of AdamW
+    b1: float = 0.9  # of AdamW: decay of the mean gradient
+    b2: float = 0.99  # of AdamW: decay of the mean squared gradient
     clip: float = 1.0  # global norm; 0 turns clipping off
     accumulate: int = 1  # micro-batches per step
     ema: float = 0.0  # decay of the running average that is evaluated and saved; 0 turns it off
@@ -45,10 +45,10 @@ class OptimizerConfig(Config):
 class LossConfig(Config):
     """Weights of a stage's losses (docs/method.md); 0 leaves a loss out of the program."""
 
-    output: float = 1.0
-    feature: float = 1.0
-    balance: float = 1e-2
-    block_balance: float = 1e-2
+    output: float = 1.0  # of the velocity's distance from the teacher's
+    feature: float = 1.0  # of what every block gives, from what the teacher's gives
+    balance: float = 1e-2  # of how unevenly experts are chosen
+    block_balance: float = 1e-2  # of how unevenly the blocks of a group are
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,10 +60,10 @@ class StageConfig(Config):
     """One stage of training: what trains, on which losses, for how long."""
 
     steps: int = 1000
-    batch_size: int = 64
+    batch_size: int = 64  # examples of a step, on all devices together
     train: tuple[str, ...] = ("*",)  # name patterns (fnmatch on dotted parameter names)
     freeze: tuple[str, ...] = ()  # taken out of train
-    top_k: int | None = None  # None: the model's own
+    top_k: int | None = None  # normal experts per token while it trains; None: the model's own
     # In the place of top_k: every sample of a step draws its own from these, so that all serve.
     random_top_k: tuple[int, ...] = ()
     groups: "GroupsConfig | None" = None  # regroup the blocks into MoB groups before this stage
@@ -71,10 +71,10 @@ class StageConfig(Config):
     count_padding: bool = True  # whether texts' padding counts in balance and block features
     optimizer: OptimizerConfig = OptimizerConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; the rest stays float32
-    remat: bool = True
+    remat: bool = True  # compute activations again in the backward pass: less memory, more time
     log_every: int = 10  # 0: with evaluations only
     evaluate_every: int = 250  # on the validation batches; decides the best checkpoint
-    checkpoint_every: int = 250
+    checkpoint_every: int = 250  # what a run that is killed loses at most
     sample_every: int = 0  # sample grids of fixed prompts; 0 turns them off
 
     def __post_init__(self):
@@ -99,14 +99,14 @@ class GroupsConfig(Config):
     """How blocks become MoB groups: the first `keep` and the last `keep_last` stay outside, the
     rest form the groups."""
 
-    keep_double: int = 0
-    keep_last_double: int = 0
-    double_blocks: int = 1
-    double_active: int = 1
-    keep_single: int = 0
-    keep_last_single: int = 0
-    single_blocks: int = 2
-    single_active: int = 1
+    keep_double: int = 0  # so many of the first double blocks always run
+    keep_last_double: int = 0  # and so many of the last
+    double_blocks: int = 1  # in a group
+    double_active: int = 1  # of a group's, for each sample
+    keep_single: int = 0  # so many of the first single blocks always run
+    keep_last_single: int = 0  # and so many of the last
+    single_blocks: int = 2  # in a group
+    single_active: int = 1  # of a group's, for each sample
     # Which of a group's blocks run together, in all groups of the model (FluxConfig.mob_choice).
     choice: Literal["any", "adjacent"] = "any"
     # Routers at the start. fitted: to what each block costs left out (sparsification/routers.py).
@@ -126,13 +126,12 @@ class SparsifyConfig(Config):
     moe: MoEConfig = MoEConfig()
     mlp_ratio: float = 1.5  # of the pruned student
     dense_double: tuple[int, ...] = ()  # block indices whose FFNs stay dense and whole
-    dense_single: tuple[int, ...] = ()
+    dense_single: tuple[int, ...] = ()  # the same of single blocks
     # Depth pruning, before FFNs are cut: blocks of the teacher that stay; None: all.
     depth_double: int | None = None
     depth_single: int | None = None  # of the single ones
-    depth_choice: Literal["cost", "change", "even"] = (
-        "change"  # which stay (sparsification/depth.py)
-    )
+    # Which blocks stay (sparsification/depth.py).
+    depth_choice: Literal["cost", "change", "even"] = "change"
     # Which neurons are kept or shared (sparsification/sensitivity.py, importance.py).
     shared: Literal["sensitivity", "taylor", "random", "magnitude"] = "taylor"
     deal: Literal["rank", "random", "clustered"] = "clustered"  # of the others to experts
@@ -140,6 +139,7 @@ class SparsifyConfig(Config):
     # Output kernels and bias fitted to the whole FFN's output (sparsification/refit.py).
     refit: Literal["none", "bias", "plain", "weighted"] = "none"
     routed_scale: float = 1.0  # start of the learnable scale of the normal experts' sum
+    # Modulations of all blocks on one basis of so many directions; None: whole, as the teacher's.
     modulation_rank: int | None = None
     batches: int = 16  # of calibration, one at a time
     batch_size: int = 64  # of calibration; computed in micro-batches as the first stage has
@@ -166,10 +166,10 @@ class SparsifyConfig(Config):
 class MeshConfig(Config):
     """Device mesh; -1 fills what the other axes leave."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
+    data: int = -1  # copies, each with its share of a batch
+    fsdp: int = 1  # parts of every parameter, each with its share of a batch
+    expert: int = 1  # parts of the normal experts, each with its share of a batch
+    tensor: int = 1  # parts of every matrix and its product
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ class StudentConfig(Config):
 class RunConfig(Config):
     """One run directory: a student distilled from `teacher`, or `model` trained from scratch."""
 
-    name: str
-    seed: int = 0
+    name: str  # of the run and its student; without --run_dir also of its directory in runs/
+    seed: int = 0  # of all that is drawn
     teacher: str | None = None  # a model directory, found from the shell's folder or the repository
     model: ModelConfig | None = None
     start: str | None = None  # a model directory, the weights that `model` starts with
@@ -204,7 +204,7 @@ class RunConfig(Config):
     stages: Mapping[str, StageConfig] = field(default_factory=dict)  # what trains it, in this order
     rivals: Mapping[str, StudentConfig] = field(default_factory=dict)  # trained for the report
     mesh: MeshConfig = MeshConfig()
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest, and the best one besides
     wandb: str | None = None  # a project of Weights & Biases, to which metrics and samples go
     sampled_prompts: int = 36  # of the grids that a stage draws (StageConfig.sample_every)
     # Prompts that the report draws of every model; at most 12 where nobody judges images.

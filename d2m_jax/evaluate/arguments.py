@@ -160,5 +160,5 @@ class Blocks:
         micro, size = self.micro_batch, self.batch_size
         check(
             micro is None or (micro > 0 and size % micro == 0),
-            f"--micro-batch {micro}: expected a divisor of --batch-size {size}",
+            f"--micro_batch {micro}: expected a divisor of --batch_size {size}",
         )

@@ -101,7 +101,7 @@ def table(name: str, scores: Scores, first: Scores | None = None) -> Table:
     """Scores in percent, for people; with `first`, the difference to it over the same prompts."""
     prompts = len(next(iter(scores.values())).prompts)
     result = Table("", title=Text(f"{name}, {prompts} prompts"), title_justify="left")
-    overall, difference = ["overall"], ["difference to the first"]
+    overall, difference = ["overall"], ["points above the first"]
     for kind, mine in scores.items():
         result.add_column(kind.replace("_", " "), justify="right")
         result.add_column("chance", justify="right")

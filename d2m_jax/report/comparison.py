@@ -11,6 +11,9 @@ from d2m_jax.report.rows import Row, Run
 SCORE_AIM = 0.9  # of the teacher's score, at least
 ERROR_AIM = 0.75  # of the rival's error after as many steps, at most; of a Mixture of Blocks 1
 
+# Steps of training in all, below which a student says nothing about its recipe.
+FEWEST_STEPS = 100
+
 By = Literal["steps", "seconds"]
 
 

@@ -10,10 +10,16 @@ from rich.console import Console
 
 from d2m_jax.measured_on import measured_on
 from d2m_jax.report import pictures, tables
+from d2m_jax.report.comparison import FEWEST_STEPS
 from d2m_jax.report.findings import Findings, gather, to_json
 from d2m_jax.report.measure import Bench, write_whole
 from d2m_jax.report.page import Picture, Table, page
 from d2m_jax.report.rows import Row, read
+
+TOO_SHORT = (
+    "trained for {} steps, too few to be held against any aim; that every stage ran is what a run"
+    " like this shows"
+)
 
 
 def write(run_directory: Path | str, command: str | None = None) -> None:
@@ -43,11 +49,11 @@ def write(run_directory: Path | str, command: str | None = None) -> None:
         console.print(tables.for_terminal(table))
     for row, judged in findings.verdicts.items():
         if row.student == run.main.name:
-            console.print(f"\n{row.label}:", highlight=False, markup=False)
-            for verdict in judged.values():
-                console.print(
-                    f"{'✓' if verdict.met else '✗'} {verdict.text}", highlight=False, markup=False
-                )
+            said = [f"{'✓' if verdict.met else '✗'} {verdict.text}" for verdict in judged.values()]
+            if row.steps < FEWEST_STEPS:
+                said = [TOO_SHORT.format(row.steps)]
+            for line in (f"\n{row.label}:", *said):
+                console.print(line, highlight=False, markup=False)
     print(f"report: {directory / 'report.html'}")
 
 
@@ -118,6 +124,7 @@ def _page(findings: Findings, about: dict[str, Any], drawn: dict[str, Picture]) 
     judged = {
         row.label: [(verdict.text, verdict.met) for verdict in verdicts.values()]
         for row, verdicts in findings.verdicts.items()
+        if row.steps >= FEWEST_STEPS
     }
     parts: list[Table | Picture | None] = [
         *_main_tables(findings),

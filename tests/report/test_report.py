@@ -53,6 +53,7 @@ def test_report_of_a_run(make_run, capsys):
     write.write(directory, "train.py my_config.py")
     said = capsys.readouterr().out
     assert str(directory / "report.html") in said and "fitted, after mob" in said
+    assert "trained for 40 steps, too few to be held against any aim" in said
 
     value = json.loads((directory / "report.json").read_text())
     found = {row["name"]: row for row in value["rows"]}
@@ -100,7 +101,7 @@ def test_report_of_a_run(make_run, capsys):
     html = (directory / "report.html").read_text()
     assert not re.search(r"https?://|<script|<link", html)
     assert html.count("data:image/png;base64,") == 5
-    assert "longer than the rival ever did" in html
+    assert "longer than the rival ever did" in html and "<li class=" not in html
     grid, curves, table = (html.index(s) for s in ("side by side", "while training", "<table>"))
     assert grid < curves < table  # what says most comes first
     for name in ("samples", "curves", "costs", "routing", "routing_blocks"):
@@ -108,7 +109,7 @@ def test_report_of_a_run(make_run, capsys):
             assert min(picture.size) > 300
 
 
-def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch):
+def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch, capsys):
     directory, measured = make_run("pruned"), []
     measure = Bench._measure
 
@@ -134,7 +135,12 @@ def test_a_killed_report_goes_on_and_ends_with_the_same(make_run, monkeypatch):
 
     # where all is on disk nothing is measured, times neither
     measured.clear()
+    monkeypatch.setattr(write, "FEWEST_STEPS", 40)  # of which the last row has as many
+    capsys.readouterr()
     write.write(directory)
+    judged = len(json.loads(report)["rows"][-1]["verdicts"])
+    told = re.findall(r"^[✓✗] ", capsys.readouterr().out, re.MULTILINE)
+    assert len(told) == judged == (directory / "report.html").read_text().count("<li class=") > 0
     again = json.loads((directory / "report.json").read_text())
     assert measured == [] and again["rows"] == json.loads(report)["rows"]
 

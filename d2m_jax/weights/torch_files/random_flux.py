@@ -19,6 +19,7 @@ from d2m_jax.config import (
 from d2m_jax.keys import named_generator
 from d2m_jax.models import autoencoder, clip, flux, t5
 from d2m_jax.named_arrays import names
+from d2m_jax.tokenizers import tokenizer_classes
 from d2m_jax.weights.files import safetensors
 from d2m_jax.weights.keys import autoencoder_keys, flux_keys, text_encoder_keys
 from d2m_jax.weights.keys.key_table import Entry
@@ -155,11 +156,8 @@ def _autoencoder(config: AutoencoderConfig) -> dict[str, Any]:
 
 
 def _tokenizers(folder: Path) -> None:
-    from transformers import CLIPTokenizer, T5Tokenizer  # a second, for those who need them
-
+    clip, t5 = tokenizer_classes()
     vocabulary = {token: i for i, token in enumerate(CLIP_VOCABULARY)}
-    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(
-        folder / "tokenizer"
-    )
+    clip(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(folder / "tokenizer")
     pieces = [(piece, -float(i)) for i, piece in enumerate(T5_VOCABULARY)]
-    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer_2")
+    t5(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer_2")
