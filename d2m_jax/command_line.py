@@ -113,7 +113,7 @@ def _is_orbax(error: BaseException | None) -> bool:
 def config_file(path: str | Path) -> Path:
     """The file of a config, given by its path or, of one that comes with the package, its name."""
     named = Path("configs") / f"{path}.py"
-    by_name = re.fullmatch(r"\w+", str(path)) is not None and not Path(path).exists()
+    by_name = re.fullmatch(r"\w+", str(path)) is not None and not Path(path).is_file()
     return config.shipped(named if by_name and config.shipped(named).is_file() else path)
 
 

@@ -52,6 +52,7 @@ FOLDERS = {"weights": ("files", "keys", "lora", "directory", "torch_files")}
 # Run as python -m …, beside the scripts at the root.
 COMMANDS = {
     *("d2m_jax.data.cache", "d2m_jax.data.generate", "d2m_jax.training.status"),
+    "d2m_jax.weights.torch_files.random_flux",
     *("d2m_jax.publish", *(f"d2m_jax.commands.{name}" for name in NAMES)),
     "d2m_jax.evaluate.reproduce",
 }

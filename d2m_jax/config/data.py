@@ -12,9 +12,7 @@ from d2m_jax.config.fields import Config
 class IconsConfig(Config):
     """The embedded task of data/icons.py."""
 
-    task: Literal["single", "scenes"] = (
-        "scenes"  # one pictogram, or one to several
-    )
+    task: Literal["single", "scenes"] = "scenes"  # one pictogram, or one to several
     pictograms: int = 2048  # the first of data/pictograms.npz
     seed: int = 0  # of the scenes
     train_size: int = 10_000_000  # scenes per epoch: each is rendered from its index

@@ -296,8 +296,8 @@ def check_batch(path: str, stage: StageConfig, mesh: Mesh) -> None:
         factors = [f"optimizer.accumulate = {accumulate}"] if accumulate != 1 else []
         if shards != 1:
             factors.append(f"the mesh's data · fsdp · expert = {shards}")
-        expected = f"expected a multiple of {' times '.join(factors)}"
-        raise ConfigError(f"{path}.batch_size = {stage.batch_size}: {expected}")
+        found = f"{path}.batch_size = {stage.batch_size}"
+        raise ConfigError(f"{found}: expected a multiple of " + " times ".join(factors))
 
 
 class _Clock:

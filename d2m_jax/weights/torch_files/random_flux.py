@@ -1,12 +1,22 @@
-"""A FluxPipeline that is tiny and knows nothing, to try commands on where FLUX.1 is not at hand."""
+"""A FluxPipeline that is tiny and knows nothing, to try commands on where FLUX.1 is not at hand.
+
+    python -m d2m_jax.weights.torch_files.random_flux FOLDER [--seed N]
+
+It has the files of FLUX.1 [schnell], a few MB, and every command takes it.
+"""
 
 import string
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from d2m_jax import command_line  # first, for it tells where there is no environment
+
+# isort: split
 import numpy as np
+import tyro
 
 from d2m_jax import output
 from d2m_jax.config import (
@@ -39,8 +49,8 @@ TRANSFORMER = FluxConfig(
     num_heads=2,
     axes_dim=(8, 12, 12),
     guidance_embed=False,
-    double=(StackConfig(2),),
-    single=(StackConfig(2),),
+    double=(StackConfig(3),),
+    single=(StackConfig(3),),
 )
 IMAGE = AutoencoderConfig(
     height=64, width=64, block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4
@@ -72,6 +82,26 @@ PARTS = {
     "transformer": ("diffusers", "FluxTransformer2DModel"),
     AUTOENCODER: ("diffusers", "AutoencoderKL"),
 }
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of the command."""
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    seed: int = 0  # of the weights
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    parsed = command_line.parse(
+        Arguments,
+        arguments,
+        usage="python -m d2m_jax.weights.torch_files.random_flux",
+        description=__doc__ or "",
+        example="flux_random",
+    )
+    print(f"{random_flux(parsed.folder, parsed.seed)}: a FluxPipeline of random weights")
 
 
 def random_flux(folder: Path | str, seed: int = 0) -> Path:
@@ -161,3 +191,7 @@ def _tokenizers(folder: Path) -> None:
     clip(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(folder / "tokenizer")
     pieces = [(piece, -float(i)) for i, piece in enumerate(T5_VOCABULARY)]
     t5(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer_2")
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, sys.argv[1:]))
