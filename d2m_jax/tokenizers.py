@@ -1,6 +1,5 @@
 """Prompts to token ids, by transformers' tokenizers of CLIP and T5 (no torch needed)."""
 
-import logging
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from d2m_jax import quiet
 from d2m_jax.config import ConfigError, PromptsConfig, check
 
 SPIECE = "spiece.model"
@@ -86,18 +86,9 @@ def clip_tokenizer(folder: Path) -> Any:
 def tokenizer_classes() -> tuple[Any, Any]:
     """CLIPTokenizer and T5Tokenizer of transformers, imported by those alone who need them: it
     takes a second."""
-    # It warns where torch is missing, which tokenizers have no use for.
-    quiet = logging.getLogger("transformers")
-    quiet.addFilter(_not_of_torch)
-    try:
+    with quiet.without("transformers", "PyTorch was not found"):
         from transformers import CLIPTokenizer, T5Tokenizer
-    finally:
-        quiet.removeFilter(_not_of_torch)
     return CLIPTokenizer, T5Tokenizer
-
-
-def _not_of_torch(record: logging.LogRecord) -> bool:
-    return "PyTorch was not found" not in record.getMessage()
 
 
 def _load(kind: Any, folder: Path) -> Any:

@@ -22,6 +22,7 @@ FLOORS = {
     "keys": 0,
     "named_arrays": 0,
     "progress": 0,
+    "quiet": 0,
     "command_line": 1,
     "hosts": 1,
     "kernels": 1,

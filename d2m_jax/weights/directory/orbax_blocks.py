@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from d2m_jax import quiet
 from d2m_jax.named_arrays import Fingerprint, fingerprint
 from d2m_jax.weights.keys.key_table import Parameter
 
@@ -42,7 +43,8 @@ def save(
             name: ocp.SaveArgs(shard_axes=tuple(range(_leading(p)))) for name, p in wrapped.items()
         },
     )
-    writer = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    with quiet.without("absl", "No jax.Array in TypeHandlerRegistry"):  # nor need there be one
+        writer = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},

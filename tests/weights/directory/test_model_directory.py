@@ -58,6 +58,11 @@ def test_bf16_storage(params, tmp_path):
     assert {a.dtype for a in jax.tree.leaves(stored)} == {jnp.dtype("bfloat16")}
 
 
+def test_saving_says_nothing(path, params, caplog):
+    model_directory.save(path.parent / "again", CONFIG, params)
+    assert not caplog.records
+
+
 def test_load_model(path, params):
     model = d2m_jax.load_model(path)
     assert isinstance(model, Flux) and model.config == CONFIG.transformer
