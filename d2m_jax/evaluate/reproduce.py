@@ -2,7 +2,8 @@
 
     python -m d2m_jax.evaluate.reproduce [TABLE …] [--budget MINUTES] [--seeds N] [--output DIR]
 
-TABLE: main, mlp, experts, depth, places, starts, stages, groups, balance, routers, topk; none: all.
+TABLE: main, mlp, experts, depth, places, starts, stages, groups, features, balance, routers, topk;
+none: all.
 Cells are kept below DIR by their settings: stopped at any moment and started again, with more seeds
 or other tables, it goes on, and a cell of two tables trains once. What all of it will cost is told
 before it starts; nothing begins that would end after the budget. All cells of the first seed come

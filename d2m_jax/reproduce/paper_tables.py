@@ -269,6 +269,26 @@ def balance(recipe: Recipe) -> Table:
     return Table("balance", "Balance of experts (Switch Transformer's)", tuple(cells))
 
 
+def features(recipe: Recipe) -> Table:
+    """Block features beside the output, for experts and for the rival."""
+    cells = []
+    for kind, label in (("narrow", f"pruned, r = {recipe.activated:g}"), ("moe", "MoE")):
+        student = recipe.pruned(recipe.activated) if kind == "narrow" else recipe.sparse()
+        ((name, stage),) = student.stages.items()
+        for weight in (0.0, 0.1, 1.0):
+            other = replace(stage, loss=replace(stage.loss, feature=weight))
+            cells.append(
+                Cell(
+                    f"{kind}_{weight:g}",
+                    f"{label}, features × {weight:g}",
+                    replace(student, stages={name: other}),
+                    f"narrow_{weight:g}" if kind == "moe" else "narrow_0" if weight else None,
+                )
+            )
+    note = "Features × 1: as the paper has it, as much as the output's loss."
+    return Table("features", "Block features in the loss", tuple(cells), (note,))
+
+
 def routers(recipe: Recipe) -> Table:
     """Forms of the gate, and what it reads."""
     fitted = {gate: replace(recipe.moe, gate=gate) for gate in ("softmax", "sigmoid")}
@@ -311,6 +331,6 @@ TABLES: dict[str, Callable[[Recipe], Table]] = {
     table.__name__: table
     for table in (
         *(main, mlp, experts, depth, places, starts, stages, groups),
-        *(balance, routers, topk),
+        *(features, balance, routers, topk),
     )
 }
