@@ -44,6 +44,7 @@ COLLAPSE = {
         "dead experts: {:.0f} (almost no token chooses them)",
     ),
 }
+COMPILING = "compiling"  # what a bar shows before the first step is done
 LASTS = 3  # logged steps in a row with an alarm, after which it is told
 
 
@@ -111,13 +112,15 @@ class Metrics:
                 console=console,
                 refresh_per_second=4,
             )
-            self._task = self._bar.add_task(stage, total=steps, completed=start, shown="compiling")
+            self._task = self._bar.add_task(stage, total=steps, completed=start, shown=COMPILING)
             self._bar.start()
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
         if self._bar:
-            self._bar.update(self._task, completed=step)
+            (task,) = self._bar.tasks
+            shown = "" if task.fields["shown"] == COMPILING else task.fields["shown"]
+            self._bar.update(self._task, completed=step, shown=shown)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """The values of a step: floats, or lists of them with one per layer."""

@@ -1,14 +1,17 @@
 """metrics.jsonl over a resume, windows, warnings of collapse."""
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from d2m_jax.config import MeshConfig
 from d2m_jax.sharding import make_mesh
+from d2m_jax.training import metrics as metrics_of
 from d2m_jax.training.metrics import Metrics, Window, _Board, matmul_peak
 
 
@@ -107,6 +110,21 @@ def test_collapse_that_lasts_is_told_once_per_layer(tmp_path, capfd):
         "moe, step 70: routing of mlp 1 collapses: few get nearly all (entropy 0.10, even is 1)",
         "moe, step 90: routing of mlp 0 collapses: dead experts: 1 (almost no token chooses them)",
     ]
+
+
+def test_a_bar_says_that_it_compiles_until_a_step_is_done(tmp_path, monkeypatch):
+    terminal = Console(force_terminal=True, file=io.StringIO())
+    monkeypatch.setattr(metrics_of, "Console", lambda stderr: terminal)
+    metrics = Metrics(tmp_path, "moe", 100, 0)
+    assert metrics._bar is not None
+    (task,) = metrics._bar.tasks
+    shown = [task.fields["shown"]]
+    metrics.advance(1)
+    shown.append(task.fields["shown"])
+    metrics.write(1, {"loss": 0.5})
+    metrics.advance(2)
+    assert [*shown, task.fields["shown"]] == ["compiling", "", "loss 0.5"]
+    metrics.close()
 
 
 def test_matmul_peak_is_plausible():
