@@ -71,6 +71,7 @@ $(CREATED):
 	  echo "$(PYTHON): not found, expected Python 3.11 or newer (make PYTHON=...)" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "$(PYTHON) is Python $(VERSION): expected 3.11 or newer (make PYTHON=...)" >&2; exit 2; }
+	@echo 'an environment is made in $(VENV): a minute or two'
 	$(PYTHON) -m venv --clear $(VENV)
 	touch $@
 

@@ -80,6 +80,8 @@ def sparsify(
     samples whose activations are held at a time (None: a batch's). ConfigError where sizes do not
     fit.
     """
+    given = type(config).__name__
+    check(isinstance(config, SparsifyConfig), f"config: found {given}, expected a SparsifyConfig")
     found = opened(data, teacher)
     if isinstance(found, Handed):
         config = replace(config, batch_size=found.count)
@@ -121,6 +123,8 @@ def distill(
     Interrupted (SIGINT) it gives the student as it is; with a run directory it saves, and exits
     with code 130. ConfigError for what cannot go well, before it trains.
     """
+    given = type(stage).__name__
+    check(isinstance(stage, StageConfig), f"stage: found {given}, expected a StageConfig")
     found = opened(data, teacher)
     stage = replace(stage, steps=stage.steps if steps is None else steps)
     stage = replace(stage, evaluate_every=stage.evaluate_every if every is None else every)

@@ -213,7 +213,10 @@ def parse(
     if unknown:
         name = unknown[0].split("=")[0]
         plain = "one that is True or False takes no value: --NAME, --no_NAME"
-        check(name.startswith("-"), f"{name}: no option takes it; {plain}")
+        check(
+            name.startswith("-"),
+            f"{name}: no option takes it; a value stands behind its option; {plain}",
+        )
         known = re.findall(r"--[\w.]*\w(?![\w.])", usage_of(""))
         there = (elsewhere or {}).get(name)
         hint = f"; {there}" if there else suggestion(name, known)

@@ -239,9 +239,12 @@ def _use(found: Published, repository: str, base_model: str | None) -> str:
             " the weights in PyTorch, its first lines say how, and `KEYS.md` names every tensor."
         )
     own = found.own_encoders or not isinstance(found.config.text, PromptsConfig)
-    encoders = "" if own else f', encoders="{base_model}"'
+    encoders, told = "" if own else f', encoders="{base_model}"', ""
+    if not own and base_model is None:
+        encoders = ", encoders=ENCODERS"
+        told = "# ENCODERS: the FluxPipeline that its text encoders and autoencoder are of\n"
     return (
-        "```python\nimport d2m_jax\n\n"
+        f"```python\nimport d2m_jax\n\n{told}"
         f'pipe = d2m_jax.load_pipeline("{repository}"{encoders})\n'
         'pipe("a cat on a windowsill", seed=0).pil[0].save("cat.png")\n```'
     )

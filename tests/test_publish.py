@@ -235,6 +235,10 @@ def test_what_is_not_as_wide_as_flux_inherits_nothing():
         publish.card(found, "me/mine")
     text = str(publish.card(found, "me/mine", license="mit"))
     assert "black-forest-labs" not in text and "base_model" not in text
+    found = replace(found, own_encoders=False)
+    text = str(publish.card(found, "me/mine", license="mit"))
+    assert 'load_pipeline("me/mine", encoders=ENCODERS)' in text and "# ENCODERS: the Flux" in text
+    assert 'encoders="a/b"' in str(publish.card(found, "me/mine", "a/b", "mit"))
 
 
 def test_a_card_alone(words, tmp_path, capsys):

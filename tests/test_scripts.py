@@ -27,6 +27,7 @@ from d2m_jax.config import (
     WordsConfig,
 )
 from tests.models import toy
+from tests.test_help import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 STUDENT = RunConfig(
@@ -241,10 +242,10 @@ def test_help_whose_reader_has_gone(name):
     assert done.stderr == b"" and done.returncode in (0, 141)
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "convert_torch_weights"])
-def test_without_an_environment_a_script_says_what_to_do(name):
-    command = [sys.executable, "-S", ROOT / f"{name}.py", "--help"]  # without site-packages
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_an_environment_a_command_says_what_to_do(command):
+    started = [sys.executable, "-S", *command.split()[1:], "--help"]  # without site-packages
+    done = subprocess.run(started, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert (
         " lacks jax and rich and tyro, expected an environment with d2m_jax: source .venv/bin/act"

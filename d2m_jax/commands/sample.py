@@ -35,13 +35,12 @@ class Arguments:
     # A FluxPipeline, folder or repository, whose text encoders and autoencoder serve.
     encoders: str | None = None
     height: int | None = None  # pixels; what is None here is the model's own
-    width: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int = 0
-    top_k: tuple[int, ...] | None = (
-        None  # normal experts per token; several: for shares of the steps
-    )
+    width: int | None = None  # the same
+    steps: int | None = None  # from noise to image
+    guidance: float | None = None  # how closely images follow their prompts
+    seed: int = 0  # of the noise
+    # Normal experts per token; several numbers: each for an equal share of the steps.
+    top_k: tuple[int, ...] | None = None
     reuse: int = 1  # compute the normal experts in every so many-th step only
     negative_prompt: str | None = None  # what images should not show; counts where true_cfg > 1
     true_cfg: float = 1.0  # strength of classifier-free guidance, at twice the time
@@ -80,10 +79,12 @@ def main(arguments: Sequence[str], program: str = "sample.py") -> None:
         parsed.model, parsed.dtype, mesh, parsed.quantize, encoders=parsed.encoders
     )
     images = pipe(prompts, negative_prompts=parsed.negative_prompt, progress=True, **options)
-    there = (parsed.output / "grid.png").exists()
-    replaced = ", in the place of those of before" if there else ""
+    there = {file.stem for file in parsed.output.glob("[0-9][0-9][0-9][0-9].png")}
     grid.write(images, parsed.output)
-    print(f"{len(images)} images and grid.png in {parsed.output}{replaced}")
+    count = f"{len(images)} image{'s' if len(images) > 1 else ''}"
+    older = sorted(there - {f"{i:04}" for i in range(len(images))})
+    left = f"; {', '.join(older[:3])}{' …' if older[3:] else ''} there are older" if older else ""
+    print(f"{count} and grid.png in {parsed.output}{left}")
 
 
 def prompts_of(parsed: Arguments) -> list[str]:

@@ -23,6 +23,8 @@ from d2m_jax.config import FluxConfig, ModelConfig, RunConfig, check
 
 EXAMPLE = "icons_moe_s --run_dir runs/mine --seed 1"
 
+REPORT_KEEPS = "all training is done, and what the report has measured is kept: start again for it"
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -91,7 +93,11 @@ def main(arguments: Sequence[str], program: str = "train.py") -> None:
         with lock.held(run_directory), full_disk(run_directory, run.KEPT):
             run.run(parsed.config, run_directory, partial(check_report, parsed.config))
             if parsed.config.teacher is not None:
-                hosts.by_first(lambda: write.write(run_directory, command))
+                try:
+                    hosts.by_first(lambda: write.write(run_directory, command))
+                except KeyboardInterrupt:
+                    print(REPORT_KEEPS, file=sys.stderr)
+                    raise
 
 
 def command() -> int:

@@ -19,7 +19,7 @@ from d2m_jax.config.models import (
     T5Config,
     WordsConfig,
 )
-from d2m_jax.config.paths import ROOT, SHIPPED, shipped, teacher_path
+from d2m_jax.config.paths import ROOT, SHIPPED, near_path, shipped, teacher_path
 from d2m_jax.config.runs import (
     GroupsConfig,
     LossConfig,
@@ -71,6 +71,7 @@ __all__ = [
     "first_line",
     "from_json",
     "listed",
+    "near_path",
     "shipped",
     "suggestion",
     "teacher_path",

@@ -20,8 +20,12 @@ def shipped(path: str | Path) -> Path:
     return brought if ours and not os.path.lexists(path) else path
 
 
-def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+def near_path(path: str | Path) -> str:
+    """`, did you mean …?` where a file or folder of a name like that is beside it, in the shell's
+    folder or in that of what comes with the package; else the empty string."""
+    places = [folder / Path(path).expanduser() for folder in dict.fromkeys((Path.cwd(), SHIPPED))]
+    folders = (place.parent for place in places if place.parent.is_dir())
+    return suggestion(places[0].name, (p.name for folder in folders for p in folder.iterdir()))
 
 
 def teacher_path(teacher: str, field: str = "teacher") -> Path:
@@ -32,10 +36,9 @@ def teacher_path(teacher: str, field: str = "teacher") -> Path:
     places = [folder / Path(teacher).expanduser() for folder in folders]
     found = next((place for place in places if place.exists()), None)
     if found is None:
-        beside = (p.name for place in places for p in _entries(place.parent))
-        near = suggestion(places[0].name, beside)
         raise ConfigError(
-            f"{field} = {teacher}: found nothing in {' nor in '.join(map(str, folders))}{near};"
+            f"{field} = {teacher}: found nothing in {' nor in '.join(map(str, folders))}"
+            f"{near_path(teacher)};"
             " expected a model directory: python convert_torch_weights.py SOURCE OUTPUT makes one"
             " of torch's files or of a repository of Hugging Face"
         )

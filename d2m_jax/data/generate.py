@@ -154,6 +154,8 @@ def generate(
         "text_length": config.text.length,
         "padding": padding,
         "captions": "prompts",
+        "prompts": len(prompts),
+        "images_per_prompt": images_per_prompt,
         "data": records.checksum([str(images_per_prompt), *prompts]),
         "sizes": [list(size) for size in sizes],
         "teacher": fingerprint(pipe.params),

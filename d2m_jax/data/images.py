@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from d2m_jax import hosts
-from d2m_jax.config import ImagesConfig, check
+from d2m_jax.config import ImagesConfig, check, listed
 from d2m_jax.data.batches import Bad, Batches, Endless, endless, held_out
 from d2m_jax.data.buckets import Part, Rows, Schedule, Size, assign, bucket_sizes
 from d2m_jax.data.decode import Crop, Undecodable, decode
@@ -58,10 +58,14 @@ class Images:
         usable = np.flatnonzero(self._bucket_of >= 0)
         found = f"{', '.join(config.sources)}: found {len(usable):,} images"
         self._held_out = held_out(self.key, usable, config.validation, found, "ImagesConfig")
+        shown = [f"{height} × {width}" for height, width in self.sizes]
+        several = ", each compiled by itself (aspect_ratio = 1 leaves one)" if shown[1:] else ""
+        validate = f"{config.validation} of them to validate on"
+        hosts.say(f"{found}, {validate}; sizes in pixels: {listed(shown)}{several}")
         smaller = sizes[usable] < np.array(self.buckets)[self._bucket_of[usable]]
         if enlarged := int(smaller.any(1).sum()):
             hosts.say(
-                f"{found}; {enlarged:,} are smaller than the smallest of ImagesConfig.resolutions ="
+                f"{enlarged:,} of them are smaller than the smallest of ImagesConfig.resolutions ="
                 f" {tuple(sorted(config.resolutions))} and are enlarged"
             )
         if config.prompts is not None:

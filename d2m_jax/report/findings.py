@@ -137,7 +137,10 @@ def _milliseconds(run: Run, bench: Bench) -> dict[int, dict[Row, float]]:
     """
     first = {bench.program(row): row for row in reversed(run.rows)}
     teacher = cache(lambda: (bench.program(run.teacher), bench.params(run.teacher)))
-    taken = {program: _turns(run, bench, row, teacher) for program, row in first.items()}
+    taken = {}
+    for i, (program, row) in enumerate(first.items(), 1):
+        _say(f"times, {i} of {len(first)}: {row.label}")
+        taken[program] = _turns(run, bench, row, teacher)
     result = {}
     for batch in bench.timed:
         usual = float(np.median([times[str(batch)][0] for times in taken.values()]))

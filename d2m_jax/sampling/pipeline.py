@@ -386,6 +386,7 @@ def load_pipeline(
         config = source.model or model_config(source.config, whole)
         config = _with_encoders(path, config, encoders)
         params = torch_import.load(source.parameters(), abstract(source.config), place)
+        source.tell_axes()
     if unrolled is None:
         mixes = any(stack.mixes for stack in config.transformer.stacks)
         unrolled = mixes or jax.default_backend() == "gpu"

@@ -27,7 +27,11 @@ from d2m_jax.training.metrics import Board, Metrics, Window, matmul_peak
 from d2m_jax.training.signals import caught_signals
 from d2m_jax.training.step import Step, trained
 
-STOPS = "it stops after the step that runs and keeps what it has; once more stops it at once"
+STOPS = (
+    "it stops after the steps that have begun, or when what compiles is compiled, and keeps what it"
+    " has; once more stops it at once"
+)
+RESUMES = "the same command goes on from there"
 Batch = dict[str, Any]  # arrays, or trees of them, with the batch in front
 
 
@@ -149,6 +153,11 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
                 if journal.stop:
                     raise SystemExit(128 + journal.stop)
                 clock.skip()
+            # What came too late for the last step's flags.
+            stop = 0 if run_directory is None else max(hosts.gather(int(max(caught, default=0))))
+            if stop and not journal.stop:
+                hosts.say(f"{name}: stopped by {signal.Signals(stop).name} at its end, {RESUMES}")
+                raise SystemExit(128 + stop)
     finally:
         checkpoints.close()
         metrics.close()
@@ -201,7 +210,7 @@ class _Journal:
         if self.stop and isinstance(self.checkpoints, Checkpoints):
             self.checkpoints.close()
             stopped = f"stopped by {signal.Signals(self.stop).name} at step {step}, saved"
-            hosts.say(f"{self.name}: {stopped}; the same command goes on from there")
+            hosts.say(f"{self.name}: {stopped}; {RESUMES}")
 
     def check_finite(self, step: int, values: dict[str, Any]) -> None:
         """ConfigError that says what to try where a number is not finite."""

@@ -45,6 +45,8 @@ COLLAPSE = {
     ),
 }
 COMPILING = "compiling"  # what a bar shows before the first step is done
+# Steps of a stage that come first and alarm nobody: a gate that has just been cut is uneven.
+SETTLES = 100
 LASTS = 3  # logged steps in a row with an alarm, after which it is told
 
 
@@ -159,8 +161,8 @@ class Metrics:
         return f", {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
 
     def _warn_of_collapse(self, step: int, values: dict[str, Any]) -> None:
-        """Once per layer, and only of what lasts: a gate that has just been cut is uneven."""
-        found = dict(alarms(values))
+        """Once per layer, and only of what lasts."""
+        found = dict(alarms(step, values))
         for layer in [layer for layer in self._alarmed if layer not in found]:
             del self._alarmed[layer]
         for layer, said in found.items():
@@ -178,8 +180,11 @@ class Metrics:
             board.close()
 
 
-def alarms(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every layer whose routing collapses, by the metrics of a step, and what is wrong with it."""
+def alarms(step: int, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every layer whose routing collapses, by the metrics of a step, and what is wrong with it;
+    none while the stage settles."""
+    if step < SETTLES:
+        return
     for name, value in values.items():
         prefix, _, kind = name.rpartition("/")
         if kind not in COLLAPSE or name.startswith("validation"):

@@ -119,7 +119,7 @@ def _stages(model: str, place: Path, stages: Mapping[str, StageConfig]) -> Itera
             input_wait=line.get("input_wait"),
             checkpoint=step,
             checkpoint_age=age,
-            alarms=tuple(said for _, said in alarms(line)),
+            alarms=tuple(said for _, said in alarms(line.get("step", 0), line)),
         )
 
 

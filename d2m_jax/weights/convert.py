@@ -135,6 +135,7 @@ def _open(
         config = opened.model or model_config(opened.config, folder if whole else None)
         params = opened.parameters(dtype and jnp.dtype(dtype))
         exact, cut = opened.parameters(np.float32), {}
+        opened.tell_axes()
         if opened.model is not None:
             cut = model_directory.load_cut(opened.where, opened.config)
     found = [lora.read(file, config.transformer, scale, cut) for file, scale in loras]

@@ -112,11 +112,14 @@ def test_goes_on_with_the_same(pipe, tmp_path, monkeypatch):
         ({"seed": 1}, "sampled.seed = 0"),
         ({"steps": 2}, "sampled.steps = 3"),
         ({"padding": "drop"}, "padding = keep"),
+        ({"images_per_prompt": 7}, r"images_per_prompt = \d"),
     ]:
         with pytest.raises(ConfigError, match=f"cache.json: {message}, this run's is"):
             generate.generate(pipe, PROMPTS, tmp_path / "part", **(options | change))
-    with pytest.raises(ConfigError, match=r"cache.json: data = \w+, this run's is"):
-        generate.generate(pipe, PROMPTS[:2], tmp_path / "part", **options)
+    fewer, others = PROMPTS[:2], [*PROMPTS[:-1], PROMPTS[0]]
+    for prompts, message in ((fewer, f"prompts = {len(PROMPTS)}"), (others, r"data = \w+")):
+        with pytest.raises(ConfigError, match=f"cache.json: {message}, this run's is"):
+            generate.generate(pipe, prompts, tmp_path / "part", **options)
     other = Pipeline(MODEL, toy.params(MODEL.transformer, 5))
     with pytest.raises(ConfigError, match=r"cache.json: teacher = \w+, this run's is"):
         generate.generate(other, PROMPTS, tmp_path / "part", **options)

@@ -75,9 +75,9 @@ def test_every_image_trains_once_a_pass_but_those_held_out(folder):
 
 def test_images_that_are_enlarged_are_counted(folder, capfd):
     opened(folder, resolutions=(64, 32))
-    assert "enlarged" not in capfd.readouterr().err
+    assert "are enlarged" not in capfd.readouterr().err
     opened(folder, resolutions=(64,))
-    said = "found 40 images; 40 are smaller than the smallest of ImagesConfig.resolutions = (64,)"
+    said = "\n40 of them are smaller than the smallest of ImagesConfig.resolutions = (64,)"
     assert said in capfd.readouterr().err
 
 

@@ -221,6 +221,35 @@ def test_sigterm_saves_and_exits(uninterrupted, tmp_path, capfd):
     assert lines(tmp_path) == lines(uninterrupted[0])
 
 
+@pytest.mark.parametrize("step", [39, 40])
+def test_a_signal_in_the_last_steps_stops_before_what_follows(uninterrupted, tmp_path, capfd, step):
+    """Their flags were read, or will never be: the stage is whole, and nothing comes after it."""
+
+    class Terminated(toy.Stream):
+        def __next__(self):
+            if self.position == step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    with pytest.raises(SystemExit) as stopped:
+        toy.run(tmp_path, toy.stage(40), batches=Terminated())
+    assert stopped.value.code == 143
+    assert "toy: stopped by SIGTERM at" in capfd.readouterr().err
+    assert (tmp_path / "checkpoints" / "toy" / "40").is_dir()
+    assert same(toy.run(tmp_path, toy.stage(40)), uninterrupted[1])
+
+
+def test_a_signal_while_the_last_validation_runs_is_not_lost(tmp_path, capfd):
+    def sample(params, step):
+        if step == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit) as stopped:
+        toy.run(tmp_path, toy.stage(10, sample_every=10), sample=sample)
+    assert stopped.value.code == 130
+    assert "toy: stopped by SIGINT at its end, the same command" in capfd.readouterr().err
+
+
 def test_keys(tmp_path):
     """Every step draws anew, every evaluation the same."""
 

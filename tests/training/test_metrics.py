@@ -93,22 +93,23 @@ def test_window_means_survive_json():
 
 
 def test_collapse_that_lasts_is_told_once_per_layer(tmp_path, capfd):
-    metrics = Metrics(tmp_path, "moe", 100, 0)
+    metrics = Metrics(tmp_path, "moe", 400, 0)
     healthy = {"loss": 1.0, "mlp/entropy": [0.9, 0.8], "mlp/largest_load": [1.5, 2.0]}
     healthy["mlp/dead_experts"] = [0.0, 0.0]
-    metrics.write(10, healthy)
+    for step in (10, 20, 30, 40):
+        metrics.write(step, healthy | {"mlp/entropy": [0.1, 0.1]})  # it settles
     few, dead = {"mlp/entropy": [0.9, 0.1]}, {"mlp/dead_experts": [1.0, 0.0]}
-    for step, found in ((20, few), (30, few | dead), (40, dead), (50, few), (60, few)):
+    for step, found in ((120, few), (130, few | dead), (140, dead), (150, few), (160, few)):
         metrics.write(step, healthy | found)  # never three times in a row
     assert "collapses" not in capfd.readouterr().err
-    metrics.write(70, healthy | few | dead)
-    metrics.write(80, healthy | few | dead | {"mlp/largest_load": [1.5, 6.0]})
-    metrics.write(90, healthy | dead)
+    metrics.write(170, healthy | few | dead)
+    metrics.write(180, healthy | few | dead | {"mlp/largest_load": [1.5, 6.0]})
+    metrics.write(190, healthy | dead)
     metrics.close()
     told = [line for line in capfd.readouterr().err.splitlines() if "collapses" in line]
     assert told == [
-        "moe, step 70: routing of mlp 1 collapses: few get nearly all (entropy 0.10, even is 1)",
-        "moe, step 90: routing of mlp 0 collapses: dead experts: 1 (almost no token chooses them)",
+        "moe, step 170: routing of mlp 1 collapses: few get nearly all (entropy 0.10, even is 1)",
+        "moe, step 190: routing of mlp 0 collapses: dead experts: 1 (almost no token chooses them)",
     ]
 
 

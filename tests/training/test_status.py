@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from d2m_jax.config import ConfigError, RunConfig, StageConfig, StudentConfig, to_json
-from d2m_jax.training import lock, status
+from d2m_jax.training import lock, metrics, status
+
+
+@pytest.fixture(autouse=True)
+def alarms_early(monkeypatch):
+    monkeypatch.setattr(metrics, "SETTLES", 40)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import huggingface_hub
 from huggingface_hub import errors
 from huggingface_hub.utils import logging
 
-from d2m_jax.config import ConfigError, check, first_line, listed, shipped
+from d2m_jax.config import ConfigError, check, first_line, listed, near_path, shipped
 
 # OWNER/NAME, then perhaps @REVISION and the path of a file.
 REPOSITORY = re.compile(
@@ -211,7 +211,8 @@ def _told(name: str, error: Exception) -> str:
     """What happened and what helps, for one line."""
     page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
     code = status(error)
-    nowhere = f"no such file or folder in {Path.cwd()}; taken for a repository of Hugging Face,"
+    here = f"no such file or folder in {Path.cwd()}{near_path(name)}"
+    nowhere = f"{here}; taken for a repository of Hugging Face,"
     if isinstance(error, errors.GatedRepoError):
         if code == 403:
             return (
@@ -225,8 +226,8 @@ def _told(name: str, error: Exception) -> str:
         return f"the repository {page} has no such revision"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return (
-            f"{nowhere} which is not in its cache, and only that is asked while there is no"
-            " connection or HF_HUB_OFFLINE is set"
+            f"{nowhere} which is not in its cache on this machine; without a connection, or with"
+            " HF_HUB_OFFLINE, nothing else is asked"
         )
     line = (getattr(error, "server_message", None) or first_line(error))[:160]
     if isinstance(error, errors.DisabledRepoError):

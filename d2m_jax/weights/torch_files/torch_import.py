@@ -33,6 +33,17 @@ class Source:
     table: list[Entry]
     tensors: dict[str, Any]  # by torch's names
     model: ModelConfig | None = None  # what an export of ours says beside the transformer
+    axes_told: bool = True  # whether how a head is divided stands there
+
+    def tell_axes(self) -> None:
+        """A line where the division of heads that are not FLUX.1's was assumed."""
+        head = sum(self.config.axes_dim)
+        if not self.axes_told and head != sum(FluxConfig().axes_dim):
+            hosts.say(
+                f"{self.where}: does not tell how the {head} elements of a head are divided among"
+                " the axes of positions; taken as in FLUX.1, where they are 128: axes_dim ="
+                f" {self.config.axes_dim}"
+            )
 
     def parameters(self, dtype: Any = None) -> dict[str, Parameter]:
         """Ours by dotted name, read when indexed; None is the narrowest type that holds them.
@@ -65,7 +76,8 @@ def open_source(source: Path | str) -> Source:
     tensors = scales.multiplied_out(path, stored, headers)
     axes = value.get("axes_dims_rope")
     config = flux_keys.config_of(path, layout, tensors, axes and tuple(axes))
-    return _checked(Source(path, layout, config, flux_keys.keys(layout, config), tensors))
+    found = Source(path, layout, config, flux_keys.keys(layout, config), tensors)
+    return _checked(replace(found, axes_told=axes is not None))
 
 
 def _checked(source: Source) -> Source:

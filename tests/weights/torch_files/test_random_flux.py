@@ -6,6 +6,8 @@ import pytest
 from d2m_jax.config import ConfigError
 from d2m_jax.sampling.noise import noise
 from d2m_jax.sampling.pipeline import load_pipeline
+from d2m_jax.weights import load_config
+from d2m_jax.weights.convert import convert
 from d2m_jax.weights.torch_files.random_flux import random_flux
 
 PROMPTS = ["a red fox", "an old lighthouse at night"]
@@ -39,3 +41,13 @@ def test_a_seed_gives_its_own_weights_and_nothing_is_replaced(tmp_path):
     assert (first / file).read_bytes() != (other / file).read_bytes()
     with pytest.raises(ConfigError, match="0: exists"):
         random_flux(first)
+
+
+def test_a_file_that_does_not_tell_the_axes_says_what_was_assumed(tmp_path, capfd):
+    """BFL's layout has no place for them; a folder of diffusers has."""
+    convert(random_flux(tmp_path / "flux"), tmp_path / "bfl.safetensors", export="bfl")
+    assert "axes_dim" not in capfd.readouterr().err
+    convert(tmp_path / "bfl.safetensors", tmp_path / "model")
+    said = "how the 32 elements of a head are divided"
+    assert said in capfd.readouterr().err
+    assert load_config(tmp_path / "model").transformer.axes_dim == (4, 14, 14)
