@@ -1,7 +1,7 @@
 """From torch's files to a model directory and back, holding few bytes at a time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -74,7 +74,7 @@ def convert(
     check(export != "bfl" or not target.is_dir(), f"{target}: a folder, expected a file's name")
     output.check_free(target, overwrite)
     output.check_writable(target)
-    config, params, cut = _open(source, dtype, loras)
+    config, params, cut, tell = _open(source, dtype, loras)
     if dense:
         transformer, params = put_together(source, config.transformer, params, cut)
         config, cut = replace(config, transformer=transformer), {}
@@ -112,6 +112,7 @@ def convert(
         raise ConfigError(
             f"{source}: {error}: damaged weights or LoRA, or a type too narrow"
         ) from None
+    tell()
 
 
 def _is_diffusers(folder: Path) -> bool:
@@ -121,9 +122,10 @@ def _is_diffusers(folder: Path) -> bool:
 
 def _open(
     source: Path | str, dtype: Dtype | None, loras: Sequence[tuple[Path | str, float]]
-) -> tuple[ModelConfig, dict[str, Parameter], Cut]:
-    """Config and parameters by name, to be read block by block, and a student's cut."""
-    folder = pipeline_folder(source)
+) -> tuple[ModelConfig, dict[str, Parameter], Cut, Callable[[], None]]:
+    """Config and parameters by name, to be read block by block, a student's cut, and what tells
+    of what had to be assumed."""
+    folder, tell = pipeline_folder(source), lambda: None
     if model_directory.is_model_directory(folder):
         config, tree = model_directory.load(folder, dtype=dtype and jnp.dtype(dtype))
         params = {name: orbax_blocks.parameter(array) for name, array in names(tree).items()}
@@ -135,13 +137,13 @@ def _open(
         config = opened.model or model_config(opened.config, folder if whole else None)
         params = opened.parameters(dtype and jnp.dtype(dtype))
         exact, cut = opened.parameters(np.float32), {}
-        opened.tell_axes()
+        tell = opened.tell_axes
         if opened.model is not None:
             cut = model_directory.load_cut(opened.where, opened.config)
     found = [lora.read(file, config.transformer, scale, cut) for file, scale in loras]
     for (file, scale), changes in zip(loras, found, strict=True):
         hosts.say(f"{file}: merged into {_layers(changes)}, at a strength of {scale:g}")
-    return config, lora.merge(params, exact, found), cut
+    return config, lora.merge(params, exact, found), cut, tell
 
 
 def _layers(changes: Sequence[lora.Change]) -> str:
