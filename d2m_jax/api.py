@@ -22,7 +22,6 @@ from d2m_jax import grid
 from d2m_jax.command_line import config_file, load_config
 from d2m_jax.config import (
     CacheConfig,
-    ConfigError,
     FluxConfig,
     ModelConfig,
     RunConfig,
@@ -30,6 +29,7 @@ from d2m_jax.config import (
     StageConfig,
     Timesteps,
     check,
+    teacher_path,
 )
 from d2m_jax.data.generate import generate as generate_cache
 from d2m_jax.data.given import Given, Handed, cache_of, opened
@@ -39,6 +39,7 @@ from d2m_jax.evaluate.watch_run import Watched
 from d2m_jax.models import accounting
 from d2m_jax.sampling.options import check_options
 from d2m_jax.sampling.pipeline import Pipeline, load_pipeline
+from d2m_jax.sparsification.student import student_config
 from d2m_jax.training.stage import (
     Work,
     check_stages,
@@ -212,19 +213,33 @@ def account(
 
     `source` is a pipeline, a config, a model directory, a Python file with get_config(), or the
     name of one that comes with the package. The tokens are those of one example
-    (models/accounting.py). ConfigError for a config of a run with a teacher, which holds no model.
+    (models/accounting.py). Of a run with a teacher it counts the student that its stages leave.
+    ConfigError where the teacher is not there, or the config is another.
     """
     config: Any = source.config if isinstance(source, Pipeline) else source
     if isinstance(config, Path | str):
         file = config_file(config).suffix == ".py"
         config = load_config(config) if file else model_directory.load_config(config)
-    config = config.model if isinstance(config, RunConfig) else config
-    if not isinstance(config, FluxConfig | ModelConfig):
-        raise ConfigError(
-            f"{source}: expected a config that holds a model; this one names a teacher: count the"
-            " model directory that its run leaves"
-        )
+    if isinstance(config, RunConfig):
+        config = config.model or _student_of(config)
+    found = type(config).__name__
+    check(
+        isinstance(config, FluxConfig | ModelConfig),
+        f"{source}: holds a {found}, expected the config of a model or of a run",
+    )
     return accounting.account(config, image_tokens, text_tokens)
+
+
+def _student_of(run: RunConfig) -> ModelConfig:
+    """The student of a run with a teacher, after its last stage."""
+    assert run.teacher is not None  # RunConfig has one of the two
+    teacher = model_directory.load_config(teacher_path(run.teacher))
+    start = replace(teacher, transformer=student_config(teacher.transformer, run.sparsify))
+    *_, (_, stage, model) = models_of(run.stages, start)
+    if stage.top_k is None:
+        return model
+    moe = model.transformer.moe.running(stage.top_k)
+    return replace(model, transformer=replace(model.transformer, moe=moe))
 
 
 def compare(prompts: str | Sequence[str], *models: Pipeline, **options: Any) -> Image.Image:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import d2m_jax
-from d2m_jax import grid
+from d2m_jax import command_line, grid
 from d2m_jax.config import (
     CacheConfig,
     ConfigError,
@@ -263,6 +263,19 @@ def test_routing_and_account_tell_of_a_pipeline(student, tmp_path):
     assert "one forward of N = 6 tokens (4 image, 2 text)" in str(counted)
     student.save(tmp_path / "student")
     assert d2m_jax.account(tmp_path / "student") == counted
-    with pytest.raises(ConfigError, match="expected a config that holds a model"):
+    with pytest.raises(ConfigError, match="teacher = b: found nothing"):
         run_config = RunConfig("a", teacher="b", data=CacheConfig("c"), stages={"d": STAGE})
         d2m_jax.account(run_config)
+    with pytest.raises(ConfigError, match="holds a SparsifyConfig, expected the config of a model"):
+        (tmp_path / "cut.py").write_text(
+            "from d2m_jax.config import SparsifyConfig as get_config  # noqa"
+        )
+        d2m_jax.account(tmp_path / "cut.py")
+
+
+def test_the_student_of_a_run_is_counted_before_it_is_made():
+    counted = d2m_jax.account("icons_moe_s").total  # as README's table has it
+    assert (round(counted.parameters / 1e6, 2), round(counted.activated / 1e6, 2)) == (7.34, 4.21)
+    config = command_line.load_config("icons_moe_s")
+    fewer = replace(config, stages={"joint": replace(config.stages["joint"], top_k=1)})
+    assert d2m_jax.account(fewer).total.activated < counted.activated
