@@ -59,7 +59,7 @@ def test_json_and_table_hold_scores_with_their_chance():
     said = io.StringIO()
     Console(file=said, width=120).print(tables.table("a [model]", better, scores))
     assert "a [model], 36 prompts" in said.getvalue()
-    (row,) = [line for line in said.getvalue().splitlines() if "difference" in line]
+    (row,) = [line for line in said.getvalue().splitlines() if "points above" in line]
     assert "16.7" in row
 
 

@@ -76,7 +76,7 @@ def test_from_end_to_end(tmp_path, capsys):
         (["--active", "2"], "--active 2: expected less than --size 2"),
         (["--size", "1"], "--size 1: expected at least 2"),
         (["--batches", "1"], "--batches 1: expected at least 2"),
-        (["--batch-size", "8", "--micro-batch", "3"], "expected a divisor of --batch-size 8"),
+        (["--batch-size", "8", "--micro-batch", "3"], "expected a divisor of --batch_size 8"),
     ],
 )
 def test_what_cannot_be_asked(asked, said):
