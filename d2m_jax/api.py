@@ -236,10 +236,7 @@ def _student_of(run: RunConfig) -> ModelConfig:
     teacher = model_directory.load_config(teacher_path(run.teacher))
     start = replace(teacher, transformer=student_config(teacher.transformer, run.sparsify))
     *_, (_, stage, model) = models_of(run.stages, start)
-    if stage.top_k is None:
-        return model
-    moe = model.transformer.moe.running(stage.top_k)
-    return replace(model, transformer=replace(model.transformer, moe=moe))
+    return model.running(stage.top_k)
 
 
 def compare(prompts: str | Sequence[str], *models: Pipeline, **options: Any) -> Image.Image:

@@ -34,7 +34,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.models.accounting import Account, account
 from d2m_jax.models.size import amount
-from d2m_jax.output import check_writable
+from d2m_jax.output import new_file
 from d2m_jax.sampling.pipeline import Pipeline
 from d2m_jax.weights.directory import model_directory
 from d2m_jax.weights.files import hub
@@ -81,9 +81,8 @@ def main(arguments: Sequence[str]) -> None:
     if parsed.card is not None:
         check(not parsed.card.exists(), f"--card {parsed.card}: is there, expected a new file")
         text = str(card(_read(parsed.model), parsed.repository, *about))
-        check_writable(parsed.card)
-        parsed.card.parent.mkdir(parents=True, exist_ok=True)
-        parsed.card.write_text(text)
+        with new_file(parsed.card) as file:
+            file.write_text(text)
         print(f"the card is in {parsed.card}; nothing was published")
         return
     print(push_to_hub(parsed.model, parsed.repository, *about, private=parsed.private))
@@ -159,7 +158,7 @@ def card(
         base_model = DEV if dev else SCHNELL
     check(
         flux or license is not None,
-        f"--license: expected one, such as apache-2.0, for this model is no child of FLUX.1 (it is"
+        "--license: expected one, such as apache-2.0, for this model is no child of FLUX.1 (it is"
         f" {width} wide, and FLUX.1 {FluxConfig().hidden_size})",
     )
     licensed: dict[str, Any] = {"license": license or "apache-2.0"}
@@ -239,8 +238,10 @@ def _use(found: Published, repository: str, base_model: str | None) -> str:
             " the weights in PyTorch, its first lines say how, and `KEYS.md` names every tensor."
         )
     own = found.own_encoders or not isinstance(found.config.text, PromptsConfig)
-    encoders, told = "" if own else f', encoders="{base_model}"', ""
-    if not own and base_model is None:
+    encoders, told = "", ""
+    if not own and base_model is not None:
+        encoders = f', encoders="{base_model}"'
+    elif not own:
         encoders = ", encoders=ENCODERS"
         told = "# ENCODERS: the FluxPipeline that its text encoders and autoencoder are of\n"
     return (

@@ -12,7 +12,7 @@ from d2m_jax import command_line  # first, for it tells where there is no enviro
 # isort: split
 import tyro
 
-from d2m_jax.config import MeshConfig, check
+from d2m_jax.config import MeshConfig, check, listed
 from d2m_jax.sampling.options import captions_of, check_options, read_prompts
 
 # Of Arguments, what Pipeline takes under the same name.
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str], program: str = "sample.py") -> None:
     grid.write(images, parsed.output)
     count = f"{len(images)} image{'s' if len(images) > 1 else ''}"
     older = sorted(there - {f"{i:04}" for i in range(len(images))})
-    left = f"; {', '.join(older[:3])}{' …' if older[3:] else ''} there are older" if older else ""
+    left = f"; older images there: {listed(older)}" if older else ""
     print(f"{count} and grid.png in {parsed.output}{left}")
 
 

@@ -129,6 +129,10 @@ class FluxConfig(Config):
                 self.shared_width(stack)
                 self.expert_width(stack)
 
+    def running(self, top_k: int | None) -> "FluxConfig":
+        """The same model with so many normal experts per token; None: as it is."""
+        return self if top_k is None else replace(self, moe=self.moe.running(top_k))
+
     @property
     def stacks(self) -> tuple[StackConfig, ...]:
         return self.double + self.single
@@ -363,6 +367,10 @@ class ModelConfig(Config):
         super().__post_init__()
         check_whole(self, 1, "sample_steps")
         check_number(self, "guidance", *([] if self.shift is None else ["shift"]))
+
+    def running(self, top_k: int | None) -> "ModelConfig":
+        """The same model with so many normal experts per token; None: as it is."""
+        return replace(self, transformer=self.transformer.running(top_k))
 
     def shift_at(self, image_tokens: int) -> float:
         """The factor by which times are shifted for an image of so many tokens."""

@@ -20,10 +20,15 @@ def shipped(path: str | Path) -> Path:
     return brought if ours and not os.path.lexists(path) else path
 
 
+def _folders() -> list[Path]:
+    """Where relative paths may start."""
+    return list(dict.fromkeys((Path.cwd(), SHIPPED)))
+
+
 def near_path(path: str | Path) -> str:
     """`, did you mean …?` where a file or folder of a name like that is beside it, in the shell's
     folder or in that of what comes with the package; else the empty string."""
-    places = [folder / Path(path).expanduser() for folder in dict.fromkeys((Path.cwd(), SHIPPED))]
+    places = [folder / Path(path).expanduser() for folder in _folders()]
     folders = (place.parent for place in places if place.parent.is_dir())
     return suggestion(places[0].name, (p.name for folder in folders for p in folder.iterdir()))
 
@@ -32,7 +37,7 @@ def teacher_path(teacher: str, field: str = "teacher") -> Path:
     """Where the model directory of RunConfig.teacher (or another `field`) lies: a relative path
     starts at the shell's folder or, where nothing is there, at that of what comes with the package,
     which in a checkout is the repository's root. ConfigError if neither has it."""
-    folders = dict.fromkeys((Path.cwd(), SHIPPED))
+    folders = _folders()
     places = [folder / Path(teacher).expanduser() for folder in folders]
     found = next((place for place in places if place.exists()), None)
     if found is None:

@@ -3,14 +3,13 @@
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import jax
 import numpy as np
 
-from d2m_jax.config import ModelConfig
 from d2m_jax.config import to_json as as_json
 from d2m_jax.evaluate import latency, routing, scores
 from d2m_jax.evaluate.noisy import Program
@@ -119,14 +118,9 @@ def _sweep(run: Run, bench: Bench, count: int) -> tuple[Row, dict[int, Measured]
     tried = {k for k in run.config.sweep_top_k if k < moe.experts}
     for k in sorted(tried | {moe.top_k, moe.experts}):
         name = f"{row.file_name}.top_{k}"
-        found[k] = bench.measure(name, row, prompts, _with_top_k(row.config, k))
+        found[k] = bench.measure(name, row, prompts, row.config.running(k))
     _say(f"{row.label}: measured with {', '.join(map(str, found))} experts per token")
     return row, found
-
-
-def _with_top_k(config: ModelConfig, k: int) -> ModelConfig:
-    transformer = config.transformer
-    return replace(config, transformer=replace(transformer, moe=transformer.moe.running(k)))
 
 
 def _milliseconds(run: Run, bench: Bench) -> dict[int, dict[Row, float]]:

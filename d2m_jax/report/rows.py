@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -159,11 +159,7 @@ def _student(
     rows = []
     for stage in done:
         path = directory / "models" / stage
-        model = model_directory.load_config(path)
-        top_k = stages[stage].top_k
-        if top_k is not None:
-            moe = model.transformer.moe.running(top_k)
-            model = replace(model, transformer=replace(model.transformer, moe=moe))
+        model = model_directory.load_config(path).running(stages[stage].top_k)
         last = history(directory, done[: done.index(stage) + 1])[-1]
         rows.append(Row(name, stage, model, path, last["step"], last["seconds"]))
     lines = history(directory, done) if done else []

@@ -145,10 +145,7 @@ class Cells:
         else:
             run = read(directory)
             row = run.main.rows[-1]
-        config = row.config
-        if cell.top_k is not None:
-            moe = config.transformer.moe.running(cell.top_k)
-            config = replace(config, transformer=replace(config.transformer, moe=moe))
+        config = row.config.running(cell.top_k)
         return run, row, Bench(run, directory / "evaluation", self.about["versions"]), config
 
     def _worth(self, cell: Cell, run: Run, row: Row, bench: Bench, config: ModelConfig) -> Measured:
@@ -203,8 +200,7 @@ class Cells:
         return total
 
     def _flops(self, config: FluxConfig, top_k: int | None) -> int:
-        moe = config.moe if top_k is None else config.moe.running(top_k)
-        return account(replace(self.model, transformer=replace(config, moe=moe))).total.flops
+        return account(replace(self.model, transformer=config.running(top_k))).total.flops
 
     def spent(self) -> list[dict[str, float]]:
         """What the cells that were made at once took."""

@@ -155,7 +155,7 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
                 clock.skip()
             # What came too late for the last step's flags.
             stop = 0 if run_directory is None else max(hosts.gather(int(max(caught, default=0))))
-            if stop and not journal.stop:
+            if stop:
                 hosts.say(f"{name}: stopped by {signal.Signals(stop).name} at its end, {RESUMES}")
                 raise SystemExit(128 + stop)
     finally:

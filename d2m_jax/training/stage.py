@@ -281,7 +281,7 @@ def objective(
     count = partial(flops_per_example, image_tokens=tokens, text_tokens=model.text.length)
     student = model.transformer
     drawn = stage.random_top_k or (student.moe.top_k if stage.top_k is None else stage.top_k,)
-    running = [replace(student, moe=student.moe.running(k)) for k in drawn]
+    running = [student.running(k) for k in drawn]
     forward = round(sum(map(count, running)) / len(running))
     again = forward if stage.remat else 0
     if teacher is None:

@@ -76,8 +76,8 @@ def open_source(source: Path | str) -> Source:
     tensors = scales.multiplied_out(path, stored, headers)
     axes = value.get("axes_dims_rope")
     config = flux_keys.config_of(path, layout, tensors, axes and tuple(axes))
-    found = Source(path, layout, config, flux_keys.keys(layout, config), tensors)
-    return _checked(replace(found, axes_told=axes is not None))
+    table, told = flux_keys.keys(layout, config), axes is not None
+    return _checked(Source(path, layout, config, table, tensors, axes_told=told))
 
 
 def _checked(source: Source) -> Source:
