@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import importlib.util
 import io
@@ -27,6 +28,9 @@ NO_BACKEND = (
     "Unable to initialize backend"  # JAX, of a platform that is not there or does not start
 )
 
+# Of a file or folder that a user named.
+UNREADABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
+
 
 @dataclasses.dataclass(frozen=True)
 class Among:
@@ -47,8 +51,9 @@ AmongProcesses = Annotated[Among, tyro.conf.arg(name="")]  # --coordinator, with
 
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
-    """The exit code of main(arguments): 2 after one line for a ConfigError or where JAX cannot
-    start, 130 if interrupted, 141 if what it prints has no reader any more."""
+    """The exit code of main(arguments): 2 after one line for a ConfigError, for a file that cannot
+    be read or where JAX cannot start, 130 if interrupted, 141 if what it prints has no reader any
+    more."""
     # Where a file is damaged, Orbax and its tasks would tell so beside our one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -69,6 +74,11 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
         if not _nobody_reads("\n"):  # but of another connection
             raise
         return 141  # as shells count what SIGPIPE ends
+    except OSError as error:
+        if error.errno not in UNREADABLE or not isinstance(error.filename, str):
+            raise
+        print(f"error: {error.filename[:200]}: {error.strerror}", file=sys.stderr)
+        return 2
     finally:
         _nobody_reads()
         sys.unraisablehook = before

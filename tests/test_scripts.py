@@ -231,6 +231,27 @@ def test_a_script_exits_with_its_code(name):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
+LONG = 300 * "a"  # more than any file system takes
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("train", [LONG]),
+        ("convert_torch_weights", [LONG, "free"]),
+        ("convert_torch_weights", ["teachers/pictograms", LONG]),
+        ("sample", [LONG, "--prompt", "red bicycle", "--output", "free"]),
+        ("evaluate", ["account", LONG]),
+        ("evaluate", ["icons", LONG]),
+        ("evaluate", ["blocks", LONG]),
+    ],
+)
+def test_a_name_that_is_too_long(error_of, tmp_path, monkeypatch, name, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert "File name too long" in error_of(name, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["train", "sample"])
 def test_help_whose_reader_has_gone(name):
     """As `--help | head -1`: not a word more."""

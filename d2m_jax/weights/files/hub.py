@@ -1,6 +1,7 @@
 """Where a model lies: a path, or a repository of Hugging Face, of which no more is downloaded than
 is needed."""
 
+import errno
 import os
 import posixpath
 import re
@@ -68,6 +69,13 @@ def place(source: Any) -> str:
     right = isinstance(source, str | os.PathLike) and source != ""
     check(right, f"the model's path: found {found}, expected a path or OWNER/NAME")
     name = os.path.expanduser(os.fspath(source))  # noqa: PTH111  Path would drop a URL's slash
+    try:
+        os.lstat(name)
+    except OSError as error:  # too long, or in a folder that is not ours to read
+        absent = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        check(absent, f"{name[:200]}: {error.strerror}")
+    except ValueError as error:  # a null byte
+        raise ConfigError(f"{name!r}: {error}") from None
     return str(shipped(name)) if name.startswith("teachers/") else name
 
 
