@@ -221,15 +221,23 @@ def stages(recipe: Recipe) -> Table:
 
 
 def experts(recipe: Recipe) -> Table:
-    """Few wide experts or many narrow ones, as much of the FFN activated; beside the rival."""
-    narrow, cells = recipe.pruned(recipe.activated), []
-    for times in (0.5, 1, 2, 4):
-        count, active = (round(times * n) for n in (recipe.moe.experts, recipe.moe.top_k))
-        moe = replace(recipe.moe, experts=count, top_k=max(1, active))
+    """Few wide experts or many narrow ones, and less that is shared; as much of the FFN activated,
+    beside the rival."""
+    own, ratio = recipe.moe, recipe.activated
+    cells = [Cell("narrow", f"pruned, r = {ratio:g}", recipe.pruned(ratio))]
+    for count in (6, 12, 24, 48):
+        moe = replace(own, experts=count, top_k=max(1, round(count * own.top_k / own.experts)))
         label = f"{moe.top_k} of {count} experts"
         cells.append(Cell(f"experts_{count}", label, recipe.sparse(moe=moe), "narrow"))
-    rival = Cell("narrow", f"pruned, r = {recipe.activated:g}", narrow)
-    return Table("experts", "Wide experts or fine ones", (rival, *cells))
+    whole = recipe.teacher.stacks[0].mlp_ratio
+    width = (whole - own.shared_ratio) / own.experts  # of one expert
+    for share in (1 / 2, 5 / 4):
+        shared = share * own.shared_ratio
+        count, active = (round((r - shared) / width) for r in (whole, ratio))
+        moe = replace(own, shared_ratio=shared, experts=count, top_k=active)
+        label = f"{active} of {count} experts, {share:g} × the shared one's width"
+        cells.append(Cell(f"shared_{share:g}", label, recipe.sparse(moe=moe), "narrow"))
+    return Table("experts", "Wide experts or fine ones", tuple(cells))
 
 
 def groups(recipe: Recipe) -> Table:

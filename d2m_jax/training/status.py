@@ -79,6 +79,20 @@ class Status:
     stages: tuple[Stage, ...]
     report: bool  # whether its report is written
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Of training steps in all stages; one that has not begun goes at the rate of the one
+        before it. None before the first rate is known."""
+        rate, left = None, 0.0
+        for stage in self.stages:
+            rate = stage.seconds_per_step or rate
+            if stage.finished:
+                continue
+            if rate is None:
+                return None
+            left += (stage.steps - stage.step) * rate
+        return left
+
 
 def status_of(directory: Path) -> Status:
     """What a run directory tells. ConfigError where it is none."""
@@ -197,11 +211,14 @@ def show(status: Status, console: Console) -> None:
             console.print(f"{stage.model}, {stage.name}: and {more} more", highlight=False)
     if status.report:
         console.print("the report is written: report.html")
+    elif status.seconds_left:
+        told = f"about {_time(status.seconds_left)} of training left in all stages"
+        console.print(f"{told}; what is between them, and the report, take more", highlight=False)
 
 
 def to_json(status: Status) -> dict[str, Any]:
     """For programs."""
-    value = asdict(status)
+    value = asdict(status) | {"seconds_left": status.seconds_left}
     for stage, mine in zip(value["stages"], status.stages, strict=True):
         stage["seconds_left"] = mine.seconds_left
     return value

@@ -62,6 +62,7 @@ def test_a_run_amid_its_first_stage(directory):
         "routing of double.0.img_mlp 1 collapses: few get nearly all (entropy 0.10, even is 1)",
     )
     assert (mob.step, mob.finished, mob.loss, mob.checkpoint) == (0, False, None, None)
+    assert found.seconds_left == (60 + 50) * 0.5  # what has not begun at the rate before it
 
 
 def test_who_has_it(directory, monkeypatch):
@@ -79,10 +80,11 @@ def test_the_command(directory, capsys):
     status.main([str(directory)])
     said = capsys.readouterr().out
     assert "mine: no process trains it now" in said and "40 of 100" in said and "0:00:30" in said
+    assert "about 0:00:55 of training left in all stages" in said
     assert "2 at 20" in said and "1.5%" in said and "routing of double.0.img_mlp 1" in said
     status.main([str(directory), "--json"])
     value = json.loads(capsys.readouterr().out)
-    assert value["stages"][1]["seconds_left"] == 30.0
+    assert value["stages"][1]["seconds_left"] == 30.0 and value["seconds_left"] == 55.0
     with pytest.raises(ConfigError, match="expected that of a run directory"):
         status.main([str(directory / "models")])
 
