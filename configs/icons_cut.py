@@ -8,7 +8,7 @@ student with balance, `validation_output`); docs/recipe.md has the table.
 
 import dataclasses
 
-from configs.icons_moe_s import FITTED, PRUNED, stage
+from configs.icons_moe_s import FITTED, PRUNED, TWELVE, stage
 from configs.icons_moe_s import get_config as get_demo
 from d2m_jax.config import LossConfig, RunConfig, StageConfig, StudentConfig
 
@@ -34,7 +34,7 @@ def get_config() -> RunConfig:
     balance = {"rates": FITTED, "loss": LossConfig(feature=0.0, balance=1e-3)}
     plain = {
         "pruned": (demo.rivals["pruned"].sparsify, {"rates": PRUNED}),
-        "fitted": (demo.sparsify, balance),
+        "fitted": (TWELVE, balance),
     }
     students = {}
     for name, (cut, fields) in plain.items():

@@ -10,6 +10,8 @@ neurons that matter most, that of the main one to 5 single blocks as well; all t
 batches for the same steps.
 """
 
+from dataclasses import replace
+
 from d2m_jax.config import (
     GroupsConfig,
     IconsConfig,
@@ -33,6 +35,8 @@ BLOCKS = ("double.*", "single.*")  # everything but the embedders and the last l
 PRUNED = {"*mlp.*": 4.0}
 FITTED = {"*.shared.*": 2.0, "*.experts.*": 4.0, "*.gate.*": 0.1}
 MIXED = FITTED | {"*.router.*": 0.1}
+# The paper's experts, with which docs/recipe.md compared recipes.
+TWELVE = SparsifyConfig(deal="clustered", gate="fitted")
 # Where a group loses least (python evaluate.py blocks configs/icons_moe_s.py).
 GROUPS = GroupsConfig(keep_double=1, keep_last_single=4, single_blocks=2, single_active=1)
 
@@ -56,7 +60,7 @@ def stage(steps: int, train: tuple[str, ...] = BLOCKS, **fields) -> StageConfig:
 
 
 def get_config() -> RunConfig:
-    cut = SparsifyConfig(deal="clustered", gate="fitted", moe=MoEConfig(experts=24, top_k=4))
+    cut = replace(TWELVE, moe=MoEConfig(experts=24, top_k=4))
     loss = LossConfig(feature=0.0, balance=1e-3, block_balance=0.0)
     pruned = {"rates": PRUNED}
     return RunConfig(

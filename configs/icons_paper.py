@@ -8,7 +8,7 @@ experts and gates alone.
 
 import dataclasses
 
-from configs.icons_moe_s import FITTED, PRUNED, stage
+from configs.icons_moe_s import FITTED, PRUNED, TWELVE, stage
 from configs.icons_moe_s import get_config as get_demo
 from d2m_jax.config import LossConfig, RunConfig, SparsifyConfig, StudentConfig
 
@@ -35,6 +35,6 @@ def get_config() -> RunConfig:
         },
         rivals={
             "pruned": StudentConfig(pruned, {"retrain": stage(STEPS, rates=PRUNED)}),
-            "fitted": StudentConfig(demo.sparsify, {"moe": stage(STEPS, **fitted)}),
+            "fitted": StudentConfig(TWELVE, {"moe": stage(STEPS, **fitted)}),
         },
     )

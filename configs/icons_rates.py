@@ -5,7 +5,7 @@ python train.py configs/icons_rates.py
 
 import dataclasses
 
-from configs.icons_moe_s import FITTED, PRUNED, STEPS, stage
+from configs.icons_moe_s import FITTED, PRUNED, STEPS, TWELVE, stage
 from configs.icons_moe_s import get_config as get_demo
 from d2m_jax.config import LossConfig, RunConfig, StageConfig, StudentConfig
 
@@ -37,13 +37,14 @@ def get_config() -> RunConfig:
     cut = demo.rivals["pruned"].sparsify
     students = {n: StudentConfig(cut, {"retrain": tried(*p)}) for n, p in PRUNINGS.items()}
     students |= {
-        name: StudentConfig(demo.sparsify, {"moe": tried(*how, loss=LOSS)})
+        name: StudentConfig(TWELVE, {"moe": tried(*how, loss=LOSS)})
         for name, how in EXPERTS.items()
     }
     main = students.pop("fitted")
     return dataclasses.replace(
         demo,
         name="fitted",
+        sparsify=TWELVE,
         stages=main.stages,
         rivals=students,
         evaluate_prompts=60,

@@ -6,7 +6,7 @@ python benchmarks/top_k.py runs/top_k/models/moe runs/top_k/rivals/fixed/models/
 
 import dataclasses
 
-from configs.icons_moe_s import FITTED, stage
+from configs.icons_moe_s import FITTED, TWELVE, stage
 from configs.icons_moe_s import get_config as get_demo
 from d2m_jax.config import LossConfig, RunConfig, StudentConfig
 
@@ -20,8 +20,9 @@ def get_config() -> RunConfig:
     return dataclasses.replace(
         demo,
         name="random",
+        sparsify=TWELVE,
         stages={"moe": random},
-        rivals={"fixed": StudentConfig(demo.sparsify, {"moe": fixed})},
+        rivals={"fixed": StudentConfig(TWELVE, {"moe": fixed})},
         sweep_top_k=(),
         evaluate_prompts=12,
     )

@@ -228,4 +228,5 @@ def load_model(
         return model_of(config.transformer, params, dtype)
     source = open_source(path)
     params = load(source.parameters(dtype), abstract(source.config), sharding)
+    source.tell_axes()
     return model_of(source.config, params, dtype)

@@ -265,8 +265,9 @@ def test_straight_into_a_mesh(bfl, expected):
         np.testing.assert_array_equal(param[region], expected[name][region])
 
 
-def test_load_model_types(bfl):
+def test_load_model_types(bfl, capfd):
     model = load_model(bfl, dtype=jnp.bfloat16)
+    assert "taken as in FLUX.1" in capfd.readouterr().err  # its heads are narrower
     assert model.dtype == jnp.bfloat16 and model.img_in.kernel[...].dtype == jnp.bfloat16
 
 
