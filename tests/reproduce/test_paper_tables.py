@@ -43,8 +43,8 @@ def test_rivals_of_the_main_table_match_what_they_stand_beside():
     cost = {name: RECIPE.cost(student) for name, student in cells.items() if student is not None}
     block = account(TEACHER).total.activated / 8
     for letter in "ls":
-        # Where D is 32 gates weigh.
-        assert abs(cost[f"narrow_{letter}"] / cost[f"moe_{letter}"] - 1) < 0.05
+        # Where D is 32 the gates of 24 experts weigh 7 % of all.
+        assert abs(cost[f"narrow_{letter}"] / cost[f"moe_{letter}"] - 1) < 0.08
         assert abs(cost[f"shallow_{letter}"] - cost[f"moe_{letter}"]) < block
     assert cost["moe_l"] > cost["moe_m"] > cost["moe_s"] > cost["moe_xs"]
     # Of FLUX.1's depths, the presets.
@@ -64,7 +64,7 @@ def test_equal_depth_and_equal_width():
             running = sum(s.groups * s.active for s in depth[f"{mob}_{left}"].single)
             assert running == left
     mlp = {cell.name: transformer(cell.student) for cell in TABLES["mlp"](RECIPE).cells}
-    assert mlp["moe_2"].moe.top_k == 4 and mlp["narrow_2"].single[0].mlp_ratio == 2
+    assert mlp["moe_2"].moe.top_k == 8 and mlp["narrow_2"].single[0].mlp_ratio == 2
     found = TABLES["groups"](RECIPE).cells
     stacks = [transformer(cell.student).single[-1] for cell in found]
     assert [s.groups * s.active for s in stacks] == [3, 3, 2, 2]

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,11 +185,15 @@ def test_memory_is_that_of_a_micro_batch(small):
     assert in_parts < one + drawn
 
 
-def test_only_what_is_asked_for_is_kept(small):
-    given = small.config, small.params, small.batches(1), small.noisy, jax.random.key(0)
-    for want in (("taylor",), ("sensitivity",), ("inputs",), ("weights",), ()):
-        found = vars(calibrate(*given, tokens=96, count=1, want=want))
-        assert {name for name in importance.ALL if found[name]} == set(want)
+def test_only_what_is_asked_for_is_computed(small):
+    """By the shapes of what the program gives: nothing is compiled."""
+    given = small.params, small.batches(1)[0], jax.random.key(0)
+    fixed = {"config": small.config, "noisy": small.noisy, "counts": (4, 4), "parts": 1}
+    for want in (("taylor",), ("sensitivity",), ("inputs",), ("weights",), importance.ALL, ()):
+        program = partial(importance.measure, want=want, **fixed)
+        taylor, sums, tokens, _ = jax.eval_shape(program, *given)
+        found = {"taylor": taylor, "sensitivity": sums} | tokens
+        assert {name for name in found if jax.tree.leaves(found[name])} == set(want)
 
 
 def test_too_few_batches_are_told(small):
