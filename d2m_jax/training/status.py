@@ -218,7 +218,8 @@ def show(status: Status, console: Console) -> None:
 
 def to_json(status: Status) -> dict[str, Any]:
     """For programs."""
-    value = asdict(status) | {"seconds_left": status.seconds_left}
+    value = asdict(status)
+    value["seconds_left"] = status.seconds_left
     for stage, mine in zip(value["stages"], status.stages, strict=True):
         stage["seconds_left"] = mine.seconds_left
     return value
