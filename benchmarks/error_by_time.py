@@ -1,6 +1,6 @@
 """When a student is wrong: its error by time, of 0 (data) to 1 (noise).
 
-    python benchmarks/error_by_time.py STUDENT …
+    python benchmarks/error_by_time.py runs/demo/rivals/moe/models/moe
 
 Error: mean (v_teacher − v_student)² at t = 1/16, 3/16 … 15/16, on validation examples of the icons
 task; the last column is their mean.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from timing import described
 
-from d2m_jax.config import ModelConfig, StageConfig
+from d2m_jax.config import StageConfig
 from d2m_jax.data import icons
 from d2m_jax.distillation.fixed_times import OFFSETS, TIMES, drawn, error_sums
 from d2m_jax.encoders import Encoders
@@ -39,17 +39,11 @@ def main() -> None:
     print("t".ljust(60), *(f"{(i + OFFSET) / TIMES:<7.4f}" for i in range(TIMES)), "mean")
     for path in models:
         student, params = model_directory.load(path)
-        sums = jax.jit(partial(of_batch, student, teacher))
+        sums = jax.jit(partial(error_sums, student, STAGE, teacher))
         parts = [sums(params, constants, batch) for batch in batches]
         error = sum(p["distillation"] for p in parts) / sum(p["count"] for p in parts)
         columns = [f"{e:<7.4f}" for e in error] + [f"{error.mean():.4f}"]
         print(path[-60:].ljust(60), *columns, flush=True)
-
-
-def of_batch(
-    student: ModelConfig, teacher: ModelConfig, params: dict, constants: dict, batch: dict
-) -> dict[str, jax.Array]:
-    return error_sums(student, STAGE, teacher, params, constants, batch)
 
 
 if __name__ == "__main__":

@@ -225,18 +225,22 @@ def experts(recipe: Recipe) -> Table:
     beside the rival."""
     own, ratio = recipe.moe, recipe.activated
     cells = [Cell("narrow", f"pruned, r = {ratio:g}", recipe.pruned(ratio))]
+
+    def add(name: str, also: str = "", **changes: Any) -> None:
+        moe = replace(own, top_k=1, **changes)
+        moe = replace(moe, top_k=max(1, recipe.top_k(ratio, moe)))
+        label = f"{moe.top_k} of {moe.experts} experts{also}"
+        cells.append(Cell(name, label, recipe.sparse(moe=moe), "narrow"))
+
     for count in (6, 12, 24, 48):
-        moe = replace(own, experts=count, top_k=max(1, round(count * own.top_k / own.experts)))
-        label = f"{moe.top_k} of {count} experts"
-        cells.append(Cell(f"experts_{count}", label, recipe.sparse(moe=moe), "narrow"))
+        add(f"experts_{count}", experts=count)
     whole = recipe.teacher.stacks[0].mlp_ratio
     width = (whole - own.shared_ratio) / own.experts  # of one expert
     for share in (1 / 2, 5 / 4):
         shared = share * own.shared_ratio
-        count, active = (round((r - shared) / width) for r in (whole, ratio))
-        moe = replace(own, shared_ratio=shared, experts=count, top_k=active)
-        label = f"{active} of {count} experts, {share:g} × the shared one's width"
-        cells.append(Cell(f"shared_{share:g}", label, recipe.sparse(moe=moe), "narrow"))
+        also = f", {share:g} × the shared one's width"
+        count = round((whole - shared) / width)
+        add(f"shared_{share:g}", also, experts=count, shared_ratio=shared)
     return Table("experts", "Wide experts or fine ones", tuple(cells))
 
 

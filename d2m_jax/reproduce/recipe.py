@@ -64,9 +64,9 @@ class Recipe:
         """The base's experts."""
         return self.cut.moe
 
-    def top_k(self, ratio: float) -> int:
-        """How many experts make an activated expansion of the FFN."""
-        stack, moe = self.teacher.stacks[0], self.moe
+    def top_k(self, ratio: float, moe: MoEConfig | None = None) -> int:
+        """How many experts (None: of the base's) make an activated expansion of the FFN."""
+        stack, moe = self.teacher.stacks[0], moe or self.moe
         of_one = (stack.mlp_ratio - moe.shared_ratio) / moe.experts
         return min(moe.experts, max(0, round((ratio - moe.shared_ratio) / of_one)))
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from configs.icons_moe_s import get_config
+from configs.icons_moe_s import TWELVE, get_config
 from d2m_jax.config import ConfigError, GroupsConfig, RunConfig, StackConfig
 from d2m_jax.models.accounting import account
 from d2m_jax.reproduce.paper_tables import TABLES
@@ -39,12 +39,13 @@ def test_every_cell_can_be_cut_and_trains_as_long(name):
 
 
 def test_rivals_of_the_main_table_match_what_they_stand_beside():
-    cells = {cell.name: cell.student for cell in TABLES["main"](RECIPE).cells}
+    # With the paper's 12 experts: where D is 32 the gates of 24 would weigh too much.
+    recipe = replace(RECIPE, base=replace(BASE, sparsify=TWELVE))
+    cells = {cell.name: cell.student for cell in TABLES["main"](recipe).cells}
     cost = {name: RECIPE.cost(student) for name, student in cells.items() if student is not None}
     block = account(TEACHER).total.activated / 8
     for letter in "ls":
-        # Where D is 32 the gates of 24 experts weigh 7 % of all.
-        assert abs(cost[f"narrow_{letter}"] / cost[f"moe_{letter}"] - 1) < 0.08
+        assert abs(cost[f"narrow_{letter}"] / cost[f"moe_{letter}"] - 1) < 0.05
         assert abs(cost[f"shallow_{letter}"] - cost[f"moe_{letter}"]) < block
     assert cost["moe_l"] > cost["moe_m"] > cost["moe_s"] > cost["moe_xs"]
     # Of FLUX.1's depths, the presets.
