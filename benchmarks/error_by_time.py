@@ -7,20 +7,17 @@ task; the last column is their mean.
 """
 
 from functools import partial
-from itertools import islice
 
 import jax
 import jax.numpy as jnp
+import scenes
 from timing import described
 
 from d2m_jax.config import StageConfig
-from d2m_jax.data import icons
 from d2m_jax.distillation.fixed_times import OFFSETS, TIMES, drawn, error_sums
-from d2m_jax.encoders import Encoders
-from d2m_jax.evaluate.oracle import task_of
 from d2m_jax.weights.directory import model_directory
 
-TEACHER, BATCHES, BATCH = "teachers/pictograms", 8, 64
+TEACHER, BATCHES = "teachers/pictograms", 8
 OFFSET = OFFSETS["half_eighths"]
 STAGE = StageConfig(dtype="float32")
 
@@ -30,11 +27,9 @@ def main() -> None:
     options.add_argument("models", nargs="+", help="students of the teacher that ships")
     models = options.parse_args().models
     teacher, constants = model_directory.load(TEACHER)
-    encoders, task = Encoders(teacher), task_of(teacher)
-    found = icons.batches(task, encoders.tokenizer, teacher.image, BATCH, 0, "validation")
     batches = [
-        drawn(teacher, encoders.encode(batch), jax.random.key(i), jnp.int32(0), jnp.float32(OFFSET))
-        for i, batch in enumerate(islice(found, BATCHES))
+        drawn(teacher, batch, jax.random.key(i), jnp.int32(0), jnp.float32(OFFSET))
+        for i, batch in enumerate(scenes.batches(teacher, BATCHES, split="validation"))
     ]
     print("t".ljust(60), *(f"{(i + OFFSET) / TIMES:<7.4f}" for i in range(TIMES)), "mean")
     for path in models:

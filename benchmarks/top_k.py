@@ -8,17 +8,14 @@ of models/moe.py, those that add up to k at every k, as they were until 2026-11-
 
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 import jax
 import jax.numpy as jnp
+import scenes
 from timing import described
 
 from d2m_jax.config import ModelConfig, MoEConfig
-from d2m_jax.data import icons
 from d2m_jax.distillation.stages import noisy_inputs
-from d2m_jax.encoders import Encoders
-from d2m_jax.evaluate.oracle import task_of
 from d2m_jax.models.flux import model_of
 from d2m_jax.weights.directory import model_directory
 
@@ -39,11 +36,9 @@ def main() -> None:
     options.add_argument("models", nargs="+", help="students of the teacher that ships")
     models = options.parse_args().models
     teacher, params = model_directory.load(TEACHER)
-    encoders, task = Encoders(teacher), task_of(teacher)
-    drawn = icons.batches(task, encoders.tokenizer, teacher.image, 64, 0, "validation")
     inputs, targets = [], []
-    for i, batch in enumerate(islice(drawn, BATCHES)):
-        noisy, _ = noisy_inputs(teacher, "uniform", encoders.encode(batch), jax.random.key(i))
+    for i, batch in enumerate(scenes.batches(teacher, BATCHES, split="validation")):
+        noisy, _ = noisy_inputs(teacher, "uniform", batch, jax.random.key(i))
         inputs.append(noisy)
         targets.append(velocity(teacher, params, noisy))
     print("model, weights".ljust(50), *(f"k = {k:<5}" for k in TOP_KS))
