@@ -21,6 +21,7 @@ FLOORS = {
     "flow": 0,
     "keys": 0,
     "named_arrays": 0,
+    "numpy_files": 0,
     "progress": 0,
     "quiet": 0,
     "command_line": 1,

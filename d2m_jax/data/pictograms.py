@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from d2m_jax import numpy_files
 from d2m_jax.config import check
 
 COLOURS = {
@@ -61,6 +62,6 @@ def lexicon(count: int) -> Lexicon:
 
 @functools.lru_cache
 def _all() -> tuple[tuple[str, ...], Bool[np.ndarray, "p s s"]]:
-    with np.load(FILE) as file:
-        masks = np.unpackbits(file["masks"], axis=-1, count=SIZE).astype(bool)
-        return tuple(file["names"].tolist()), masks
+    file = numpy_files.load_all(FILE)
+    masks = np.unpackbits(file["masks"], axis=-1, count=SIZE).astype(bool)
+    return tuple(file["names"].tolist()), masks

@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Shaped
 
+from d2m_jax import numpy_files
 from d2m_jax.config import (
     AutoencoderConfig,
     CacheConfig,
@@ -134,7 +135,7 @@ class Preprocessed:
             ("y", folder / "clip_empty.npy", "clip_encodings"),
         ):
             try:
-                array = np.load(file)
+                array = numpy_files.load(file)
             except (OSError, ValueError, EOFError) as error:
                 raise ConfigError(f"{file}: cannot be read ({error})") from None
             shape = (1, *self.shapes[like])
@@ -192,10 +193,7 @@ def _array(row: dict[str, Any], name: str) -> Shaped[np.ndarray, "..."]:
             raise ValueError("nothing")
         data = memoryview(row[name])
         start = io.BytesIO(data[:HEADER])
-        version = np.lib.format.read_magic(start)
-        if version != (1, 0):
-            raise ValueError(f"np.save's version {version}")
-        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(start)
+        shape, by_columns, dtype = numpy_files.header(start)
         if dtype != np.uint16 or len(shape) != AXES[name]:
             raise ValueError(f"{dtype} {shape}")
         found = np.frombuffer(data, dtype, math.prod(shape), start.tell())

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from d2m_jax import hosts
+from d2m_jax import hosts, numpy_files
 from d2m_jax.config import WordsConfig, check
 from d2m_jax.cores import use_cores
 from d2m_jax.data.prompt_files import grouped_prompts_of
@@ -112,8 +112,8 @@ def _finish(folder: Path, names: Names) -> dict[str, Any]:
     parts = [folder / PART.format(i) for i in range(hosts.count())]
     total: Sums = {}
     for file in parts:
-        with np.load(file) as mine:
-            total = {name: mine[name] + total.get(name, 0) for name in mine.files}
+        mine = numpy_files.load_all(file)
+        total = {name: array + total.get(name, 0) for name, array in mine.items()}
     watched = Watched(total, names)
     watched.save(folder)
     for file in parts:

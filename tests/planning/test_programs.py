@@ -1,5 +1,6 @@
 """What a plan says to lie on the devices in each phase, beside what a real run has there."""
 
+import gc
 from collections import defaultdict
 from dataclasses import replace
 
@@ -77,6 +78,7 @@ class Recorded:
 
 def bytes_since(before):
     """Of the arrays that live now, without those that other tests left."""
+    gc.collect()  # what only cycles hold is not in use
     known = {id(a) for a in before}
     return device_bytes([a for a in jax.live_arrays() if id(a) not in known])
 

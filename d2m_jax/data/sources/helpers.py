@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from d2m_jax import numpy_files
 from d2m_jax.data.sources.index import Problems, Scanned
 from d2m_jax.data.sources.stores import Found
 from d2m_jax.data.sources.tars import scan
@@ -87,8 +88,8 @@ def packed(scanned: Scanned) -> bytes:
 
 def unpacked(data: bytes) -> Scanned:
     """What `packed` made bytes of."""
-    with np.load(io.BytesIO(data)) as arrays:
-        left_out, named, contents = json.loads(arrays["said"].tobytes())
-        columns = {n.split(" ", 1)[1]: arrays[n] for n in arrays if n.startswith("column ")}
-        texts = {n.split(" ", 1)[1]: arrays[n].tobytes() for n in arrays if n.startswith("packed ")}
+    arrays = numpy_files.load_all(io.BytesIO(data))
+    left_out, named, contents = json.loads(arrays["said"].tobytes())
+    columns = {n.split(" ", 1)[1]: arrays[n] for n in arrays if n.startswith("column ")}
+    texts = {n.split(" ", 1)[1]: arrays[n].tobytes() for n in arrays if n.startswith("packed ")}
     return Scanned(columns, texts, Problems(left_out, named), bytes.fromhex(contents))
