@@ -16,18 +16,19 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _initialise(kind: type, config: Any, key: Array):
-    return nnx.split(kind(config, rngs=nnx.Rngs(key)))[1]
+def _initialise(kind: type, config: Any, key: Array) -> dict:
+    # Made pure in here: it leaves cycles, which would hold the arrays until they are looked for.
+    return nnx.to_pure_dict(nnx.split(kind(config, rngs=nnx.Rngs(key)))[1])
 
 
 def initialise(kind: type, config: Any, seed: int) -> dict:
     """Fresh parameters of kind(config, rngs=…) as a pure dict, made in one compiled call."""
-    return nnx.to_pure_dict(_initialise(kind, config, jax.random.key(seed)))
+    return _initialise(kind, config, jax.random.key(seed))
 
 
 def abstract(kind: type, config: Any) -> dict:
     """Shapes and types of what `initialise` gives, without computing any."""
-    return nnx.to_pure_dict(_skeleton(kind, config, jnp.dtype(jnp.float32))[1])
+    return nnx.to_pure_dict(nnx.from_flat_state(_skeleton(kind, config, jnp.dtype(jnp.float32))[1]))
 
 
 def model_of(
@@ -35,16 +36,28 @@ def model_of(
 ) -> Model:
     """The module with these parameters; `dtype` is that of activations."""
     graph, state = _skeleton(kind, config, jnp.dtype(dtype))
-    state = jax.tree.map(lambda shape: shape, state)  # a copy, for the next line changes it
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
+    found = {path: variable.replace(_at(params, path)) for path, variable in state}
+    given = jax.tree.leaves(params, is_leaf=lambda part: not isinstance(part, dict))
+    if len(found) != len(given):
+        raise ValueError(f"{len(given)} parameters, expected {len(found)}")
+    # Flat: of a nested state nnx.merge makes a flat one, and leaves cycles behind, which would hold
+    # the parameters until they are looked for.
+    return nnx.merge(graph, nnx.FlatState(found.items(), sort=False))
+
+
+def _at(params: Any, path: tuple[Any, ...]) -> Any:
+    for name in path:
+        params = params[name if name in params else str(name)]
+    return params
 
 
 @functools.lru_cache(64)
 def _skeleton(kind: Callable[..., nnx.Module], config: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
     """The module's program, and the shapes of its parameters: once, for it takes longer than all
     else that model_of does."""
-    return nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=dtype)))
+    model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=dtype))
+    graph, state = nnx.split(model)
+    return graph, nnx.to_flat_state(state)
 
 
 def unstacked(params: dict, release: bool = False) -> dict:

@@ -181,7 +181,7 @@ def _router(config: FluxConfig, stack: StackConfig, name: str, seed: int) -> dic
         return BlockRouter(config.hidden_size, stack.blocks, config.mob_alpha, rngs=rngs)
 
     @jax.jit
-    def initialise(key: Array):
-        return nnx.state(over_axes(create, (stack.groups,), nnx.Rngs(key)))
+    def initialise(key: Array) -> dict:
+        return nnx.to_pure_dict(nnx.state(over_axes(create, (stack.groups,), nnx.Rngs(key))))
 
-    return nnx.to_pure_dict(initialise(key))
+    return initialise(key)
