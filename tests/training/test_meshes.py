@@ -161,16 +161,19 @@ def of_cache(folder: str, mesh: MeshConfig) -> RunConfig:
 def train_on_images(
     folder: str, name: str, sizes: tuple[int, ...], student: tuple[int, ...]
 ) -> None:
-    """Both runs, the model's on a mesh of `sizes`, its student's on one of `student`."""
+    """Both runs, the model's on a mesh of `sizes`, its student's on one of `student`. Every size of
+    images has programs of its own: one is enough for the second run, in its cache."""
     with hosts.joined():
         run(images(folder, MeshConfig(*sizes)), f"{folder}/{name}/teacher")
         if name == "one":
-            cache(images(folder, MeshConfig()), Path(folder) / "cache")
+            drawings = images(folder, MeshConfig())
+            square = replace(drawings.data, aspect_ratio=1.0)
+            cache(replace(drawings, data=square), Path(folder) / "cache")
         run(of_cache(folder, MeshConfig(*student)), f"{folder}/{name}/student")
 
 
 def test_two_processes_train_and_distil_as_one(tmp_path):
-    """Images in buckets, their cache, calibration, cut, grouping, a stage and its samples: on one
+    """Images in buckets, a cache, calibration, cut, grouping, a stage and its samples: on one
     device, and on eight in two processes, the student's experts and parameters spread over both."""
     pictures(tmp_path / "images")
     train_on_images(str(tmp_path), "one", (1, 1, 1, 1), (1, 1, 1, 1))
