@@ -74,3 +74,12 @@ def settings_stay():
     after = jax.config.values
     changed = {name for name in after if after[name] != before.get(name)} - OF_PROCESSES
     assert not changed, f"{sorted(changed)} are left changed"
+
+
+@pytest.fixture
+def no_look_for_cycles():
+    """What only cycles hold stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -1,5 +1,3 @@
-import gc
-
 import jax
 import numpy as np
 import pytest
@@ -7,14 +5,6 @@ import pytest
 from d2m_jax.models.flux import Flux
 from d2m_jax.models.parameters import initialise, model_of
 from tests.models.toy import SPARSE
-
-
-@pytest.fixture
-def no_look_for_cycles():
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def test_models_that_are_gone_hold_no_arrays(no_look_for_cycles):

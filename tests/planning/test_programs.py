@@ -1,6 +1,5 @@
 """What a plan says to lie on the devices in each phase, beside what a real run has there."""
 
-import gc
 from collections import defaultdict
 from dataclasses import replace
 
@@ -78,12 +77,11 @@ class Recorded:
 
 def bytes_since(before):
     """Of the arrays that live now, without those that other tests left."""
-    gc.collect()  # what only cycles hold is not in use
     known = {id(a) for a in before}
     return device_bytes([a for a in jax.live_arrays() if id(a) not in known])
 
 
-def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch):
+def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch, no_look_for_cycles):
     held = defaultdict(list)
     before = jax.live_arrays()
 
@@ -120,7 +118,9 @@ def test_what_a_plan_counts_is_what_a_run_holds(tmp_path, monkeypatch):
     assert RESTACKED not in planned["calibration"].beside
 
 
-def test_calibration_of_fewer_blocks_holds_the_whole_teacher_too(tmp_path, monkeypatch):
+def test_calibration_of_fewer_blocks_holds_the_whole_teacher_too(
+    tmp_path, monkeypatch, no_look_for_cycles
+):
     before = jax.live_arrays()
 
     def measured(*arguments, **keywords):
