@@ -61,7 +61,7 @@ class Flux(nnx.Module):
         # By vars: it may be asked for before there is a config, where an error is told.
         if "final_layer" not in vars(self):
             return object.__repr__(self)
-        params = nnx.to_pure_dict(nnx.state(self))
+        params = nnx.as_pure(nnx.state(self))  # to_pure_dict leaves cycles that hold the arrays
         return f"Flux: {summary(self.config, params)}; computes in {jnp.dtype(self.dtype)}"
 
     __str__ = __repr__

@@ -36,13 +36,13 @@ def model_of(
 ) -> Model:
     """The module with these parameters; `dtype` is that of activations."""
     graph, state = _skeleton(kind, config, jnp.dtype(dtype))
-    found = {path: variable.replace(_at(params, path)) for path, variable in state}
+    found = [(path, variable.replace(_at(params, path))) for path, variable in state]
     given = jax.tree.leaves(params, is_leaf=lambda part: not isinstance(part, dict))
     if len(found) != len(given):
         raise ValueError(f"{len(given)} parameters, expected {len(found)}")
     # Flat: of a nested state nnx.merge makes a flat one, and leaves cycles behind, which would hold
     # the parameters until they are looked for.
-    return nnx.merge(graph, nnx.FlatState(found.items(), sort=False))
+    return nnx.merge(graph, nnx.FlatState(found, sort=False))
 
 
 def _at(params: Any, path: tuple[Any, ...]) -> Any:

@@ -13,6 +13,7 @@ def test_models_that_are_gone_hold_no_arrays(no_look_for_cycles):
     params = initialise(Flux, SPARSE, 7)
     model = model_of(Flux, SPARSE, params)
     np.testing.assert_array_equal(model.img_in.kernel[...], params["img_in"]["kernel"])
+    assert repr(model).startswith("Flux: ")
     held = {id(array) for array in jax.live_arrays()}
     assert {id(array) for array in jax.tree.leaves(params)} <= held
     del model, params

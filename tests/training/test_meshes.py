@@ -167,8 +167,8 @@ def train_on_images(
         run(images(folder, MeshConfig(*sizes)), f"{folder}/{name}/teacher")
         if name == "one":
             drawings = images(folder, MeshConfig())
-            square = replace(drawings.data, aspect_ratio=1.0)
-            cache(replace(drawings, data=square), Path(folder) / "cache")
+            square = replace(drawings, data=replace(drawings.data, aspect_ratio=1.0))
+            cache(square, Path(folder) / "cache")
         run(of_cache(folder, MeshConfig(*student)), f"{folder}/{name}/student")
 
 
