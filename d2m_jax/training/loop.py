@@ -22,7 +22,7 @@ from d2m_jax.distillation.objective import Objective
 from d2m_jax.keys import named_key
 from d2m_jax.named_arrays import fingerprint, shapes
 from d2m_jax.sharding import batch_shards, make_mesh, put_batch, put_parameters, put_whole
-from d2m_jax.training.checkpoint import Checkpoints, NoCheckpoints
+from d2m_jax.training.checkpoint import Checkpoints, NoCheckpoints, Restored
 from d2m_jax.training.metrics import Board, Metrics, Window, matmul_peak
 from d2m_jax.training.signals import caught_signals
 from d2m_jax.training.step import Step, trained
@@ -35,7 +35,7 @@ RESUMES = "the same command goes on from there"
 Batch = dict[str, Any]  # arrays, or trees of them, with the batch in front
 
 
-def train_stage(  # noqa: C901  a loop that reads top-down, with all that can happen after a step
+def train_stage(
     name: str,
     stage: StageConfig,
     *,
@@ -74,23 +74,12 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     params, constants = put_parameters(mesh, (params, constants))
     whole = sum(a.size for a in jax.tree.leaves(params))
     program = Step(stage, loss, params, constants, mesh)
-    frozen, like = program.frozen, program.state()
-    checkpoints: Checkpoints | NoCheckpoints = NoCheckpoints()
-    if run_directory is not None:
-        identity = {
-            "stage": to_json(stage),
-            "seed": seed,
-            "parameters": shapes(like),
-            "frozen": fingerprint(frozen),
-            "constants": fingerprint(constants),
-        }
-        checkpoints = Checkpoints(run_directory / "checkpoints" / name, identity, keep)
-    start, progress = 0, {}
-    if restored := checkpoints.restore(like):  # there is never a second state beside it
-        start, state, progress = restored.step, restored.state, restored.progress
-    else:
-        state = program.start(params)
-    del params, restored
+    frozen = program.frozen
+    checkpoints = _checkpoints(name, stage, seed, program, constants, run_directory, keep)
+    # What was saved is read in the place of the first state: there are never two.
+    found = checkpoints.restore(program.state()) or Restored(0, program.start(params), {})
+    start, state, progress = found.step, found.state, found.progress
+    del params, found
     if start >= stage.steps:
         checkpoints.close()
         return program.whole(trained(state), frozen, constants)
@@ -111,7 +100,7 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
     try:
         # Inside, what crosses between host and devices is said to: anything else is a mistake.
         with caught_signals(STOPS) as caught, jax.set_mesh(mesh), jax.transfer_guard("disallow"):
-            pending, batch, no_signal = None, None, hosts.flags(mesh, 0)
+            batch, no_signal = None, hosts.flags(mesh, 0)
             if start == 0 and validation:
                 batch = put(clock.waiting(batches))
                 first = state, frozen, constants, batch, keys[0], no_signal
@@ -125,43 +114,50 @@ def train_stage(  # noqa: C901  a loop that reads top-down, with all that can ha
                 with jax.profiler.StepTraceAnnotation(name, step_num=step):
                     state, values = train_step(state, frozen, constants, batch, keys[0], signals)
                 batch = None
-                if pending:  # the step before is read while this one runs
-                    journal.read(*pending)
-                    if _every(stage.log_every, pending[0]):
-                        journal.log(pending[0])
-                pending, due = (step, values), _due(stage, step)
+                journal.begun(step, values)
+                due = _due(stage, step)
                 if not (any(due) or journal.stop):
                     continue
-                journal.read(*pending)
-                pending, result = None, {}
-                if due.validate and validation:
-                    result = validate(trained(state), frozen, constants)
-                    journal.check_finite(step, {"validation loss": result["validation"]})
-                if due.validate or _every(stage.log_every, step):
-                    journal.log(step, result)
+                journal.wait()
+                result = validate(trained(state), frozen, constants) if due.validate else {}
+                journal.judge(step, result, due.validate)
                 if due.sample and sample:
                     with jax.transfer_guard("allow"):
-                        picture = sample(program.whole(trained(state), frozen, constants), step)
-                        if picture is not None:
-                            metrics.picture(step, picture)
+                        drawn = sample(program.whole(trained(state), frozen, constants), step)
+                        metrics.picture(step, drawn)
                 if due.save or journal.stop:
                     with jax.transfer_guard("allow"):
                         journal.save(step, state, batches.get_state(), result.get("validation"))
-                if journal.stop == signal.SIGINT and run_directory is None:
-                    hosts.say(f"{name}: interrupted at step {step} of {stage.steps}")
+                if journal.stops(step):
                     break
-                if journal.stop:
-                    raise SystemExit(128 + journal.stop)
                 clock.skip()
-            # What came too late for the last step's flags.
-            stop = 0 if run_directory is None else max(hosts.gather(int(max(caught, default=0))))
-            if stop:
-                hosts.say(f"{name}: stopped by {signal.Signals(stop).name} at its end, {RESUMES}")
-                raise SystemExit(128 + stop)
+            journal.ends(caught)
     finally:
         checkpoints.close()
         metrics.close()
     return program.whole(trained(state), frozen, constants)
+
+
+def _checkpoints(
+    name: str,
+    stage: StageConfig,
+    seed: int,
+    program: Step,
+    constants: Any,
+    run_directory: Path | None,
+    keep: int,
+) -> Checkpoints | NoCheckpoints:
+    """Those of a stage, and what one must have been made with to be continued."""
+    if run_directory is None:
+        return NoCheckpoints()
+    identity = {
+        "stage": to_json(stage),
+        "seed": seed,
+        "parameters": shapes(program.state()),
+        "frozen": fingerprint(program.frozen),
+        "constants": fingerprint(constants),
+    }
+    return Checkpoints(run_directory / "checkpoints" / name, identity, keep)
 
 
 class _Journal:
@@ -180,15 +176,35 @@ class _Journal:
         self.name, self.stage, self.checkpoints = name, stage, checkpoints
         self.metrics, self.clock, self.window = metrics, clock, window
         self.stop = 0  # the number of a signal that any process got
+        self._pending: tuple[int, dict[str, Array]] | None = None
 
-    def read(self, step: int, values: dict[str, Array]) -> None:
-        """Wait for a step that the device was given; its numbers go into the window."""
+    def begun(self, step: int, values: dict[str, Array]) -> None:
+        """The device has a step; the one before is read while it runs."""
+        before = self.wait()
+        if before and _every(self.stage.log_every, before):
+            self.log(before)
+        self._pending = step, values
+
+    def wait(self) -> int:
+        """Until the step that the device has is done; its numbers go into the window. Which step,
+        0 where there is none."""
+        if self._pending is None:
+            return 0
+        (step, values), self._pending = self._pending, None
         found = jax.device_get(values)
         self.clock.tick()
         self.stop = int(found.pop("signal")) or self.stop
         self.check_finite(step, {"loss": found["loss"], "gradient norm": found["gradient_norm"]})
         self.window.add(found)
         self.metrics.advance(step)
+        return step
+
+    def judge(self, step: int, result: dict[str, Any], validated: bool) -> None:
+        """A step's validation, if any: it is logged, and must be finite."""
+        if "validation" in result:
+            self.check_finite(step, {"validation loss": result["validation"]})
+        if validated or _every(self.stage.log_every, step):
+            self.log(step, result)
 
     def log(self, step: int, result: dict[str, Any] | None = None) -> None:
         """The means since the last logged step, and the validation's results where there are
@@ -212,6 +228,24 @@ class _Journal:
             stopped = f"stopped by {signal.Signals(self.stop).name} at step {step}, saved"
             hosts.say(f"{self.name}: {stopped}; {RESUMES}")
 
+    def stops(self, step: int) -> bool:
+        """Whether the loop ends here: on Ctrl-C where nothing is kept, to give what there is. Else
+        a signal ends the process, which has saved: SystemExit."""
+        if self.stop == signal.SIGINT and isinstance(self.checkpoints, NoCheckpoints):
+            hosts.say(f"{self.name}: interrupted at step {step} of {self.stage.steps}")
+            return True
+        if self.stop:
+            raise SystemExit(128 + self.stop)
+        return False
+
+    def ends(self, caught: Sequence[int]) -> None:
+        """SystemExit for a signal of any process that came too late for the last step's flags."""
+        if isinstance(self.checkpoints, NoCheckpoints):
+            return
+        if stop := max(hosts.gather(int(max(caught, default=0)))):
+            hosts.say(f"{self.name}: stopped by {signal.Signals(stop).name} at its end, {RESUMES}")
+            raise SystemExit(128 + stop)
+
     def check_finite(self, step: int, values: dict[str, Any]) -> None:
         """ConfigError that says what to try where a number is not finite."""
         if not all(np.isfinite(value) for value in values.values()):
@@ -230,7 +264,7 @@ class _Journal:
 
 class _Validation:
     """Mean loss and metrics over batches, each with its own key, always the same; and errors at
-    fixed times where these are asked for."""
+    fixed times where these are asked for. Nothing without batches."""
 
     def __init__(self, step: Step, batches: list[Batch], key: Array, fixed: FixedTimes | None):
         self._one, self._batches = step.evaluate(), batches
@@ -246,6 +280,8 @@ class _Validation:
             }
 
     def __call__(self, trainable: dict, frozen: dict, constants: Any) -> dict[str, Any]:
+        if not self._batches:
+            return {}
         window, given = Window(), (trainable, frozen, constants)
         for batch, key in zip(self._batches, self._keys, strict=True):
             window.add(jax.device_get(self._one(*given, batch, key)))

@@ -134,9 +134,9 @@ class Metrics:
         self._warn_of_collapse(step, values)
         self._show(step, values)
 
-    def picture(self, step: int, file: Path) -> None:
-        """A picture that was drawn at this step."""
-        if self._writes:
+    def picture(self, step: int, file: Path | None) -> None:
+        """A picture that was drawn at this step, if there is one."""
+        if self._writes and file is not None:
             for board in self._boards:
                 board.picture(step, file)
 
