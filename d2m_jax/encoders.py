@@ -22,7 +22,7 @@ from d2m_jax.config import (
 from d2m_jax.models import autoencoder, clip, t5
 from d2m_jax.models.words import Words
 from d2m_jax.named_arrays import names, restructure
-from d2m_jax.sharding import local_mesh, over_all_devices
+from d2m_jax.sharding import constrain, local_mesh, over_all_devices
 from d2m_jax.tokenizers import Tokenizers
 from d2m_jax.weights.torch_files.diffusers_folder import check_encoder, load_encoder, parts
 from d2m_jax.weights.torch_files.torch_import import dtype_of
@@ -47,7 +47,7 @@ class Encoders:
     ):
         usual = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         self.config, self.dtype = config, dtype_of(usual if dtype is None else dtype)
-        self._place = partial(over_all_devices, mesh or local_mesh())
+        self._mesh = mesh or local_mesh()
         self._loaded: dict[str, dict] = {}
         if load:
             self._of(*parts(config))
@@ -81,25 +81,32 @@ class Encoders:
         mine = [part for part in parts(self.config) if part in needed]
         for part in mine:
             if part not in self._loaded:
-                self._loaded[part] = load_encoder(self.config, part, self._place)
+                place = partial(over_all_devices, self._mesh)
+                self._loaded[part] = load_encoder(self.config, part, place)
         return {part: self._loaded[part] for part in mine}
 
     def text(self, ids: PyTree) -> tuple[Float[Array, "b l e"], Float[Array, "b v"]]:
         """Token features and pooled vector."""
-        return _text(self.config, self.dtype, self._of("t5", "clip"), ids)
+        params = self._of("t5", "clip")
+        with jax.set_mesh(self._mesh):
+            return _text(self.config, self.dtype, params, ids)
 
     def latents(
         self, image: UInt8[Array | np.ndarray, "b H W 3"]
     ) -> Float[Array, "b rows columns k"]:
         """Packed tokens of images, where they lie: their pixels in [−1, 1], or the autoencoder's
         mean latents."""
-        return _latents(self.config, self.dtype, self._of("autoencoder"), image)
+        params = self._of("autoencoder")
+        with jax.set_mesh(self._mesh):
+            return _latents(self.config, self.dtype, params, image)
 
     def moments(
         self, image: UInt8[Array | np.ndarray, "b H W 3"]
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         """Mean and log-variance of the autoencoder's latents, as it gives them."""
-        return _moments(self.config, self.dtype, self._of("autoencoder"), image)
+        params = self._of("autoencoder")
+        with jax.set_mesh(self._mesh):
+            return _moments(self.config, self.dtype, params, image)
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Array]:
         """A raw batch as an encoded one (data/protocol.py, Batches), which is returned as it is."""
@@ -115,7 +122,8 @@ class Encoders:
         """Images in [0, 1] of packed tokens; in tiles of `tile` latents a side, where there is an
         autoencoder, for less memory."""
         params = self._of("autoencoder")
-        return decoding(self.config, self.dtype, (height, width), tile, params, latents)
+        with jax.set_mesh(self._mesh):
+            return decoding(self.config, self.dtype, (height, width), tile, params, latents)
 
 
 def abstract(config: ModelConfig, mesh: Mesh, stored: DTypeLike = jnp.bfloat16) -> dict[str, dict]:
@@ -155,12 +163,11 @@ def _lengths(padding: int, ids: PyTree) -> Int[Array, " b"]:
 def _latents(
     config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], image: UInt8[Array, "b H W 3"]
 ):
-    pixels = image.astype(jnp.float32) / 127.5 - 1
+    pixels = _pixels(image)
     if isinstance(config.image, PixelsConfig):
         tokens = flow.pack(pixels, config.image.patch)
     else:
-        model = autoencoder.model_of(config.image, params["autoencoder"], dtype)
-        tokens = flow.pack(model.encode(pixels))
+        tokens = flow.pack(_autoencoder(config.image, dtype, params).encode(pixels))
     return tokens.reshape(len(image), *config.grid(*image.shape[1:3]), -1)
 
 
@@ -169,8 +176,20 @@ def _moments(
     config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], image: UInt8[Array, "b H W 3"]
 ):
     assert isinstance(config.image, AutoencoderConfig)  # who has pixels has no moments
-    model = autoencoder.model_of(config.image, params["autoencoder"], dtype)
-    return model.moments(image.astype(jnp.float32) / 127.5 - 1)
+    return _autoencoder(config.image, dtype, params).moments(_pixels(image))
+
+
+def _pixels(image: UInt8[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
+    """In [−1, 1], each device its own images."""
+    return constrain(image.astype(jnp.float32) / 127.5 - 1, "batch", None, None, None)
+
+
+def _autoencoder(
+    config: AutoencoderConfig, dtype: DTypeLike, params: dict[str, dict]
+) -> autoencoder.Autoencoder:
+    """The model, whole on every device: left cut over all of them, its convolutions would be cut by
+    channels, and every device would hold the activations of all images."""
+    return autoencoder.model_of(config, jax.tree.map(constrain, params["autoencoder"]), dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -183,10 +202,11 @@ def decoding(
     latents: Float[Array, "b n c"],
 ):
     """Encoders.images as a program."""
+    latents = constrain(latents, "batch", None, None)
     if isinstance(config.image, PixelsConfig):
         pixels = flow.unpack(latents, *size, config.image.patch)
     else:
-        model = autoencoder.model_of(config.image, params["autoencoder"], dtype)
+        model = _autoencoder(config.image, dtype, params)
         shrink = config.image.stride // 2
         latents = flow.unpack(latents, *(side // shrink for side in size))
         pixels = model.decode(latents) if tile is None else model.decode_tiled(latents, tile)

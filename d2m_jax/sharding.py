@@ -235,7 +235,8 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Cut an activation along its logical axes; without a mesh, x."""
+    """Cut an activation along its logical axes; without axes it is whole on every device; without
+    a mesh, x."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x

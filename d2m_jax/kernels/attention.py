@@ -89,11 +89,13 @@ def splash(
     kernels = importlib.import_module("jax.experimental.pallas.ops.tpu.splash_attention")
     tokens, heads = q.shape[1:3]
     filled = tokens + -tokens % 512
-    block = next(size for size in (1536, 1024, 512) if filled % size == 0)
+    # In float32, in which a calibration computes, larger ones do not fit the core's memory.
+    sizes = (512,) if q.dtype == jnp.float32 else (1536, 1024, 512)
+    block = next(size for size in sizes if filled % size == 0)
     names = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
-    sizes = kernels.BlockSizes(**{f"block_{name}": block for name in names}, block_kv_compute=512)
+    blocks = kernels.BlockSizes(**{f"block_{name}": block for name in names}, block_kv_compute=512)
     mask = kernels.MultiHeadMask([kernels.FullMask((filled, filled))] * heads)
-    run = kernels.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=INTERPRET)
+    run = kernels.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=INTERPRET)
     segments = None
     if filled > tokens:  # the added ones see, and are seen by, one another alone
         added = (jnp.arange(filled) >= tokens).astype(jnp.int32)

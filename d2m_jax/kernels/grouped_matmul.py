@@ -162,10 +162,12 @@ def _row_tile(x: Float[Array, "r d"]) -> int:
 
 def _tiling(x: Float[Array, "r d"], inner: int, outer: int) -> tuple[int, int, int]:
     """Rows, inner and outer columns of a tile: the largest that divide evenly and leave room for
-    double buffers in 16 MB of VMEM."""
+    double buffers in 16 MB of VMEM, which of float32 hold half as much."""
+    widest = 512 if x.dtype == jnp.float32 else 1024
 
     def columns(size: int) -> int:
-        return next((t for t in (1024, 768, 512, 384, 256) if size % t == 0), min(size, 128))
+        fitting = (t for t in (1024, 768, 512, 384, 256) if t <= widest and size % t == 0)
+        return next(fitting, min(size, 128))
 
     return _row_tile(x), columns(inner), columns(outer)
 

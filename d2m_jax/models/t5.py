@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from d2m_jax.config import T5Config
 from d2m_jax.models import parameters
 from d2m_jax.models.layers import Linear, RMSNorm
+from d2m_jax.sharding import constrain
 
 
 class SelfAttention(nnx.Module):
@@ -89,10 +90,13 @@ class T5Encoder(nnx.Module):
         graph, params = nnx.split(self.block)
 
         def body(x: Float[Array, "b l d"], params: PyTree):
+            # Each device has its own captions, and a block's parameters while it computes it: left
+            # cut, activations would be exchanged, which of many captions are far more.
+            params = jax.tree.map(constrain, params)
             return nnx.merge(graph, params)(x, bias, self.dtype), None
 
-        x, _ = jax.lax.scan(body, self.shared(ids).astype(jnp.float32), params)
-        return self.final_layer_norm(x)
+        x = constrain(self.shared(ids).astype(jnp.float32), "batch", None, None)
+        return self.final_layer_norm(jax.lax.scan(body, x, params)[0])
 
     def position_bias(self, length: int) -> Float[Array, "1 h l l"]:
         """What every block adds to its attention logits, float32."""

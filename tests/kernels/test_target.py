@@ -27,12 +27,13 @@ from d2m_jax.kernels.attention import attention
 from d2m_jax.kernels.target import target
 from d2m_jax.models.experts import run_experts
 
-TOKENS, DIM, EXPERTS, WIDTH = 1536, 512, 4, 128
+TOKENS, DIM, EXPERTS, WIDTH = 4608, 3072, 12, 768  # FLUX.1's
+dtype = jnp.dtype(sys.argv[2])
 devices = topologies.get_topology_desc(sys.argv[1], platform="tpu").devices
 mesh = Mesh(np.array(devices[:1]), ("data",), axis_types=(AxisType.Auto,))
 found = {}
 
-def shape(*sizes, dtype=jnp.bfloat16):
+def shape(*sizes, dtype=dtype):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
 def loss(qkv, x, chosen, weight, experts):
@@ -40,7 +41,7 @@ def loss(qkv, x, chosen, weight, experts):
     y = attention(*qkv).reshape(x.shape)
     return jnp.square(run_experts("auto", (x + y, chosen, weight), experts)).mean()
 
-with jax.set_mesh(mesh):
+with jax.set_mesh(mesh), jax.default_matmul_precision(dtype.name):
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 3, 4))).lower(
         (shape(1, TOKENS, DIM // 128, 128),) * 3,
         shape(1, TOKENS, DIM),
@@ -68,9 +69,12 @@ def test_failure_is_one_line():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
-def test_kernels_compile_for_a_tpu_that_is_not_there(topology):
-    """Attention and routed experts, forward and backward, by the real compiler."""
+def test_kernels_compile_for_a_tpu_that_is_not_there(topology, dtype):
+    """Attention and routed experts, forward and backward, by the real compiler: at FLUX.1's size,
+    for what fits a core's memory in bfloat16 need not fit in float32, in which a teacher is
+    calibrated."""
     pytest.importorskip("libtpu")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -78,7 +82,7 @@ def test_kernels_compile_for_a_tpu_that_is_not_there(topology):
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other tests may compile too
     }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, topology],
+        [sys.executable, "-c", SCRIPT, topology, dtype],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -90,4 +94,4 @@ def test_kernels_compile_for_a_tpu_that_is_not_there(topology):
     assert found["target"] == "tpu"
     # Splash: forward, dq, dkv. Experts: two forward, two for rows, two for weights.
     assert found["kernels"] == 9
-    assert found["temporaries"] < 64 * 2**20  # the scores alone would be 38 MB
+    assert found["temporaries"] < 2**30  # the scores alone would be 2 GB
