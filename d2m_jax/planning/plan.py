@@ -82,9 +82,14 @@ class Plan:
         return self.needed <= self.memory
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, and `fits`; `needed` is null where it is not known."""
-        needed = self.needed if math.isfinite(self.needed) else None
-        return dataclasses.asdict(self) | {"needed": needed, "fits": self.fits}
+        """All fields, and `fits`; bytes are null where they are not known."""
+        fields = dataclasses.asdict(self) | {"fits": self.fits}
+        sizes = {name: _known(fields[name]) for name in ("phases", "parts")}
+        return fields | sizes | _known({"needed": self.needed})
+
+
+def _known(sizes: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: size if math.isfinite(size) else None for name, size in sizes.items()}
 
 
 def plan(
@@ -115,7 +120,7 @@ def plan(
         found = _memory(phase, platform, options)
         phases[other] = sum(found.parts.values())
         if found.compiled is None:
-            notes.append(f"{other}: the compiler gave up, out of memory")
+            notes.append(f"{other}: {found.refused}")
     common = {
         "topology": str(topology),
         "chips": topology.chips,
@@ -128,7 +133,7 @@ def plan(
         "assumptions": assumptions,
     }
     if step.compiled is None:
-        notes.append("the compiler gave up: out of memory; temporaries are what it asked for")
+        notes.append(f"{name}: {step.refused}")
         return Plan(**common, traffic=(), seconds={}, notes=(*notes,))
     stats, hlo = step.compiled.memory_analysis(), step.compiled.as_text()
     if stats is None or hlo is None:
@@ -154,10 +159,11 @@ def plan(
 
 @dataclass(frozen=True)
 class _Memory:
-    """Bytes of one device by what they are; None: the compiler found too little of it."""
+    """Bytes of one device by what they are; without a program the compiler's reason."""
 
     parts: dict[str, float]
     compiled: jax.stages.Compiled | None
+    refused: str = ""
 
 
 def _memory(phase: Phase, platform: str, options: dict[str, Any]) -> _Memory:
@@ -170,7 +176,7 @@ def _memory(phase: Phase, platform: str, options: dict[str, Any]) -> _Memory:
             raise
         needed = needed_bytes(str(error))
         sizes["temporaries"] = max(0.0, needed - sum(sizes.values()))
-        return _Memory(sizes | beside, None)
+        return _Memory(sizes | beside, None, _reason(needed, str(error)))
     stats = compiled.memory_analysis()
     if stats is None:
         raise RuntimeError(f"{platform}: its compiler tells no memory")
@@ -183,6 +189,13 @@ def _memory(phase: Phase, platform: str, options: dict[str, Any]) -> _Memory:
     sizes["temporaries"] = max(0.0, needed - sum(sizes.values()))
     sizes["program"] = stats.generated_code_size_in_bytes
     return _Memory(sizes | beside, compiled)
+
+
+def _reason(needed: float, message: str) -> str:
+    """For people. Without a number it is a core's memory that is too small, not the device's."""
+    if math.isfinite(needed):
+        return "the compiler gave up: out of memory; temporaries are what it asked for"
+    return f"the compiler refused it: {' '.join(message.split())[:500]}"
 
 
 def device_bytes(tree: Any) -> float:
@@ -314,4 +327,4 @@ def table(plan: Plan) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
+    return f"{size / GIB:.2f}" if math.isfinite(size) else "?"
