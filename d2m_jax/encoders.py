@@ -1,6 +1,6 @@
 """What surrounds a transformer, as its config names it: captions and images in, images out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,10 +22,13 @@ from d2m_jax.config import (
 from d2m_jax.models import autoencoder, clip, t5
 from d2m_jax.models.words import Words
 from d2m_jax.named_arrays import names, restructure
-from d2m_jax.sharding import constrain, local_mesh, over_all_devices
+from d2m_jax.sharding import batch_shards, constrain, in_parts, local_mesh, over_all_devices
 from d2m_jax.tokenizers import Tokenizers
 from d2m_jax.weights.torch_files.diffusers_folder import check_encoder, load_encoder, parts
 from d2m_jax.weights.torch_files.torch_import import dtype_of
+
+# That a device encodes at a time, but at least an image: activations of 2 GiB for FLUX.1's.
+PIXELS = 2**20
 
 
 class Encoders:
@@ -89,7 +92,7 @@ class Encoders:
         """Token features and pooled vector."""
         params = self._of("t5", "clip")
         with jax.set_mesh(self._mesh):
-            return _text(self.config, self.dtype, params, ids)
+            return encoding_captions(self.config, self.dtype, params, ids)
 
     def latents(
         self, image: UInt8[Array | np.ndarray, "b H W 3"]
@@ -98,7 +101,7 @@ class Encoders:
         mean latents."""
         params = self._of("autoencoder")
         with jax.set_mesh(self._mesh):
-            return _latents(self.config, self.dtype, params, image)
+            return encoding_images(self.config, self.dtype, params, image)
 
     def moments(
         self, image: UInt8[Array | np.ndarray, "b H W 3"]
@@ -144,7 +147,8 @@ def abstract(config: ModelConfig, mesh: Mesh, stored: DTypeLike = jnp.bfloat16) 
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _text(config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], ids: PyTree):
+def encoding_captions(config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], ids: PyTree):
+    """Encoders.text as a program."""
     if isinstance(config.text, WordsConfig):
         return Words(config.text)(ids)
     txt = t5.model_of(config.text.t5, params["t5"], dtype)(ids["t5"])
@@ -160,14 +164,15 @@ def _lengths(padding: int, ids: PyTree) -> Int[Array, " b"]:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _latents(
+def encoding_images(
     config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], image: UInt8[Array, "b H W 3"]
 ):
-    pixels = _pixels(image)
+    """Encoders.latents as a program."""
     if isinstance(config.image, PixelsConfig):
-        tokens = flow.pack(pixels, config.image.patch)
+        tokens = flow.pack(_pixels(image), config.image.patch)
     else:
-        tokens = flow.pack(_autoencoder(config.image, dtype, params).encode(pixels))
+        model = _autoencoder(config.image, dtype, params)
+        tokens = flow.pack(_in_turns(lambda image: model.encode(_pixels(image)), image))
     return tokens.reshape(len(image), *config.grid(*image.shape[1:3]), -1)
 
 
@@ -176,7 +181,21 @@ def _moments(
     config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], image: UInt8[Array, "b H W 3"]
 ):
     assert isinstance(config.image, AutoencoderConfig)  # who has pixels has no moments
-    return _autoencoder(config.image, dtype, params).moments(_pixels(image))
+    model = _autoencoder(config.image, dtype, params)
+    return _in_turns(lambda image: model.moments(_pixels(image)), image)
+
+
+def _in_turns(function: Callable[[Array], PyTree], image: UInt8[Array, "b H W 3"]) -> PyTree:
+    """function(image) of a batch that may be a training's, PIXELS on every device at a time."""
+    mesh, (count, height, width, _) = jax.sharding.get_abstract_mesh(), image.shape
+    shards = 1 if mesh.empty else batch_shards(mesh)
+    own = count // shards if count % shards == 0 else count
+    most = max(1, PIXELS // (height * width))
+    parts = next(parts for parts in range(1, own + 1) if own % parts == 0 and own // parts <= most)
+    if parts == 1:
+        return function(image)
+    found = jax.lax.map(function, in_parts(image, parts))
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(count, *a.shape[2:]), found)
 
 
 def _pixels(image: UInt8[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:

@@ -83,9 +83,9 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """All fields, and `fits`; bytes are null where they are not known."""
-        fields = dataclasses.asdict(self) | {"fits": self.fits}
-        sizes = {name: _known(fields[name]) for name in ("phases", "parts")}
-        return fields | sizes | _known({"needed": self.needed})
+        sizes = {"phases": _known(self.phases), "parts": _known(self.parts)}
+        needed = _known({"needed": self.needed})
+        return dataclasses.asdict(self) | sizes | needed | {"fits": self.fits}
 
 
 def _known(sizes: Mapping[str, float]) -> dict[str, float | None]:

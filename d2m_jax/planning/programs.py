@@ -20,6 +20,7 @@ from d2m_jax.config import (
     CacheConfig,
     FluxConfig,
     ModelConfig,
+    PromptsConfig,
     RunConfig,
     StageConfig,
 )
@@ -197,6 +198,7 @@ class _Stage:
         models = self._models(trained(self.state))
         kept = {"optimizer": models.pop("optimizer"), "next batch": self.batch} | self.beside
         three = trained(self.state), self.step.frozen, self.constants
+        yield from self._encoding(models | kept | {"held-out batches": [self.batch] * held})
         with jax.set_mesh(self.mesh):
             if held:
                 parts = models | {"batch": self.batch}
@@ -212,6 +214,32 @@ class _Stage:
                 beside = kept | {"held-out batches": [self.batch] * held}
                 beside.pop(ENCODERS, None)
                 yield from self._samples(models, beside, self.step.whole(*three))
+
+    def _encoding(self, beside: dict[str, Any]) -> Iterator[tuple[str, Phase]]:
+        """The next batch's captions and images, where they come from no cache."""
+        model, loaded = self.model, self.beside.get(ENCODERS, {})
+        beside = {name: tree for name, tree in beside.items() if name != ENCODERS}
+
+        def phase(program: Any, parts: tuple[str, ...], raw: Any) -> Phase:
+            mine = {part: loaded[part] for part in parts}
+            rest = {part: tree for part, tree in loaded.items() if part not in mine}
+            with jax.set_mesh(self.mesh):
+                lowered = program.lower(model, jnp.dtype(jnp.bfloat16), mine, raw)
+            return Phase(lowered, mine | {"raw batch": raw}, beside | {ENCODERS: rest})
+
+        def of(*shape: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+            shape = self.stage.batch_size, *shape
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh))
+
+        if "t5" in loaded:
+            assert isinstance(model.text, PromptsConfig)  # who has T5
+            lengths = {"t5": model.text.length, "clip": model.text.clip.max_position_embeddings}
+            ids = {name: of(length, dtype=np.int32) for name, length in lengths.items()}
+            yield "encoding captions", phase(encoders.encoding_captions, ("t5", "clip"), ids)
+        if "autoencoder" in loaded:
+            sides = (side * model.image.stride for side in self.grid)
+            image = of(*sides, 3, dtype=np.uint8)
+            yield "encoding images", phase(encoders.encoding_images, ("autoencoder",), image)
 
     def _routers(self) -> Phase:
         """A batch of what routers are fitted to (sparsification/routers.py)."""

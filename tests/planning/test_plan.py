@@ -76,9 +76,7 @@ def test_program_too_large_for_the_compiler():
 
 def test_what_the_compiler_refuses_is_told_in_its_words():
     """A kernel that is too large for a core's memory says nothing of the device's."""
-    said = (
-        "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nScoped allocation with size 18M"
-    )
+    said = "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nScoped allocation with size 18M"
     refused = mock.create_autospec(jax.stages.Lowered, instance=True)
     refused.compile.side_effect = jax.errors.JaxRuntimeError(said)
     found = plan(refused, parse("v5p:1x1x1"), make_mesh(MeshConfig()), {}, 1.0, name="calibration")

@@ -159,13 +159,20 @@ def test_encoders_count_where_no_cache_spares_them():
         given = replace(config, data=data), teacher, mesh
         (stage,) = lower(*given)
         others = dict(stage.others())
-        assert others.keys() == {"fitting routers", "validation", "samples", "decoding"}
+        always = {"fitting routers", "validation", "samples", "decoding"}
+        encoding = {"encoding captions", "encoding images"}
+        assert others.keys() == (always if cached else always | encoding)
         for phase in (calibration(*given), stage, others["validation"]):
             assert (ENCODERS in phase.beside) == (not cached)
         # Pictures need them all; what decodes is an argument.
         loaded = device_bytes(others["samples"].beside[ENCODERS])
         rest = device_bytes(others["decoding"].beside[ENCODERS])
         assert loaded == rest + device_bytes(others["decoding"].parts["autoencoder"]) > rest > 0
+        for name in encoding & others.keys():
+            one, batch = others[name], others[name].parts["raw batch"]
+            mine = device_bytes({n: t for n, t in one.parts.items() if n != "raw batch"})
+            assert mine + device_bytes(one.beside[ENCODERS]) == loaded > mine > 0
+            assert one.beside["optimizer"] and jax.tree.leaves(batch)[0].shape[0] == 16
 
 
 def test_phases_and_what_lies_beside():

@@ -166,7 +166,7 @@ def test_images_of_nan_are_refused(params, bad):
         Pipeline(CONFIG, broken)(["red"])
 
 
-PROGRAMS = ("_text", "denoising", "decoding", "_noise")
+PROGRAMS = ("encoding_captions", "denoising", "decoding", "_noise")
 
 
 def test_other_numbers_of_prompts_and_steps_are_the_same_program(pipe, caplog):
