@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from d2m_jax import hosts
 from d2m_jax.command_line import load_config
 from d2m_jax.config import (
     SHIPPED,
@@ -43,6 +44,9 @@ def dry_run(
     plans = {}
     for one in _all(config, teacher, mesh):
         others = dict(one.others())
+        what = "calibration" if one.stage == "start" else f"stage {one.stage}"
+        count = f"{1 + len(others)} programs" if others else "a program"
+        hosts.say(f"{what}: {count} to compile, which takes minutes where a model is large")
         found = plan(
             *(one.program, chips, mesh, one.parts, one.flops, one.recomputed),
             beside=one.beside,

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from d2m_jax import hosts
 from d2m_jax.planning.collectives import Collective, collectives
 from d2m_jax.planning.hardware import GIB, Topology, link
 
@@ -114,10 +115,10 @@ def plan(
     platform = mesh.devices.flat[0].platform
     compiler = {"tpu": "XLA for TPU", "cpu": "XLA for CPU"}.get(platform, "XLA for GPU")
     options = dict(compiler_options or (CPU_OPTIONS if platform == "cpu" else {}))
-    step = _memory(Phase(lowered, parts, beside or {}), platform, options)
+    step = _memory(name, Phase(lowered, parts, beside or {}), platform, options)
     phases, notes = {name: sum(step.parts.values())}, []
     for other, phase in (others or {}).items():
-        found = _memory(phase, platform, options)
+        found = _memory(other, phase, platform, options)
         phases[other] = sum(found.parts.values())
         if found.compiled is None:
             notes.append(f"{other}: {found.refused}")
@@ -166,7 +167,8 @@ class _Memory:
     refused: str = ""
 
 
-def _memory(phase: Phase, platform: str, options: dict[str, Any]) -> _Memory:
+def _memory(name: str, phase: Phase, platform: str, options: dict[str, Any]) -> _Memory:
+    hosts.say(f"{name}: the compiler is at work")
     sizes = {name: device_bytes(tree) for name, tree in phase.parts.items()}
     beside = {name: device_bytes(tree) for name, tree in phase.beside.items()}
     try:
