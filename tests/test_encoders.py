@@ -1,10 +1,7 @@
 """Encoders over several devices: each has its own images and captions, not a part of them all."""
 
-import subprocess
-import sys
-from pathlib import Path
+from tests import own_process
 
-# Devices must be asked for before JAX starts, hence a process of its own.
 SHARED_OUT = r"""
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
@@ -40,7 +37,7 @@ params = {
 }
 
 def placed(model, part, place):
-    return {part: jax.tree.map(lambda a: jax.device_put(a, place("", a.shape)), params[part])}[part]
+    return jax.tree.map(lambda a: jax.device_put(a, place("", a.shape)), params[part])
 
 encoders.load_encoder = placed
 encoders.PIXELS = 64 * 64  # an image at a time
@@ -49,31 +46,26 @@ pixels = rng.integers(0, 256, (4, 64, 64, 3), np.uint8)
 ids = {"t5": rng.integers(0, 40, (4, 64)), "clip": rng.integers(0, 40, (4, 12))}
 latents = rng.normal(size=(4, 64, 64)).astype(np.float32)
 
-PROGRAMS = "encoding_captions", "encoding_images", "_moments", "decoding"
+needed = {}
+
+def recorded(name, program):
+    def run(*arguments):
+        needed[name] = program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        return program(*arguments)
+    return run
+
+for name in ("encoding_captions", "encoding_images", "_moments", "decoding"):
+    setattr(encoders, name, recorded(name, getattr(encoders, name)))
 
 def all_of(devices, count):
     mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
     mine = encoders.Encoders(model, "float32", mesh, load=False)
     put = partial(jax.tree.map, lambda a: jax.device_put(a[:count], batch_sharding(mesh)))
-    needed = {}
-
-    def recorded(name):
-        program = getattr(encoders, name)
-        def run(*arguments):
-            needed[name] = program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-            return program(*arguments)
-        return program, run
-
-    programs = {name: recorded(name) for name in PROGRAMS}
-    for name, (_, run) in programs.items():
-        setattr(encoders, name, run)
     found = (
         mine.text(put(ids)), mine.latents(put(pixels)), mine.moments(put(pixels)),
         mine.images(put(latents), 64, 64),
     )
-    for name, (program, _) in programs.items():
-        setattr(encoders, name, program)
-    return found, needed
+    return found, dict(needed)
 
 (alone, in_turns), (_, of_one), (together, of_four) = all_of(1, 4), all_of(1, 1), all_of(4, 4)
 for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
@@ -90,13 +82,7 @@ def test_each_device_has_its_own_images_and_captions():
 
     Parameters are stored cut over all devices. Left to itself XLA computes an autoencoder cut in
     the same way: all 64 images of a pod's batch on every chip, 65 GiB of activations."""
-    done = subprocess.run(
-        [sys.executable, "-c", SHARED_OUT],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        timeout=300,
-    )
+    done = own_process.run(SHARED_OUT, timeout=300)
     lines = [line.split() for line in done.stdout.splitlines()]
     more = {name: [float(ratio) for ratio in ratios] for name, *ratios in lines}
     programs = {"encoding_captions", "encoding_images", "_moments", "decoding"}

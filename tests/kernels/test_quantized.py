@@ -2,11 +2,8 @@
 
 import logging
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +20,11 @@ from d2m_jax.models import experts
 from d2m_jax.models.blocks import ffn
 from d2m_jax.models.flux import abstract, model_of
 from d2m_jax.models.parameters import unstacked
+from tests import own_process
 from tests.half import needs_half
 from tests.models import toy
 from tests.seed import generator
 
-ROOT = Path(__file__).parents[2]
 MODELS = {
     "dense": toy.DENSE,
     "moe": toy.SPARSE,
@@ -336,19 +333,8 @@ print("equal")
 
 
 def test_on_a_mesh_a_layer_is_as_on_one_device(kind):
-    assert_equal(START + LAYER, kind)
+    own_process.assert_equal(START + LAYER, kind, timeout=600)
 
 
 def test_on_a_mesh_a_model_is_as_on_one_device():
-    assert_equal(START + MODEL)
-
-
-def assert_equal(*program):
-    done = subprocess.run(
-        [sys.executable, "-c", *program],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=600,
-    )
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+    own_process.assert_equal(START + MODEL, timeout=600)

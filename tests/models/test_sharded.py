@@ -3,13 +3,9 @@
 Devices must be asked for before JAX starts, hence processes of their own.
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import own_process
 
 START = """
 import sys
@@ -157,11 +153,4 @@ print("equal")
 
 @pytest.mark.parametrize("script", [LAYER, MODEL], ids=["layer", "model"])
 def test_cut_over_devices_equals_one_device(script):
-    done = subprocess.run(
-        [sys.executable, "-c", START + script],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=900,
-    )
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+    own_process.assert_equal(START + script)

@@ -1,10 +1,7 @@
 """T5's encoder: equal to transformers', full size without its numbers, half precision."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +12,7 @@ import pytest
 from d2m_jax.config import T5Config
 from d2m_jax.models.t5 import initialise, model_of, position_buckets
 from d2m_jax.weights.keys.text_encoder_keys import t5_config, t5_keys, t5_tensors
+from tests import own_process
 from tests.models import oracle
 from tests.seed import generator
 
@@ -171,7 +169,6 @@ def test_half_precision_does_not_round_the_stream(params):
     assert oracle.relative(half, run(TINY, large, ids)) < 6e-4
 
 
-# Devices must be asked for before JAX starts, hence a process of its own.
 SHARDED = r"""
 import re
 import jax
@@ -205,11 +202,4 @@ print("equal")
 
 def test_cut_over_devices_equals_one_device():
     """Every matrix cut over four devices, and none put together for all layers at once."""
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        timeout=300,
-    )
-    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+    own_process.assert_equal(SHARDED, timeout=300)

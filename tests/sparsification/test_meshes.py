@@ -4,11 +4,7 @@ Scores are float32 sums, in another order on another mesh: neurons that are near
 places. Devices must be asked for before JAX starts, hence a process of its own.
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
+from tests import own_process
 
 SCRIPT = """
 import jax
@@ -64,7 +60,4 @@ print("equal")
 
 
 def test_the_cut_does_not_depend_on_the_mesh():
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=ROOT, timeout=900
-    )
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+    own_process.assert_equal(SCRIPT)
