@@ -22,12 +22,19 @@ from d2m_jax.config import (
 from d2m_jax.models import autoencoder, clip, t5
 from d2m_jax.models.words import Words
 from d2m_jax.named_arrays import names, restructure
-from d2m_jax.sharding import batch_shards, constrain, in_parts, local_mesh, over_all_devices
+from d2m_jax.sharding import (
+    batch_shards,
+    constrain,
+    from_parts,
+    in_parts,
+    local_mesh,
+    over_all_devices,
+)
 from d2m_jax.tokenizers import Tokenizers
 from d2m_jax.weights.torch_files.diffusers_folder import check_encoder, load_encoder, parts
 from d2m_jax.weights.torch_files.torch_import import dtype_of
 
-# That a device encodes at a time, but at least an image: activations of 2 GiB for FLUX.1's.
+# That a device encodes at once, but at least an image: activations of 2 GiB for FLUX.1's.
 PIXELS = 2**20
 
 
@@ -88,28 +95,29 @@ class Encoders:
                 self._loaded[part] = load_encoder(self.config, part, place)
         return {part: self._loaded[part] for part in mine}
 
+    def _run(
+        self, program: Callable[..., Any], needed: tuple[str, ...], given: PyTree, *options: Any
+    ) -> Any:
+        params = self._of(*needed)
+        with jax.set_mesh(self._mesh):
+            return program(self.config, self.dtype, *options, params, given)
+
     def text(self, ids: PyTree) -> tuple[Float[Array, "b l e"], Float[Array, "b v"]]:
         """Token features and pooled vector."""
-        params = self._of("t5", "clip")
-        with jax.set_mesh(self._mesh):
-            return encoding_captions(self.config, self.dtype, params, ids)
+        return self._run(encoding_captions, ("t5", "clip"), ids)
 
     def latents(
         self, image: UInt8[Array | np.ndarray, "b H W 3"]
     ) -> Float[Array, "b rows columns k"]:
         """Packed tokens of images, where they lie: their pixels in [−1, 1], or the autoencoder's
         mean latents."""
-        params = self._of("autoencoder")
-        with jax.set_mesh(self._mesh):
-            return encoding_images(self.config, self.dtype, params, image)
+        return self._run(encoding_images, ("autoencoder",), image)
 
     def moments(
         self, image: UInt8[Array | np.ndarray, "b H W 3"]
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         """Mean and log-variance of the autoencoder's latents, as it gives them."""
-        params = self._of("autoencoder")
-        with jax.set_mesh(self._mesh):
-            return _moments(self.config, self.dtype, params, image)
+        return self._run(_moments, ("autoencoder",), image)
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Array]:
         """A raw batch as an encoded one (data/protocol.py, Batches), which is returned as it is."""
@@ -124,9 +132,7 @@ class Encoders:
     ) -> Float[Array, "b H W 3"]:
         """Images in [0, 1] of packed tokens; in tiles of `tile` latents a side, where there is an
         autoencoder, for less memory."""
-        params = self._of("autoencoder")
-        with jax.set_mesh(self._mesh):
-            return decoding(self.config, self.dtype, (height, width), tile, params, latents)
+        return self._run(decoding, ("autoencoder",), latents, (height, width), tile)
 
 
 def abstract(config: ModelConfig, mesh: Mesh, stored: DTypeLike = jnp.bfloat16) -> dict[str, dict]:
@@ -194,8 +200,7 @@ def _in_turns(function: Callable[[Array], PyTree], image: UInt8[Array, "b H W 3"
     parts = next(parts for parts in range(1, own + 1) if own % parts == 0 and own // parts <= most)
     if parts == 1:
         return function(image)
-    found = jax.lax.map(function, in_parts(image, parts))
-    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(count, *a.shape[2:]), found)
+    return from_parts(jax.lax.map(function, in_parts(image, parts)))
 
 
 def _pixels(image: UInt8[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:

@@ -396,6 +396,11 @@ def in_parts(batch: Tree, parts: int) -> Tree:
     return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
 
+def from_parts(parts: Tree) -> Tree:
+    """What was found of the micro-batches of `in_parts`, as of the whole batch in its order."""
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), parts)
+
+
 def over_all_devices(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where a frozen array is stored: cut over all devices, along the last axis they divide."""
     for axis in reversed(range(len(shape))):

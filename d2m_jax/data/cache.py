@@ -43,7 +43,7 @@ from d2m_jax.data.making import Shard, TextFeatures
 from d2m_jax.data.records import BFLOAT16, Record
 from d2m_jax.data.source import with_vocabulary
 from d2m_jax.data.sources.any_source import BadSample
-from d2m_jax.encoders import Encoders
+from d2m_jax.encoders import PIXELS, Encoders
 from d2m_jax.output import check_writable
 from d2m_jax.sharding import batch_shards, local_mesh
 from d2m_jax.weights.directory import model_directory
@@ -51,8 +51,7 @@ from d2m_jax.weights.files.hub import check_folder_name
 
 PROGRAM = "python -m d2m_jax.data.cache"
 EXAMPLE = "examples/emoji/teacher.py --output data/emoji_encoded"
-MEGAPIXEL = 2**20  # pixels that each device encodes at once
-MOST = 32  # images that it does
+MOST = 32  # images that a device encodes at once
 THREADS = 4  # that decode images
 
 
@@ -160,7 +159,7 @@ def _model(config: RunConfig) -> ModelConfig:
 
 def _at_once(size: Size) -> int:
     """Images of a batch: the devices of this process take equally many."""
-    each = min(MOST, max(1, MEGAPIXEL // (size[0] * size[1])))
+    each = min(MOST, max(1, PIXELS // (size[0] * size[1])))
     return each * batch_shards(local_mesh())
 
 

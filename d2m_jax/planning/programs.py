@@ -4,6 +4,7 @@ with each: calibration, every stage's step, its validation, its samples."""
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -42,6 +43,7 @@ from d2m_jax.training.optimizer import split
 from d2m_jax.training.stage import check_stages, models_of, objective
 from d2m_jax.training.step import Step, trained
 
+BFLOAT16 = jnp.dtype(jnp.bfloat16)  # in which encoders and a run's samples are computed
 ENCODERS = "text encoders and autoencoder"
 RESTACKED = "teacher, as it was stored"
 
@@ -156,7 +158,7 @@ class _Stage:
             model, stage, self.same, config.timesteps, math.prod(self.grid)
         )
         self.step = Step(stage, loss, params, constants, mesh)
-        self.constants, self.state = constants, self.step.state()
+        self.constants, self.state = constants, self.step.state
         self.batch = _batch(model, stage.batch_size, stage.dtype, mesh, self.grid)
 
     def lowered(self) -> Lowered:
@@ -198,8 +200,8 @@ class _Stage:
         models = self._models(trained(self.state))
         kept = {"optimizer": models.pop("optimizer"), "next batch": self.batch} | self.beside
         three = trained(self.state), self.step.frozen, self.constants
-        yield from self._encoding(models | kept | {"held-out batches": [self.batch] * held})
         with jax.set_mesh(self.mesh):
+            yield from self._encoding(models | kept | {"held-out batches": [self.batch] * held})
             if held:
                 parts = models | {"batch": self.batch}
                 beside = kept | {"held-out batches": [self.batch] * (held - 1)}
@@ -218,28 +220,18 @@ class _Stage:
     def _encoding(self, beside: dict[str, Any]) -> Iterator[tuple[str, Phase]]:
         """The next batch's captions and images, where they come from no cache."""
         model, loaded = self.model, self.beside.get(ENCODERS, {})
-        beside = {name: tree for name, tree in beside.items() if name != ENCODERS}
-
-        def phase(program: Any, parts: tuple[str, ...], raw: Any) -> Phase:
-            mine = {part: loaded[part] for part in parts}
-            rest = {part: tree for part, tree in loaded.items() if part not in mine}
-            with jax.set_mesh(self.mesh):
-                lowered = program.lower(model, jnp.dtype(jnp.bfloat16), mine, raw)
-            return Phase(lowered, mine | {"raw batch": raw}, beside | {ENCODERS: rest})
-
-        def of(*shape: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-            shape = self.stage.batch_size, *shape
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh))
-
+        of = partial(_by_batch, self.mesh, self.stage.batch_size)
         if "t5" in loaded:
             assert isinstance(model.text, PromptsConfig)  # who has T5
             lengths = {"t5": model.text.length, "clip": model.text.clip.max_position_embeddings}
             ids = {name: of(length, dtype=np.int32) for name, length in lengths.items()}
-            yield "encoding captions", phase(encoders.encoding_captions, ("t5", "clip"), ids)
+            run = partial(encoders.encoding_captions.lower, model, BFLOAT16)
+            yield "encoding captions", _of_encoders(run, loaded, ("t5", "clip"), ids, beside)
         if "autoencoder" in loaded:
             sides = (side * model.image.stride for side in self.grid)
             image = of(*sides, 3, dtype=np.uint8)
-            yield "encoding images", phase(encoders.encoding_images, ("autoencoder",), image)
+            run = partial(encoders.encoding_images.lower, model, BFLOAT16)
+            yield "encoding images", _of_encoders(run, loaded, ("autoencoder",), image, beside)
 
     def _routers(self) -> Phase:
         """A batch of what routers are fitted to (sparsification/routers.py)."""
@@ -263,19 +255,15 @@ class _Stage:
         where the data come from a cache."""
         loaded, model = encoders.abstract(self.model, self.mesh), self.model
         rows, columns = grid = model.grid()  # pictures have the model's own size
-        size, place = self.config.sampled_prompts, batch_sharding(self.mesh)
+        size = self.config.sampled_prompts
         size = pipeline.images_together(self.mesh, size, rows * columns)
-
-        def of(*shape: int, dtype: DTypeLike = np.float32, place: Any = place):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-        transformer, dtype = model.transformer, jnp.bfloat16
-        latents = of(size, rows * columns, transformer.in_channels)
-        txt = of(size, model.text.length, transformer.context_in_dim, dtype=dtype)
-        y = of(size, transformer.vec_in_dim, dtype=dtype)
+        transformer, of = model.transformer, partial(_by_batch, self.mesh, size)
+        latents = of(rows * columns, transformer.in_channels)
+        txt = of(model.text.length, transformer.context_in_dim, dtype=BFLOAT16)
+        y = of(transformer.vec_in_dim, dtype=BFLOAT16)
         steps = -(-model.sample_steps // pipeline.STEPS) * pipeline.STEPS
         program = pipeline.denoising.lower(
-            *(model, jnp.dtype(dtype), grid, (None,), 1, params, latents, (0, 1), [(txt, y)]),
+            *(model, BFLOAT16, grid, (None,), 1, params, latents, (0, 1), [(txt, y)]),
             *(np.zeros(steps + 1, np.float32), 1, 1.0, 1.0),
         )
         mine = {id(leaf) for leaf in jax.tree.leaves(params)}
@@ -284,11 +272,22 @@ class _Stage:
         yield "samples", Phase(program, parts, beside | {"teacher": rest, ENCODERS: loaded})
         if isinstance(model.image, AutoencoderConfig):
             sides = model.image.height, model.image.width
-            asked = model, jnp.dtype(dtype), sides, None, {"autoencoder": loaded["autoencoder"]}
-            program = encoders.decoding.lower(*asked, latents)
-            rest = {n: tree for n, tree in loaded.items() if n != "autoencoder"}
-            parts = {"autoencoder": loaded["autoencoder"], "batch": latents}
-            yield "decoding", Phase(program, parts, beside | models | {ENCODERS: rest})
+            run = partial(encoders.decoding.lower, model, BFLOAT16, sides, None)
+            beside = beside | models
+            yield "decoding", _of_encoders(run, loaded, ("autoencoder",), latents, beside)
+
+
+def _of_encoders(
+    run: Callable[[dict, Any], jax.stages.Lowered],
+    loaded: dict[str, dict],
+    needed: tuple[str, ...],
+    batch: Any,
+    beside: dict[str, Any],
+) -> Phase:
+    """A phase that some of the loaded encoders are arguments of; the others are there too."""
+    mine = {part: loaded[part] for part in needed}
+    rest = {part: tree for part, tree in loaded.items() if part not in mine}
+    return Phase(run(mine, batch), mine | {"batch": batch}, beside | {ENCODERS: rest})
 
 
 def _encoders(config: RunConfig, model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
@@ -349,14 +348,16 @@ def _batch(
     model: ModelConfig, size: int, dtype: DTypeLike, mesh: Mesh, grid: tuple[int, int]
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """An encoded batch (Encoders.encode)."""
-    transformer, place = model.transformer, batch_sharding(mesh)
-
-    def of(*shape: int, dtype: DTypeLike = dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=place)
-
+    transformer, of = model.transformer, partial(_by_batch, mesh, size)
     return {
-        "latents": of(*grid, transformer.in_channels, dtype=jnp.float32),
-        "txt": of(model.text.length, transformer.context_in_dim),
-        "y": of(transformer.vec_in_dim),
+        "latents": of(*grid, transformer.in_channels),
+        "txt": of(model.text.length, transformer.context_in_dim, dtype=dtype),
+        "y": of(transformer.vec_in_dim, dtype=dtype),
         "text_length": of(dtype=jnp.int32),
     }
+
+
+def _by_batch(
+    mesh: Mesh, size: int, *shape: int, dtype: DTypeLike = np.float32
+) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=batch_sharding(mesh))

@@ -14,7 +14,7 @@ from d2m_jax.models.cut import depth
 from d2m_jax.models.flux import Flux, join, model_of
 from d2m_jax.models.mob import layer_pool
 from d2m_jax.models.reports import Context, Streams
-from d2m_jax.sharding import in_parts, whole
+from d2m_jax.sharding import from_parts, in_parts, whole
 from d2m_jax.sparsification.groups import align, one_by_one, shapes
 from d2m_jax.sparsification.importance import Noisy, first_batches
 
@@ -113,8 +113,7 @@ def measure(
         costs = jax.lax.map(cost, numbers)
         return None, (costs.T, pooled.swapaxes(0, 1), context.vec, others[0])
 
-    found = jax.lax.scan(of_part, None, in_parts((image, txt, *others), parts))[1]
-    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), found)
+    return from_parts(jax.lax.scan(of_part, None, in_parts((image, txt, *others), parts))[1])
 
 
 def _run(

@@ -77,7 +77,7 @@ def train_stage(
     frozen = program.frozen
     checkpoints = _checkpoints(name, stage, seed, program, constants, run_directory, keep)
     # What was saved is read in the place of the first state: there are never two.
-    found = checkpoints.restore(program.state()) or Restored(0, program.start(params), {})
+    found = checkpoints.restore(program.state) or Restored(0, program.start(params), {})
     start, state, progress = found.step, found.state, found.progress
     del params, found
     if start >= stage.steps:
@@ -153,7 +153,7 @@ def _checkpoints(
     identity = {
         "stage": to_json(stage),
         "seed": seed,
-        "parameters": shapes(program.state()),
+        "parameters": shapes(program.state),
         "frozen": fingerprint(program.frozen),
         "constants": fingerprint(constants),
     }

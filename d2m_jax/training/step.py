@@ -1,7 +1,7 @@
 """One step of a stage as a compiled program on pure trees, and the state that it carries."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import jax
@@ -43,6 +43,7 @@ class Step:
         self._shared, self.frozen = select(frozen, self._at)
         self._loss = loss
 
+    @cached_property
     def state(self) -> dict:
         """The state, abstract: its shapes, types and places."""
         state = jax.eval_shape(self._fresh, self._trainable)
@@ -53,7 +54,7 @@ class Step:
         )
 
     def _shardings(self) -> dict:
-        return jax.tree.map(lambda a: a.sharding, self.state())
+        return jax.tree.map(lambda a: a.sharding, self.state)
 
     def start(self, params: dict) -> dict:
         """The state before the first step: a copy, because steps donate it."""

@@ -169,8 +169,8 @@ def test_encoders_count_where_no_cache_spares_them():
         rest = device_bytes(others["decoding"].beside[ENCODERS])
         assert loaded == rest + device_bytes(others["decoding"].parts["autoencoder"]) > rest > 0
         for name in encoding & others.keys():
-            one, batch = others[name], others[name].parts["raw batch"]
-            mine = device_bytes({n: t for n, t in one.parts.items() if n != "raw batch"})
+            one, batch = others[name], others[name].parts["batch"]
+            mine = device_bytes({n: t for n, t in one.parts.items() if n != "batch"})
             assert mine + device_bytes(one.beside[ENCODERS]) == loaded > mine > 0
             assert one.beside["optimizer"] and jax.tree.leaves(batch)[0].shape[0] == 16
 
