@@ -8,19 +8,15 @@ Every way to cut, with both scores and all refits; the rival too. docs/recipe.md
 
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 import jax
 import jax.numpy as jnp
+import scenes
 from timing import described
 
 from d2m_jax.config import ModelConfig, SparsifyConfig
 from d2m_jax.cores import use_cores
-from d2m_jax.data import icons
-from d2m_jax.data.protocol import Split
 from d2m_jax.distillation.stages import noisy_inputs
-from d2m_jax.encoders import Encoders
-from d2m_jax.evaluate.oracle import task_of
 from d2m_jax.models.flux import model_of
 from d2m_jax.sparsification.student import make_student
 from d2m_jax.weights.directory import model_directory
@@ -46,16 +42,10 @@ def main() -> None:
     seeds = range(options.parse_args().seeds)
     use_cores()
     config, params = model_directory.load(TEACHER)
-    encoders, task = Encoders(config), task_of(config)
-
-    def batches(seed: int, split: Split, count: int) -> list[dict]:
-        drawn = icons.batches(task, encoders.tokenizer, config.image, 64, seed, split)
-        return [encoders.encode(batch) for batch in islice(drawn, count)]
-
     noisy = partial(noisy_inputs, config, "uniform")
     judged = [
         noisy(batch, jax.random.key(i))[0]
-        for i, batch in enumerate(batches(0, "validation", BATCHES))
+        for i, batch in enumerate(scenes.batches(config, BATCHES, split="validation"))
     ]
     wanted = [velocity(config, params, inputs) for inputs in judged]
     size = jnp.mean(jnp.stack([jnp.square(a).mean() for a in wanted]))
@@ -65,7 +55,7 @@ def main() -> None:
         for score in SCORES:
             found = {refit: [] for refit in REFITS}
             for seed in seeds:
-                calibration = batches(seed, "train", cut.batches)
+                calibration = scenes.batches(config, cut.batches, seed)
                 for refit in REFITS:
                     sparsify = replace(cut, shared=score, refit=refit)
                     student, made, _ = make_student(

@@ -8,17 +8,14 @@ FFN's, with the gate and with the shared expert alone. On calibration tokens of 
 """
 
 from functools import partial
-from itertools import islice
 
 import jax
 import jax.numpy as jnp
+import scenes
 from timing import described
 
 from d2m_jax.config import SparsifyConfig
-from d2m_jax.data import icons
 from d2m_jax.distillation.stages import noisy_inputs
-from d2m_jax.encoders import Encoders
-from d2m_jax.evaluate.oracle import task_of
 from d2m_jax.sparsification import importance
 from d2m_jax.sparsification.student import make_student
 from d2m_jax.weights.directory import model_directory
@@ -51,16 +48,16 @@ def judge(ffn: dict, x: jax.Array) -> dict[str, float]:
 def main() -> None:
     described(__doc__).parse_args()
     config, params = model_directory.load(TEACHER)
-    task = task_of(config)
     noisy = partial(noisy_inputs, config, "uniform")
-    encoders = Encoders(config)
-
-    def batches(seed: int, count: int) -> list[dict]:
-        drawn = icons.batches(task, encoders.tokenizer, config.image, 64, seed)
-        return [encoders.encode(batch) for batch in islice(drawn, count)]
-
-    calibration = batches(0, 16)
-    given = config.transformer, params, batches(1, 8), noisy, jax.random.key(1), 2048
+    calibration = scenes.batches(config, 16)
+    given = (
+        config.transformer,
+        params,
+        scenes.batches(config, 8, seed=1),
+        noisy,
+        jax.random.key(1),
+        2048,
+    )
     tested = importance.calibrate(*given, want=("inputs",), count=8).inputs
     for deal, gate in RECIPES:
         cut = SparsifyConfig(deal=deal, gate=gate)

@@ -10,17 +10,14 @@ spectrum that falls like 1 / i.
 """
 
 from functools import partial
-from itertools import islice
 
 import jax
 import numpy as np
+import scenes
 from timing import described
 
 from d2m_jax.config import FluxConfig
-from d2m_jax.data import icons
 from d2m_jax.distillation.stages import noisy_inputs
-from d2m_jax.encoders import Encoders
-from d2m_jax.evaluate.oracle import task_of
 from d2m_jax.models.flux import model_of
 from d2m_jax.sparsification.modulation import MODULATIONS, low_rank
 from d2m_jax.weights.directory import model_directory
@@ -57,17 +54,15 @@ def errors(config: FluxConfig, params: dict, seen: np.ndarray, held_out: np.ndar
 def main() -> None:
     described(__doc__).parse_args()
     config, params = model_directory.load("teachers/pictograms")
-    encoders, task = Encoders(config), task_of(config)
 
     @partial(jax.jit, static_argnums=2)
     def cond(batch: dict, key: jax.Array, config: object) -> jax.Array:
         inputs, _ = noisy_inputs(config, "uniform", batch, key)
         return jax.nn.silu(model_of(config.transformer, params).embed(*inputs)[1].vec)
 
-    drawn = icons.batches(task, encoders.tokenizer, config.image, 64, 0)
     found = [
-        np.asarray(cond(encoders.encode(batch), jax.random.key(i), config))
-        for i, batch in enumerate(islice(drawn, 24))
+        np.asarray(cond(batch, jax.random.key(i), config))
+        for i, batch in enumerate(scenes.batches(config, 24))
     ]
     print("icons teacher")
     host = jax.tree.map(np.asarray, params)

@@ -19,7 +19,14 @@ from models import config_of
 from timing import finish, limits, measure, on_cpu, parser, table, usual_dtype
 
 from d2m_jax.command_line import load_config
-from d2m_jax.config import ROOT, AutoencoderConfig, GroupsConfig, ModelConfig, PromptsConfig
+from d2m_jax.config import (
+    KINDS,
+    ROOT,
+    AutoencoderConfig,
+    GroupsConfig,
+    ModelConfig,
+    PromptsConfig,
+)
 from d2m_jax.planning.programs import Lowered, lower
 from d2m_jax.sharding import make_mesh
 
@@ -35,10 +42,7 @@ def teacher(options) -> ModelConfig:
 def groups(model: ModelConfig) -> GroupsConfig:
     """MoE-S's share of groups of two: 7 of 19 double blocks skipped, 15 of 38 single ones. Blocks
     of both kinds must be left outside, as the stage's name patterns say: three double ones do."""
-    doubles, singles = (
-        sum(s.depth for s in stacks)
-        for stacks in (model.transformer.double, model.transformer.single)
-    )
+    doubles, singles = map(model.transformer.depth, KINDS)
     pairs, single_pairs = round(doubles * 7 / 19), round(singles * 15 / 38)
     keep = {"keep_double": doubles - 2 * pairs, "keep_single": singles - 2 * single_pairs}
     return GroupsConfig(double_blocks=2, single_blocks=2, **keep)

@@ -58,8 +58,8 @@ def theirs(config: FluxConfig, arguments: tuple):
     with torch.device(device):
         model = FluxTransformer2DModel(
             in_channels=config.in_channels,
-            num_layers=sum(stack.depth for stack in config.double),
-            num_single_layers=sum(stack.depth for stack in config.single),
+            num_layers=config.depth("double"),
+            num_single_layers=config.depth("single"),
             attention_head_dim=config.hidden_size // config.num_heads,
             num_attention_heads=config.num_heads,
             joint_attention_dim=config.context_in_dim,

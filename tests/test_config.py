@@ -160,4 +160,5 @@ def test_first_line_of_an_error():
 def test_stacks_by_name():
     a, b, c = (StackConfig(groups=n) for n in (1, 2, 3))
     config = FluxConfig(double=(a, b), single=(c,))
-    assert config.named_stacks == [("double", 0, a), ("double", 1, b), ("single", 0, c)]
+    assert config.named_stacks == [("double", 0, 0, a), ("double", 1, 1, b), ("single", 0, 0, c)]
+    assert config.depth("double") == 3 and config.depth("single") == 3

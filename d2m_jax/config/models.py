@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from d2m_jax.config.errors import check, check_number, check_whole
 from d2m_jax.config.fields import Config
@@ -41,6 +41,15 @@ class StackConfig(Config):
     def mixes(self) -> bool:
         """Whether a router chooses among the blocks of a group."""
         return self.active < self.blocks
+
+
+class NamedStack(NamedTuple):
+    """A stack with its place in the transformer."""
+
+    kind: str
+    number: int  # among the stacks of its kind
+    first: int  # number of its first block among the blocks of its kind
+    stack: StackConfig
 
 
 @dataclass(frozen=True)
@@ -138,9 +147,19 @@ class FluxConfig(Config):
         return self.double + self.single
 
     @property
-    def named_stacks(self) -> list[tuple[str, int, StackConfig]]:
-        """All stacks with what leads to them: of which kind, and where among those of its kind."""
-        return [(kind, i, s) for kind in KINDS for i, s in enumerate(getattr(self, kind))]
+    def named_stacks(self) -> list[NamedStack]:
+        """All stacks with what leads to them, the double ones first."""
+        found = []
+        for kind in KINDS:
+            first = 0
+            for number, stack in enumerate(getattr(self, kind)):
+                found.append(NamedStack(kind, number, first, stack))
+                first += stack.depth
+        return found
+
+    def depth(self, kind: str) -> int:
+        """How many blocks of a kind there are."""
+        return sum(stack.depth for stack in getattr(self, kind))
 
     def ffn_width(self, stack: StackConfig) -> int:
         """Hidden neurons of the whole FFN, all experts together."""

@@ -1,6 +1,6 @@
 """Where tokens and samples go: loads of experts and use of blocks, by timestep and by place."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from d2m_jax.config import ModelConfig, StackConfig
 from d2m_jax.distillation.losses import health
 from d2m_jax.evaluate.noisy import Inputs, Program, arguments, on_mesh_of
 from d2m_jax.models.flux import model_of
@@ -54,7 +53,7 @@ def measure(
         {name: [result[i][name] for result in results] for name in results[0][i]} for i in range(3)
     )
     layers, groups = [], []
-    for kind, i, block, stack in blocks_of(config):
+    for kind, i, block, stack in config.transformer.named_stacks:
         for group in range(stack.groups):
             first = block + group * stack.blocks
             if (kind, i) in used:
@@ -95,7 +94,7 @@ def _route(program: Program, params: dict, inputs: Inputs) -> tuple[dict, dict, 
     model = model_of(transformer, params, jnp.dtype(program.dtype))
     _, report = model.run(*model.embed(*arguments(config, inputs), watched=True))
     loads, places, used = {}, {}, {}
-    for kind, i, _, _ in blocks_of(config):
+    for kind, i, *_ in transformer.named_stacks:
         stack = report[kind][i]
         if stack.choice is not None:
             used[kind, i] = stack.choice.used
@@ -106,13 +105,6 @@ def _route(program: Program, params: dict, inputs: Inputs) -> tuple[dict, dict, 
             if ffn.choices is not None:
                 places[kind, i, name] = ffn.choices.sum(2)
     return loads, places, used
-
-
-def blocks_of(config: ModelConfig) -> Iterator[tuple[str, int, int, StackConfig]]:
-    """Kind, index and first block of every stack, and its config."""
-    for kind, i, stack in config.transformer.named_stacks:
-        block = sum(before.depth for before in getattr(config.transformer, kind)[:i])
-        yield kind, i, block, stack
 
 
 def bins_of(timesteps: Float[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 
 from d2m_jax import flow
 from d2m_jax.config import ModelConfig, check
-from d2m_jax.evaluate.routing import SIDES, blocks_of
+from d2m_jax.evaluate.routing import SIDES
 from d2m_jax.keys import named_generator
 from d2m_jax.models.flux import model_of
 from d2m_jax.models.reports import Body, GroupReport
@@ -62,7 +62,7 @@ def names_of(config: ModelConfig, groups: Sequence[str], top_k: int | None = Non
     """Of a model, in the order of its blocks."""
     found = Names([], [], [], [], [], list(groups))
     k = config.transformer.moe.top_k if top_k is None else top_k
-    for kind, _, first, stack in blocks_of(config):
+    for kind, _, first, stack in config.transformer.named_stacks:
         for start in range(first, first + stack.depth, stack.blocks):
             if stack.mixes:
                 found.mixtures.append(f"{kind} {start} to {start + stack.blocks - 1}")
@@ -171,7 +171,7 @@ def _seen(
     blocks that samples skip all is zero."""
     found = {name: [] for name in ("load", "maps", "used", "probability", "change")}
     most = max((s.blocks for s in config.transformer.stacks if s.mixes), default=1)
-    for kind, i, _, stack in blocks_of(config):
+    for kind, i, _, stack in config.transformer.named_stacks:
         mine = report[kind][i]
         assert mine.change is not None  # for it is watched
         found["change"].append(mine.change.reshape(stack.depth, *mine.change.shape[2:]))

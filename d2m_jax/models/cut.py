@@ -47,7 +47,7 @@ def check_cut(where: Any, config: FluxConfig, cut: Cut) -> None:
             continue
         if name in BLOCKS.values():
             kind, whole = name.split(".")[0], array.size
-            fits = _is_order(array) and whole >= depth(config, kind)
+            fits = _is_order(array) and whole >= config.depth(kind)
             check(fits, f"{where}: {name} is no order of blocks of which this model has some")
             continue
         check(name in mine, f"{where}: {name}, expected names of this model's FFNs")
@@ -63,14 +63,9 @@ def _is_order(array: np.ndarray) -> bool:
     return array.ndim == 1 and np.array_equal(np.sort(array), np.arange(array.size))
 
 
-def depth(config: FluxConfig, kind: str) -> int:
-    """How many blocks of a kind there are."""
-    return sum(stack.depth for stack in getattr(config, kind))
-
-
 def blocks_left(config: FluxConfig, cut: Cut, kind: str) -> list[int]:
     """The number that every block of a kind had in the dense model."""
-    count = depth(config, kind)
+    count = config.depth(kind)
     return cut.get(BLOCKS[kind], np.arange(count))[:count].tolist()
 
 
@@ -98,12 +93,10 @@ def dense_config(config: FluxConfig, cut: Cut) -> FluxConfig:
     width."""
     orders = {name: array.size for name, array in cut.items()}
     stacks: dict[str, list[StackConfig]] = {kind: [] for kind in KINDS}
-    blocks = dict.fromkeys(stacks, 0)
-    for kind, _, stack in config.named_stacks:
-        width = orders.get(f"{kind}.{blocks[kind]}.{FFNS[kind][0]}", config.ffn_width(stack))
+    for kind, _, first, stack in config.named_stacks:
+        width = orders.get(f"{kind}.{first}.{FFNS[kind][0]}", config.ffn_width(stack))
         ratio = width / config.hidden_size
         dense = replace(stack, ffn="dense", active=stack.blocks, mlp_ratio=ratio)
         stacks[kind].append(dense)
-        blocks[kind] += stack.depth
     whole = {kind: tuple(found) for kind, found in stacks.items()}
     return replace(config, modulation_rank=None, **whole)

@@ -15,7 +15,6 @@ from d2m_jax.config import KINDS, RunConfig, check
 from d2m_jax.evaluate.arguments import Blocks
 from d2m_jax.evaluate.routing import BINS, bins_of
 from d2m_jax.keys import named_key
-from d2m_jax.models.cut import depth
 from d2m_jax.output import check_writable, write_json
 from d2m_jax.sharding import make_mesh
 from d2m_jax.sparsification.left_out import LeftOut, leave_out
@@ -45,7 +44,7 @@ def run(config: RunConfig, asked: Blocks) -> None:
     mesh = make_mesh(config.mesh)
     work, (model, params, _) = with_teacher(config, mesh)
     alpha = model.transformer.mob_alpha
-    longest = max(depth(model.transformer, kind) for kind in KINDS)
+    longest = max(model.transformer.depth(kind) for kind in KINDS)
     check(
         asked.size <= longest,
         f"--size {asked.size}: the teacher has no so many blocks of a kind one after the other",

@@ -108,8 +108,8 @@ def mlp(recipe: Recipe) -> Table:
 
 def depth(recipe: Recipe) -> Table:
     """Depth pruning against a Mixture of Blocks with as many blocks that run; FFNs stay dense."""
-    cells, single = [], recipe.depth("single")
-    double = recipe.depth("double")
+    cells, single = [], recipe.teacher.depth("single")
+    double = recipe.teacher.depth("double")
     figures = {0: paper(0.093, 41.6), 1: paper(0.345, 66.9), 3: paper(0.496, 76.5)}
     for share in (12 / 38, 1 / 2):
         # Of the single blocks: the paper leaves out 10 of 19 double ones too, which this may lack.
@@ -140,7 +140,7 @@ def depth(recipe: Recipe) -> Table:
 
 def places(recipe: Recipe) -> Table:
     """Groups of blocks beside experts, all in one stage: where they stand, how routers start."""
-    last = recipe.leaving_out(7 / 19, 1 / recipe.depth("single"))
+    last = recipe.leaving_out(7 / 19, 1 / recipe.teacher.depth("single"))
     placed = recipe.placed(last)
     narrow = recipe.pruned(recipe.activated)
     cut = replace(narrow.sparsify, depth_choice="cost", **recipe.running(last))
@@ -246,14 +246,14 @@ def experts(recipe: Recipe) -> Table:
 
 def groups(recipe: Recipe) -> Table:
     """The same number of blocks that run, in fewer or in more groups, with features."""
-    cells, single = [], recipe.depth("single")
+    cells, single = [], recipe.teacher.depth("single")
     for part in (2, 3):  # one of so many runs
         inside = single - single % part
         counts = [g for g in range(1, inside // part + 1) if inside // part % g == 0]
         for count in counts if len(counts) > 1 else ():
             blocks = inside // count
             made = GroupsConfig(
-                keep_double=recipe.depth("double"),
+                keep_double=recipe.teacher.depth("double"),
                 keep_single=single - inside,
                 single_blocks=blocks,
                 single_active=blocks // part,

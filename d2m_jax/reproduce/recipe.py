@@ -160,7 +160,7 @@ class Recipe:
             assert groups is not None
             inside = tuple(
                 f"{kind}.{i}.*"
-                for kind, i, stack in grouped(self.teacher, groups).named_stacks
+                for kind, i, _, stack in grouped(self.teacher, groups).named_stacks
                 if stack.mixes
             )
             stages["mob"] = stage(quarter, train=inside, rates={}, groups=groups)
@@ -176,10 +176,6 @@ class Recipe:
 
     # What matches what ------------------------------------------------------------------------
 
-    def depth(self, kind: str) -> int:
-        """The teacher's blocks of a kind."""
-        return sum(stack.depth for stack in getattr(self.teacher, kind))
-
     def leaving_out(self, double: float, single: float, size: int = 2) -> GroupsConfig:
         """Groups of which one block runs, so that about these shares of the blocks stay out: pairs
         of double blocks, and of single ones groups of `size`. As the paper has them they are the
@@ -188,7 +184,7 @@ class Recipe:
         def groups(depth: int, share: float, size: int) -> int:
             return min(round(depth * share / (size - 1)), depth // size)
 
-        there = self.depth("double"), self.depth("single")
+        there = self.teacher.depth("double"), self.teacher.depth("single")
         pairs, many = groups(there[0], double, 2), groups(there[1], single, size)
         return GroupsConfig(
             keep_double=there[0] - 2 * pairs,
@@ -207,7 +203,9 @@ class Recipe:
                 getattr(groups, f"{kind}_blocks"),
                 getattr(groups, f"{kind}_active"),
             )
-            found[f"depth_{kind}"] = outside + (self.depth(kind) - outside) // size * active or None
+            found[f"depth_{kind}"] = (
+                outside + (self.teacher.depth(kind) - outside) // size * active or None
+            )
         return found
 
     def placed(self, groups: GroupsConfig) -> GroupsConfig:
@@ -239,7 +237,7 @@ class Recipe:
     def as_shallow(self, student: StudentConfig, choice: str) -> StudentConfig:
         """The rival in depth with about as many activated parameters, in which both kinds of block
         keep about the same share."""
-        double, single = self.depth("double"), self.depth("single")
+        double, single = self.teacher.depth("double"), self.teacher.depth("single")
         check(
             single > 1, f"reproduce: the teacher has {single} single blocks, expected two or more"
         )

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import KINDS, FluxConfig, SparsifyConfig, StackConfig, check
 from d2m_jax.keys import named_key
-from d2m_jax.models.cut import BLOCKS, Cut, blocks_left, depth
+from d2m_jax.models.cut import BLOCKS, Cut, blocks_left
 from d2m_jax.models.flux import join, model_of
 from d2m_jax.models.reports import Context, Streams
 from d2m_jax.sharding import whole
@@ -36,7 +36,7 @@ def _wanted(config: FluxConfig, sparsify: SparsifyConfig) -> dict[str, int]:
     """By kind, how many blocks stay. ConfigError for more than there are."""
     result = {}
     for kind in KINDS:
-        there, left = depth(config, kind), getattr(sparsify, f"depth_{kind}")
+        there, left = config.depth(kind), getattr(sparsify, f"depth_{kind}")
         check(
             left is None or 1 <= left <= there,
             f"SparsifyConfig.depth_{kind} = {left}: expected 1 to {there}, the teacher's {kind}"
@@ -55,7 +55,7 @@ def shallower(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
     """The config with as many blocks as stay, those of "even": which they are tells calibration.
     ConfigError for more than there are."""
     left = _wanted(aligned(config, shapes(config)), sparsify)
-    return _without(config, {kind: even(depth(config, kind), left[kind]) for kind in KINDS})
+    return _without(config, {kind: even(config.depth(kind), left[kind]) for kind in KINDS})
 
 
 def _without(config: FluxConfig, kept: Kept) -> FluxConfig:
@@ -76,9 +76,9 @@ def without_blocks(
     those that stay, then the others; {} where all stay. Measures on the first `sparsify.batches`
     of the batches, if it measures, of `micro_batch` samples at a time ("cost" alone)."""
     left = _wanted(config, sparsify)
-    if left == {kind: depth(config, kind) for kind in KINDS}:
+    if left == {kind: config.depth(kind) for kind in KINDS}:
         return config, params, {}
-    kept = {kind: even(depth(config, kind), left[kind]) for kind in KINDS}
+    kept = {kind: even(config.depth(kind), left[kind]) for kind in KINDS}
     if sparsify.depth_choice != "even":
         key, count = named_key(seed, "depth"), sparsify.batches
         if sparsify.depth_choice == "change":
@@ -96,7 +96,7 @@ def without_blocks(
             i: {"block": jax.tree.map(partial(_taken, blocks), params[kind][n]["block"])}
             for i, (n, blocks) in enumerate(of for _, of in parts)
         }
-        gone = np.setdiff1d(np.arange(depth(config, kind)), kept[kind])
+        gone = np.setdiff1d(np.arange(config.depth(kind)), kept[kind])
         order[BLOCKS[kind]] = np.concatenate([kept[kind], gone]).astype(np.int32)
     return _without(config, kept), params, order
 
@@ -105,12 +105,11 @@ def _parts(
     config: FluxConfig, kept: Kept, kind: str
 ) -> list[tuple[StackConfig, tuple[int, np.ndarray]]]:
     """Of every stack of which blocks stay: what it becomes, its number, and which blocks of it."""
-    parts, start = [], 0
-    for n, stack in enumerate(getattr(config, kind)):
-        mine = kept[kind][(kept[kind] >= start) & (kept[kind] < start + stack.depth)] - start
+    parts = []
+    for _, n, first, stack in (found for found in config.named_stacks if found.kind == kind):
+        mine = kept[kind][(kept[kind] >= first) & (kept[kind] < first + stack.depth)] - first
         if len(mine):
             parts.append((replace(stack, groups=len(mine), blocks=1, active=1), (n, mine)))
-        start += stack.depth
     return parts
 
 
@@ -175,7 +174,7 @@ def meeting(
     """
     met = {}
     for kind in KINDS:
-        there, left = depth(teacher, kind), depth(student, kind)
+        there, left = teacher.depth(kind), student.depth(kind)
         check(
             left <= there,
             f"lockstep: the student has {left} {kind} blocks, expected at most {there}, the"

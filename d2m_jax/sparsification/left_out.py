@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from d2m_jax.config import KINDS, FluxConfig, check
-from d2m_jax.models.cut import depth
 from d2m_jax.models.flux import Flux, join, model_of
 from d2m_jax.models.mob import layer_pool
 from d2m_jax.models.reports import Context, Streams
@@ -41,7 +40,7 @@ class LeftOut:
 
 def all_blocks(config: FluxConfig) -> Blocks:
     """Every block."""
-    return tuple((kind, number) for kind in KINDS for number in range(depth(config, kind)))
+    return tuple((kind, number) for kind in KINDS for number in range(config.depth(kind)))
 
 
 def leave_out(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Float
 
-from d2m_jax.config import KINDS, FluxConfig
+from d2m_jax.config import FluxConfig
 from d2m_jax.sparsification.left_out import Blocks, LeftOut
 
 # Kind, number of the stack, of the group in it, and its blocks.
@@ -21,15 +21,11 @@ Group = tuple[str, int, int, Blocks]
 
 def groups_of(config: FluxConfig) -> Iterator[Group]:
     """All groups of which some blocks do not run."""
-    for kind in KINDS:
-        first = 0
-        for i, stack in enumerate(getattr(config, kind)):
+    for kind, i, first, stack in config.named_stacks:
+        if stack.mixes:
             for group in range(stack.groups):
                 start = first + group * stack.blocks
-                blocks = tuple((kind, start + n) for n in range(stack.blocks))
-                if stack.mixes:
-                    yield kind, i, group, blocks
-            first += stack.depth
+                yield kind, i, group, tuple((kind, start + n) for n in range(stack.blocks))
 
 
 def blocks_in_groups(config: FluxConfig) -> Blocks:

@@ -79,31 +79,27 @@ def make_student(
         micro_batch=micro_batch,
     )
     scores = _scores(sparsify.shared, params, measured, seed)
-    made = dict(params)
-    for kind in KINDS:
-        made[kind] = dict(params[kind])
-        stacks = getattr(student, kind)
-        for i, stack in enumerate(stacks):
-            if stack == getattr(config, kind)[i]:
-                continue
-            first = sum(before.depth for before in stacks[:i])
-            block = dict(params[kind][i]["block"])
-            for name in FFNS[kind]:
-                seen, weights = (
-                    tree[kind][i][name] if tree else None
-                    for tree in (measured.inputs, measured.weights)
-                )
-                tokens = _Tokens(scores[kind][i][name], seen, weights)
-                generator = named_generator(seed, f"{kind}.{i}.{name}")
-                ffn = jax.tree.map(whole, block[name])
-                new = partial(_cut, ffn, tokens, student, stack, sparsify, generator)
-                new = hosts.from_first(new)  # two machines might round two ways
-                block[name] = new["ffn"]
-                if "gain" in new:
-                    _add_bias(block, name, new["gain"])
-                for n, neurons in enumerate(new["order"].reshape(-1, new["order"].shape[-1])):
-                    cut[f"{kind}.{first + n}.{name}"] = neurons
-            made[kind][i] = {"block": block}
+    made = params | {kind: dict(params[kind]) for kind in KINDS}
+    for kind, i, first, stack in student.named_stacks:
+        if stack == getattr(config, kind)[i]:
+            continue
+        block = dict(params[kind][i]["block"])
+        for name in FFNS[kind]:
+            seen, weights = (
+                tree[kind][i][name] if tree else None
+                for tree in (measured.inputs, measured.weights)
+            )
+            tokens = _Tokens(scores[kind][i][name], seen, weights)
+            generator = named_generator(seed, f"{kind}.{i}.{name}")
+            ffn = jax.tree.map(whole, block[name])
+            new = partial(_cut, ffn, tokens, student, stack, sparsify, generator)
+            new = hosts.from_first(new)  # two machines might round two ways
+            block[name] = new["ffn"]
+            if "gain" in new:
+                _add_bias(block, name, new["gain"])
+            for n, neurons in enumerate(new["order"].reshape(-1, new["order"].shape[-1])):
+                cut[f"{kind}.{first + n}.{name}"] = neurons
+        made[kind][i] = {"block": block}
     if sparsify.method == "moe":
         say(
             f"cut into experts: neurons of the shared one chosen by {sparsify.shared}, the others"
@@ -212,7 +208,7 @@ def student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
     config, runs = shallower(config, sparsify), {}
     for kind in KINDS:
         stacks, dense = getattr(config, kind), getattr(sparsify, f"dense_{kind}")
-        depth = sum(stack.depth for stack in stacks)
+        depth = config.depth(kind)
         for stack in stacks:
             check(
                 stack.ffn == "dense",
@@ -226,7 +222,8 @@ def student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
         same = groupby(block in dense for block in range(depth))
         runs[kind] = [(len(list(run)), 1) for _, run in same]
     config = aligned(config, runs)
-    bodies, rank = {}, sparsify.modulation_rank
+    bodies: dict[str, list[StackConfig]] = {kind: [] for kind in KINDS}
+    rank = sparsify.modulation_rank
     check(
         rank is None or config.modulation_rank is None,
         f"SparsifyConfig.modulation_rank = {rank}: the teacher's modulations have rank"
@@ -246,21 +243,19 @@ def student_config(config: FluxConfig, sparsify: SparsifyConfig) -> FluxConfig:
         f"SparsifyConfig.refit = {sparsify.refit}: calibration holds modulated inputs alone,"
         f" expected MoEConfig.router_input = modulated, found {sparsify.moe.router_input}",
     )
-    for kind in KINDS:
-        start, body = 0, []
-        for stack in getattr(config, kind):
-            if sparsify.method == "none" or start in getattr(sparsify, f"dense_{kind}"):
-                body.append(stack)
-            elif sparsify.method == "moe":
-                body.append(replace(stack, ffn="moe"))
-            else:
-                check(
-                    0 < sparsify.mlp_ratio < stack.mlp_ratio,
-                    f"SparsifyConfig.mlp_ratio = {sparsify.mlp_ratio}: expected more than 0 and"
-                    f" less than the teacher's {stack.mlp_ratio}",
-                )
-                body.append(replace(stack, mlp_ratio=sparsify.mlp_ratio))
-            start += stack.depth
-        bodies[kind] = tuple(body)
-    student = replace(config, moe=sparsify.moe, **bodies)
+    for kind, _, first, stack in config.named_stacks:
+        body = bodies[kind]
+        if sparsify.method == "none" or first in getattr(sparsify, f"dense_{kind}"):
+            body.append(stack)
+        elif sparsify.method == "moe":
+            body.append(replace(stack, ffn="moe"))
+        else:
+            check(
+                0 < sparsify.mlp_ratio < stack.mlp_ratio,
+                f"SparsifyConfig.mlp_ratio = {sparsify.mlp_ratio}: expected more than 0 and"
+                f" less than the teacher's {stack.mlp_ratio}",
+            )
+            body.append(replace(stack, mlp_ratio=sparsify.mlp_ratio))
+    stacks = {kind: tuple(body) for kind, body in bodies.items()}
+    student = replace(config, moe=sparsify.moe, **stacks)
     return student if rank is None else replace(student, modulation_rank=rank)

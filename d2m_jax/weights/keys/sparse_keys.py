@@ -125,7 +125,7 @@ def describe(config: FluxConfig, tensors: Mapping[str, Any]) -> str:
     ]
     groups = [
         f"- {kind}: {s.groups} times {s.active} of {s.blocks} blocks run; {s.ffn} FFN"
-        for kind, _, s in config.named_stacks
+        for kind, *_, s in config.named_stacks
     ]
     return KEYS.format(groups="\n".join(groups), rows="\n".join(table), last=config.moe.experts - 1)
 

@@ -59,8 +59,7 @@ def linears(config: FluxConfig, cut: Cut) -> dict[str, Linear]:
                 linear = Linear(part, layout, tensor, tensors.get(f"{part}.bias"))
                 known.setdefault(lora_names.flat(part), linear)
                 known.setdefault(lora_names.flat(name), linear)  # ComfyUI: ….norm.scale.diff
-    depths = (sum(stack.depth for stack in stacks) for stacks in (config.double, config.single))
-    for alias, name in lora_names.aliases(*depths):
+    for alias, name in lora_names.aliases(config.depth("double"), config.depth("single")):
         known[lora_names.flat(alias)] = known[lora_names.flat(name)]
     return known
 
