@@ -1,5 +1,6 @@
 """What surrounds a transformer, as its config names it: captions and images in, images out."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
 
 from d2m_jax import flow
 from d2m_jax.config import (
@@ -34,7 +35,8 @@ from d2m_jax.tokenizers import Tokenizers
 from d2m_jax.weights.torch_files.diffusers_folder import check_encoder, load_encoder, parts
 from d2m_jax.weights.torch_files.torch_import import dtype_of
 
-# That a device encodes at once, but at least an image: activations of 2 GiB for FLUX.1's.
+# That a device encodes or decodes at once, but at least an image: activations of 2 GiB for
+# FLUX.1's.
 PIXELS = 2**20
 
 
@@ -174,12 +176,13 @@ def encoding_images(
     config: ModelConfig, dtype: DTypeLike, params: dict[str, dict], image: UInt8[Array, "b H W 3"]
 ):
     """Encoders.latents as a program."""
+    size = image.shape[1:3]
     if isinstance(config.image, PixelsConfig):
         tokens = flow.pack(_pixels(image), config.image.patch)
     else:
         model = _autoencoder(config.image, dtype, params)
-        tokens = flow.pack(_in_turns(lambda image: model.encode(_pixels(image)), image))
-    return tokens.reshape(len(image), *config.grid(*image.shape[1:3]), -1)
+        tokens = flow.pack(_in_turns(lambda image: model.encode(_pixels(image)), image, size))
+    return tokens.reshape(len(image), *config.grid(*size), -1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -188,19 +191,22 @@ def _moments(
 ):
     assert isinstance(config.image, AutoencoderConfig)  # who has pixels has no moments
     model = _autoencoder(config.image, dtype, params)
-    return _in_turns(lambda image: model.moments(_pixels(image)), image)
+    return _in_turns(lambda image: model.moments(_pixels(image)), image, image.shape[1:3])
 
 
-def _in_turns(function: Callable[[Array], PyTree], image: UInt8[Array, "b H W 3"]) -> PyTree:
-    """function(image) of a batch that may be a training's, PIXELS on every device at a time."""
-    mesh, (count, height, width, _) = jax.sharding.get_abstract_mesh(), image.shape
+def _in_turns(
+    function: Callable[[Array], PyTree], batch: Shaped[Array, "b ..."], size: tuple[int, int]
+) -> PyTree:
+    """function(batch) of a batch that may be a training's, PIXELS on every device at a time; `size`
+    is that of its images, in pixels."""
+    mesh, count = jax.sharding.get_abstract_mesh(), len(batch)
     shards = 1 if mesh.empty else batch_shards(mesh)
     own = count // shards if count % shards == 0 else count
-    most = max(1, PIXELS // (height * width))
+    most = max(1, PIXELS // math.prod(size))
     parts = next(parts for parts in range(1, own + 1) if own % parts == 0 and own // parts <= most)
     if parts == 1:
-        return function(image)
-    return from_parts(jax.lax.map(function, in_parts(image, parts)))
+        return function(batch)
+    return from_parts(jax.lax.map(function, in_parts(batch, parts)))
 
 
 def _pixels(image: UInt8[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
@@ -233,7 +239,8 @@ def decoding(
         model = _autoencoder(config.image, dtype, params)
         shrink = config.image.stride // 2
         latents = flow.unpack(latents, *(side // shrink for side in size))
-        pixels = model.decode(latents) if tile is None else model.decode_tiled(latents, tile)
+        decode = model.decode if tile is None else partial(model.decode_tiled, tile=tile)
+        pixels = _in_turns(decode, latents, size)
     # Infinity would become black or white: as NaN it is seen.
     pixels = jnp.where(jnp.isfinite(pixels), pixels, jnp.nan)
     return jnp.clip(pixels / 2 + 0.5, 0, 1)

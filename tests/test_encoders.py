@@ -78,7 +78,7 @@ for name, one in of_one.items():
 
 def test_each_device_has_its_own_images_and_captions():
     """Four on four devices need what one on one device needs, and give what four on one give, of
-    which a training's images are encoded in turns.
+    which images are encoded and decoded in turns.
 
     Parameters are stored cut over all devices. Left to itself XLA computes an autoencoder cut in
     the same way: all 64 images of a pod's batch on every chip, 65 GiB of activations."""
@@ -89,4 +89,4 @@ def test_each_device_has_its_own_images_and_captions():
     assert more.keys() == programs, done.stderr[-2000:]
     # A little is for parameters that are put together, which of this autoencoder are much.
     assert all(on_four < 1.6 for on_four, _ in more.values()), more
-    assert all(more[name][1] < 1.2 for name in ("encoding_images", "_moments")), more
+    assert all(more[name][1] < 1.5 for name in programs - {"encoding_captions"}), more
