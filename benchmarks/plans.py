@@ -2,10 +2,10 @@
 
     python benchmarks/plans.py --output docs/plans
 
-Runs `train.py configs/flux_distill.py --plan` for every target, each in a process of its own, and
-writes what it prints to TARGET.txt, its JSON beside it, and a table of all to plans.md. Needs the
-extras `tpu` (libtpu) and `gpu` (XLA's compiler for CUDA, which needs no GPU). An hour or more on
-two cores.
+Runs `train.py configs/flux_distill.py --plan` (or another of FLUX.1's configs) for every target,
+each in a process of its own, and writes what it prints to TARGET.txt, its JSON beside it, and a
+table of all to plans.md. Needs the extras `tpu` (libtpu) and `gpu` (XLA's compiler for CUDA, which
+needs no GPU). An hour or more on two cores.
 """
 
 import json
@@ -15,8 +15,10 @@ from pathlib import Path
 
 from timing import described
 
+from d2m_jax import command_line
+
 ROOT = Path(__file__).parent.parent
-STAGES = ("shared", "moe", "mob")
+CONFIG = "flux_distill"
 # Topology → (mesh, parts of the batch of 64 that are computed one after the other).
 TARGETS = {
     "v5p:4x4x4": ({"data": 4, "fsdp": 16}, 1),
@@ -27,16 +29,22 @@ TARGETS = {
 GIB = 2**30
 
 
-def run(topology: str, folder: Path) -> None:
+def file_of(config: str, topology: str, folder: Path) -> Path:
+    """Where a plan is, as JSON."""
+    name = topology.replace(":", "_")
+    return folder / f"{name if config == CONFIG else f'{config}_{name}'}.json"
+
+
+def run(config: str, topology: str, folder: Path) -> None:
     """Make the plans of a topology, stage by stage."""
     mesh, parts = TARGETS[topology]
-    name = topology.replace(":", "_")
-    command = [sys.executable, "train.py", "configs/flux_distill.py", "--plan"]
-    command += ["--topology", topology, "--output", str(folder / f"{name}.json")]
+    file, stages = file_of(config, topology, folder), command_line.load_run(config).stages
+    command = [sys.executable, "train.py", f"configs/{config}.py", "--plan"]
+    command += ["--topology", topology, "--output", str(file)]
     command += [word for axis, n in mesh.items() for word in (f"--mesh.{axis}", str(n))]
-    command += [w for s in STAGES for w in (f"--stages.{s}.optimizer.accumulate", str(parts))]
+    command += [w for s in stages for w in (f"--stages.{s}.optimizer.accumulate", str(parts))]
     print(" ".join(["python", *command[1:]]), flush=True)
-    with (folder / f"{name}.txt").open("w") as out:
+    with file.with_suffix(".txt").open("w") as out:
         done = subprocess.run(command, cwd=ROOT, stdout=out)
     if done.returncode:
         print(f"{topology}: exit code {done.returncode}")
@@ -74,15 +82,16 @@ HEAD = (
 def main() -> None:
     parser = described(__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "plans")
+    parser.add_argument("--config", default=CONFIG, help="a name in configs/ of one student")
     parser.add_argument("--only", nargs="+", choices=TARGETS, default=list(TARGETS))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     folder = options.output.resolve()
     for topology in options.only:
-        run(topology, folder)
+        run(options.config, topology, folder)
     lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     for topology in TARGETS:
-        file = folder / f"{topology.replace(':', '_')}.json"
+        file = file_of(options.config, topology, folder)
         if file.exists():
             plans = json.loads(file.read_text())
             lines += [line(topology, stage, plan) for stage, plan in plans.items()]
