@@ -1,7 +1,7 @@
 r"""Six students of FLUX.1 [dev], a thousand steps each, on the same batches: which way to go with
 your data, before weeks are spent on it.
 
-    python train.py configs/flux_trial.py --plan --topology h100:8
+    python train.py configs/flux_trial.py --plan --topology h100:8 --rival moe
     python train.py configs/flux_trial.py
 
 The main one is configs/flux_fitted.py, an MoE of which some blocks are left out; beside it are the

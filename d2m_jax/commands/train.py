@@ -34,6 +34,7 @@ class Arguments:
     run_dir: Path | None = None  # default: runs/ and the config's name
     plan: bool = False  # compile every stage for a topology, run none
     topology: str = "h200:1"  # of --plan: v5e:4x8, v5p:4x4x4, v6e:8x8, h100:8; v6e:16x16:4: pods
+    rival: str | None = None  # of --plan: this one's stages; default: the main student's
     output: Path | None = None  # of --plan: a JSON file for what it prints
     among: command_line.AmongProcesses = command_line.Among()
 
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str], program: str = "train.py") -> None:
         if parsed.output is not None:
             check_writable(parsed.output)
 
-        dry_run(parsed.config, parsed.topology, parsed.output)
+        dry_run(parsed.config, parsed.topology, parsed.output, parsed.rival)
         return
     from d2m_jax import hosts
     from d2m_jax.config import to_json

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -16,6 +17,8 @@ from d2m_jax.config import (
     ModelConfig,
     PromptsConfig,
     RunConfig,
+    check,
+    suggestion,
     teacher_path,
 )
 from d2m_jax.planning import hardware
@@ -30,13 +33,17 @@ def dry_run(
     config: RunConfig,
     topology: str,
     output: Path | None = None,
+    rival: str | None = None,
 ) -> None:
     """Print the plan of calibration and of every stage on a topology (hardware.parse), and write it
-    as JSON; calibration's is called `start`, as the model that it makes.
+    as JSON; calibration's is called `start`, as the model that it makes. Of the main student, or of
+    a rival.
 
     To be called before JAX is asked for its devices. A teacher that is not there yet is taken from
-    the config of its name in configs/.
+    the config of its name in configs/. ConfigError for a rival that the config does not have, and
+    for what a run would refuse.
     """
+    config = _student_of(config, rival)
     chips = hardware.parse(topology)
     hardware.prepare(chips)
     teacher = None if config.teacher is None else _teacher(config.teacher)
@@ -58,6 +65,20 @@ def dry_run(
         plans[one.stage] = found.to_json()
         if output is not None:
             output.write_text(json.dumps(plans, indent=1) + "\n")
+
+
+def _student_of(config: RunConfig, rival: str | None) -> RunConfig:
+    """The run of this student alone."""
+    names = list(config.rivals)
+    if rival is None:
+        if names:
+            print(f"of the main student; of a rival with --rival {' or '.join(names)}")
+        return replace(config, rivals={})
+    known = f"expected {', '.join(names)}" if names else "the config has no rivals"
+    check(rival in names, f"--rival {rival}: no such rival{suggestion(rival, names)} ({known})")
+    student = config.rivals[rival]
+    name, (sparsify, stages) = f"{config.name}, rival {rival}", (student.sparsify, student.stages)
+    return replace(config, name=name, sparsify=sparsify, stages=stages, rivals={})
 
 
 def _all(config: RunConfig, teacher: ModelConfig | None, mesh: Mesh) -> Iterator[Lowered]:
