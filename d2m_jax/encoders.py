@@ -195,7 +195,7 @@ def _moments(
 
 
 def _in_turns(
-    function: Callable[[Array], PyTree], batch: Shaped[Array, "b ..."], size: tuple[int, int]
+    function: Callable[[Array], PyTree], batch: Shaped[Array, "b ..."], size: tuple[int, ...]
 ) -> PyTree:
     """function(batch) of a batch that may be a training's, PIXELS on every device at a time; `size`
     is that of its images, in pixels."""
