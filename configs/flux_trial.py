@@ -43,11 +43,11 @@ def get_config() -> RunConfig:
         fitted,
         name="flux_trial",
         stages={"joint": shorten(fitted.stages["joint"])},
-        rivals={
+        rivals={  # the report holds the others against the first that is pruned
+            "pruned": student(dataclasses.replace(cut, method="prune"), PRUNED),
+            "shallow": shallow(11, 23),
             "mini": shallow(7, 14),
             "moe": student(cut, FITTED),
             "papers": student(papers, FITTED | {"*.gate.*": 1.0}),
-            "pruned": student(dataclasses.replace(cut, method="prune"), PRUNED),
-            "shallow": shallow(11, 23),
         },
     )
