@@ -43,10 +43,12 @@ def get_config() -> RunConfig:
         fitted,
         name="flux_trial",
         stages={"joint": shorten(fitted.stages["joint"])},
-        rivals={  # the report holds the others against the first that is pruned
+        # The report holds experts against the first that is pruned, groups of blocks against the
+        # first of fewer blocks.
+        rivals={
             "pruned": student(dataclasses.replace(cut, method="prune"), PRUNED),
-            "shallow": shallow(11, 23),
             "mini": shallow(7, 14),
+            "shallow": shallow(11, 23),
             "moe": student(cut, FITTED),
             "papers": student(papers, FITTED | {"*.gate.*": 1.0}),
         },

@@ -99,7 +99,7 @@ def curves(run: Run) -> Figure:
         axes.set(xlabel=label, yscale="log")
         _tidy(axes)
     panels[0].set_ylabel("E ‖v teacher − v student‖²")
-    panels[1].legend(frameon=False)
+    panels[0].legend(frameon=False)
     return figure
 
 

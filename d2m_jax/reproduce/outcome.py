@@ -242,7 +242,9 @@ def _looks(found: Sequence[Found], cells: Cells) -> list[Picture]:
     if students:
         run = Run(cells.recipe.base, next(iter(rows)), tuple(students))
         caption = "Lines with points: on validation images; thin: on training batches."
-        result.append(Picture("Error while training", _png(pictures.curves(run)), caption))
+        content = _png(pictures.curves(run))
+        write_whole(cells.folder / "curves.png", content)
+        result.append(Picture("Error while training", content, caption))
     return result
 
 

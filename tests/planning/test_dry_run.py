@@ -15,12 +15,12 @@ def test_of_the_main_student_or_of_a_rival(capsys):
     rival = config.rivals["moe"]
     assert (moe.sparsify, moe.stages) == (rival.sparsify, rival.stages)
     assert not main.rivals and not moe.rivals
-    assert "--rival pruned or shallow or mini or moe or papers" in capsys.readouterr().out
+    assert "--rival pruned or mini or shallow or moe or papers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("flux_trial", "did you mean moe.*expected pruned, shallow"), ("flux_fitted", "has no rivals")],
+    [("flux_trial", "did you mean moe.*expected pruned, mini"), ("flux_fitted", "has no rivals")],
 )
 def test_a_rival_that_is_not_there(name, said):
     with pytest.raises(ConfigError, match=f"--rival mo: no such rival.*{said}"):
