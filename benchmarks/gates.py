@@ -50,14 +50,8 @@ def main() -> None:
     config, params = model_directory.load(TEACHER)
     noisy = partial(noisy_inputs, config, "uniform")
     calibration = scenes.batches(config, 16)
-    given = (
-        config.transformer,
-        params,
-        scenes.batches(config, 8, seed=1),
-        noisy,
-        jax.random.key(1),
-        2048,
-    )
+    others = scenes.batches(config, 8, seed=1)
+    given = config.transformer, params, others, noisy, jax.random.key(1), 2048
     tested = importance.calibrate(*given, want=("inputs",), count=8).inputs
     for deal, gate in RECIPES:
         cut = SparsifyConfig(deal=deal, gate=gate)

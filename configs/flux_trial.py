@@ -12,7 +12,8 @@ activated parameters as these: pruned in width ("pruned") and in depth ("shallow
 
 import dataclasses
 
-from configs.flux_fitted import BLOCKS, FITTED, LOSS, stage
+from configs.flux_distill import stage
+from configs.flux_fitted import BLOCKS, FITTED, LOSS
 from configs.flux_fitted import get_config as get_fitted
 from d2m_jax.config import RunConfig, SparsifyConfig, StageConfig, StudentConfig
 

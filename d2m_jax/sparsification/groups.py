@@ -140,11 +140,10 @@ def _rearrange(config: FluxConfig, params: dict, new: FluxConfig) -> dict:
     params = dict(params)
     for kind in KINDS:
         old = [(s, params[kind][i]["block"]) for i, s in enumerate(getattr(config, kind))]
-        stacks = getattr(new, kind)
-        ends = accumulate(stack.depth for stack in stacks)
         params[kind] = {
-            i: {"block": _blocks(old, stack, end - stack.depth)}
-            for i, (stack, end) in enumerate(zip(stacks, ends, strict=True))
+            found.number: {"block": _blocks(old, found.stack, found.first)}
+            for found in new.named_stacks
+            if found.kind == kind
         }
     return params
 

@@ -71,6 +71,6 @@ def _entries(entry: Entry, config: FluxConfig, cut: Cut) -> Iterator[Entry]:
 
 def _name(ffn: re.Match, entry: Entry, config: FluxConfig) -> str:
     """The FFN of an entry as a cut calls it."""
-    place, (group, block) = (ffn[1], int(ffn[2])), entry.index
-    first, stack = next(found[2:] for found in config.named_stacks if found[:2] == place)
-    return f"{ffn[1]}.{first + group * stack.blocks + block}.{ffn[3]}"
+    kind, number, (group, block) = ffn[1], int(ffn[2]), entry.index
+    found = next(s for s in config.named_stacks if (s.kind, s.number) == (kind, number))
+    return f"{kind}.{found.first + group * found.stack.blocks + block}.{ffn[3]}"
