@@ -48,17 +48,18 @@ def dry_run(
     hardware.prepare(chips)
     teacher = None if config.teacher is None else _teacher(config.teacher)
     mesh = make_mesh(config.mesh, hardware.devices(chips))
-    plans = {}
+    plans, known = {}, {}
     for one in _all(config, teacher, mesh):
         others = dict(one.others())
         what = "calibration" if one.stage == "start" else f"stage {one.stage}"
         count = f"{1 + len(others)} programs" if others else "a program"
-        hosts.say(f"{what}: {count} to compile, which takes minutes where a model is large")
+        hosts.say(f"{what}: {count}, each compiled once; where a model is large that takes minutes")
         found = plan(
             *(one.program, chips, mesh, one.parts, one.flops, one.recomputed),
             beside=one.beside,
             others=others,
             name="calibration" if one.stage == "start" else "step",
+            known=known,
         )
         print(f"{config.name}, {_settings(config, one.stage, mesh)}")
         print(table(found), flush=True)

@@ -5,9 +5,10 @@ roofline: what arithmetic, memory and links take at least, under assumptions tha
 """
 
 import dataclasses
+import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,17 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes of one device that a program takes, by its compiler. One that the compiler refused has
+    no arguments and no code, and its reason."""
+
+    needed: float  # arguments, results and temporaries
+    arguments: float
+    code: float
+    refused: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Bytes are of one device, FLOPs of one step on all."""
 
@@ -105,23 +117,32 @@ def plan(
     beside: Mapping[str, Any] | None = None,
     others: Mapping[str, Phase] | None = None,
     name: str = "step",
+    known: MutableMapping[str, Memory] | None = None,
 ) -> Plan:
     """The plan of a step lowered for `mesh`, which is over `hardware.devices(topology)`.
 
     `parts` and `beside` as in Phase; `flops` are those of one step on all chips, `recomputed` what
     rematerialisation adds. `others` runs between steps: its memory counts, its time does not.
+    `known` keeps what the compiler said of each of these, so that plans for the same mesh that
+    share it compile a program once.
     """
     accelerator = topology.accelerator
     platform = mesh.devices.flat[0].platform
     compiler = {"tpu": "XLA for TPU", "cpu": "XLA for CPU"}.get(platform, "XLA for GPU")
     options = dict(compiler_options or (CPU_OPTIONS if platform == "cpu" else {}))
-    step = _memory(name, Phase(lowered, parts, beside or {}), platform, options)
-    phases, notes = {name: sum(step.parts.values())}, []
+    hosts.say(f"{name}: the compiler is at work")
+    memory, compiled = _memory(lowered, platform, options)
+    held = _sizes(Phase(lowered, parts, beside or {}), memory)
+    phases, notes = {name: sum(held.values())}, []
+    known = {} if known is None else known
     for other, phase in (others or {}).items():
-        found = _memory(other, phase, platform, options)
-        phases[other] = sum(found.parts.values())
-        if found.compiled is None:
-            notes.append(f"{other}: {found.refused}")
+        text = hashlib.sha256(phase.program.as_text().encode()).hexdigest()
+        if text not in known:
+            hosts.say(f"{other}: the compiler is at work")
+            known[text], _ = _memory(phase.program, platform, options)
+        phases[other] = sum(_sizes(phase, known[text]).values())
+        if known[text].refused:
+            notes.append(f"{other}: {known[text].refused}")
     common = {
         "topology": str(topology),
         "chips": topology.chips,
@@ -129,14 +150,14 @@ def plan(
         "memory": accelerator.memory,
         "needed": max(phases.values()),
         "phases": phases,
-        "parts": {name: size for name, size in step.parts.items() if size},
+        "parts": {name: size for name, size in held.items() if size},
         "flops": flops,
         "assumptions": assumptions,
     }
-    if step.compiled is None:
-        notes.append(f"{name}: {step.refused}")
+    if compiled is None:
+        notes.append(f"{name}: {memory.refused}")
         return Plan(**common, traffic=(), seconds={}, notes=(*notes,))
-    stats, hlo = step.compiled.memory_analysis(), step.compiled.as_text()
+    stats, hlo = compiled.memory_analysis(), compiled.as_text()
     if stats is None or hlo is None:
         raise RuntimeError(f"{platform}: its compiler tells no program")
     found = collectives(hlo)
@@ -149,7 +170,7 @@ def plan(
         notes.append("collectives stand in loops of unknown length, counted once: at least")
     traffic = _traffic(found, topology, mesh, assumptions, scheduled=platform != "cpu")
     reads = stats.argument_size_in_bytes + stats.output_size_in_bytes
-    reads += 2 * step.parts["temporaries"]
+    reads += 2 * held["temporaries"]
     return Plan(
         **common,
         traffic=traffic,
@@ -158,27 +179,16 @@ def plan(
     )
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """Bytes of one device by what they are; without a program the compiler's reason."""
-
-    parts: dict[str, float]
-    compiled: jax.stages.Compiled | None
-    refused: str = ""
-
-
-def _memory(name: str, phase: Phase, platform: str, options: dict[str, Any]) -> _Memory:
-    hosts.say(f"{name}: the compiler is at work")
-    sizes = {name: device_bytes(tree) for name, tree in phase.parts.items()}
-    beside = {name: device_bytes(tree) for name, tree in phase.beside.items()}
+def _memory(
+    program: jax.stages.Lowered, platform: str, options: dict[str, Any]
+) -> tuple[Memory, jax.stages.Compiled | None]:
     try:
-        compiled = phase.program.compile(compiler_options=options or None)
+        compiled = program.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed = needed_bytes(str(error))
-        sizes["temporaries"] = max(0.0, needed - sum(sizes.values()))
-        return _Memory(sizes | beside, None, _reason(needed, str(error)))
+        return Memory(needed, 0.0, 0.0, _reason(needed, str(error))), None
     stats = compiled.memory_analysis()
     if stats is None:
         raise RuntimeError(f"{platform}: its compiler tells no memory")
@@ -187,10 +197,16 @@ def _memory(name: str, phase: Phase, platform: str, options: dict[str, Any]) -> 
     needed = arguments + fresh + stats.temp_size_in_bytes
     if platform == "tpu":  # whose temporaries lie in donated arguments too; the compiler counts so
         needed = stats.peak_memory_in_bytes
-    sizes["padding and others"] = max(0.0, arguments - sum(sizes.values()))
-    sizes["temporaries"] = max(0.0, needed - sum(sizes.values()))
-    sizes["program"] = stats.generated_code_size_in_bytes
-    return _Memory(sizes | beside, compiled)
+    return Memory(needed, arguments, stats.generated_code_size_in_bytes), compiled
+
+
+def _sizes(phase: Phase, memory: Memory) -> dict[str, float]:
+    """Bytes of one device by what they are."""
+    sizes = {name: device_bytes(tree) for name, tree in phase.parts.items()}
+    sizes["padding and others"] = max(0.0, memory.arguments - sum(sizes.values()))
+    sizes["temporaries"] = max(0.0, memory.needed - sum(sizes.values()))
+    sizes["program"] = memory.code
+    return sizes | {name: device_bytes(tree) for name, tree in phase.beside.items()}
 
 
 def _reason(needed: float, message: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -173,6 +174,27 @@ def test_encoders_count_where_no_cache_spares_them():
             mine = device_bytes({n: t for n, t in one.parts.items() if n != "batch"})
             assert mine + device_bytes(one.beside[ENCODERS]) == loaded > mine > 0
             assert one.beside["optimizer"] and jax.tree.leaves(batch)[0].shape[0] == 16
+
+
+def test_a_program_of_several_stages_is_compiled_once():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    x = jax.ShapeDtypeStruct((64, 64), np.float32, sharding=replicated(mesh))
+    given = parse("h200:1"), mesh, {"x": x}, 1.0
+    known, found = {}, []
+    for more in (1, 2):  # two stages: steps of their own, the same decoding, other samples
+        step = jax.jit(lambda x, more=more: x + more).lower(x)
+        decoding = jax.jit(lambda x: jax.numpy.tanh(x) @ x).lower(x)
+        samples = jax.jit(lambda x, more=more: (x @ x) * more).lower(x)
+        others = {"decoding": decoding, "samples": samples}
+        phases = {n: Phase(one, {"x": x}, {"w": [x] * more}) for n, one in others.items()}
+        with mock.patch.object(
+            jax.stages.Lowered, "compile", autospec=True, side_effect=jax.stages.Lowered.compile
+        ) as compiled:
+            found.append(plan(step, *given, others=phases, known=known))
+            assert compiled.call_count == (3 if more == 1 else 2)
+        assert found[-1] == plan(step, *given, others=phases)
+    size = 64 * 64 * 4  # what lies beside is counted for each stage
+    assert found[1].phases["decoding"] == found[0].phases["decoding"] + size
 
 
 def test_phases_and_what_lies_beside():
