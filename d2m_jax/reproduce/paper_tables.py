@@ -48,7 +48,7 @@ def main(recipe: Recipe) -> Table:
     }
     large = recipe.sparse()
     sparse = {
-        name: recipe.sparse(recipe.placed(recipe.leaving_out(*out)))
+        name: recipe.joint(recipe.placed(recipe.leaving_out(*out)))
         for name, out in left_out.items()
     }
     ratio = recipe.activated
@@ -78,8 +78,8 @@ def main(recipe: Recipe) -> Table:
     notes = (
         "FLUX.1-lite: the blocks stay that change their streams most; FLUX-mini: few, evenly.",
         "L: rivals with about the activated parameters of MoE-L; S: of MoE-S. MoE-M, S and XS leave"
-        " out the shares of blocks that the paper's do, as far as this depth allows; their groups"
-        " begin in the last quarter of the steps.",
+        " out the shares of blocks that the paper's do, as far as this depth allows; experts and"
+        " groups train in one stage.",
     )
     return Table("main", "Dense, pruned and sparse", cells, notes)
 
