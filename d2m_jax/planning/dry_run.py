@@ -53,7 +53,7 @@ def dry_run(
         others = dict(one.others())
         what = "calibration" if one.stage == "start" else f"stage {one.stage}"
         count = f"{1 + len(others)} programs" if others else "a program"
-        hosts.say(f"{what}: {count}, each compiled once; where a model is large that takes minutes")
+        hosts.say(f"{what}: {count}; where a model is large the compiler takes minutes for each")
         found = plan(
             *(one.program, chips, mesh, one.parts, one.flops, one.recomputed),
             beside=one.beside,
