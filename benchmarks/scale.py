@@ -168,7 +168,10 @@ def main() -> None:
             known = {p["topology"]: p for p in before["points"] if p["compiled"]}
 
     def program(mesh: Mesh) -> Lowered:
-        stages = {n: replace(s, batch_size=mesh.size) for n, s in config.stages.items()}
+        stages = {
+            n: replace(s, batch_size=mesh.size, optimizer=replace(s.optimizer, accumulate=1))
+            for n, s in config.stages.items()
+        }
         steps = lower(replace(config, stages=stages), teacher, mesh)
         return next(step for step in steps if step.stage == options.stage)
 

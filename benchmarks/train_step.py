@@ -77,7 +77,11 @@ def compare(options, peak: float):
     for name, stage in config.stages.items():
         shape = groups(model) if stage.groups else None
         stages[name] = replace(
-            stage, batch_size=options.batch, dtype=usual_dtype().name, groups=shape
+            stage,
+            batch_size=options.batch,
+            dtype=usual_dtype().name,
+            groups=shape,
+            optimizer=replace(stage.optimizer, accumulate=1),
         )
     mesh = make_mesh(config.mesh)
     tokens = options.batch * ((options.pixels // 16) ** 2 + options.text_tokens)

@@ -4,10 +4,12 @@ fitted, and everything in the blocks trains at once, in one stage.
     python evaluate.py blocks configs/flux_fitted.py --output out/blocks
     python train.py configs/flux_fitted.py
 
-The first command says where groups of blocks lose least; its last line has the fields for GROUPS.
-Data and size are those of configs/flux_distill.py, whose first lines make them. In the miniature
-this recipe beats the paper's (docs/recipe.md); at this size nobody has trained either of them with
-this code: configs/flux_trial.py compares them, and what is pruned, in a thousand steps each.
+The first command says where groups of blocks lose least, a line for every number of groups of each
+kind; of the lines for as many groups as GROUPS has (7 of double blocks, 15 of single ones) keep_...
+and keep_last_... are what to write there. Data and size are those of configs/flux_distill.py, whose
+first lines make them. In the miniature this recipe beats the paper's (docs/recipe.md); at this size
+nobody has trained either of them with this code: configs/flux_trial.py compares them, and what is
+pruned, in a thousand steps each.
 """
 
 import dataclasses

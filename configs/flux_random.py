@@ -25,7 +25,7 @@ def shorten(stage: StageConfig) -> StageConfig:
         steps=8,
         batch_size=8,
         groups=groups,
-        optimizer=dataclasses.replace(stage.optimizer, warmup=2, ema=0.0),
+        optimizer=dataclasses.replace(stage.optimizer, warmup=2, ema=0.0, accumulate=1),
         log_every=2,
         evaluate_every=4,
         checkpoint_every=4,

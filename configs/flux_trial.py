@@ -18,12 +18,11 @@ from configs.flux_fitted import get_config as get_fitted
 from d2m_jax.config import RunConfig, SparsifyConfig, StageConfig, StudentConfig
 
 STEPS = 1000
-PARTS = 8  # of a batch of 64, one after the other: eight GPUs take an image each; 64 chips need 1
 PRUNED = {"*mlp.*": 4.0}  # the rate of what was cut, as the demo has it
 
 
 def shorten(stage: StageConfig) -> StageConfig:
-    optimizer = dataclasses.replace(stage.optimizer, warmup=100, ema=0.0, accumulate=PARTS)
+    optimizer = dataclasses.replace(stage.optimizer, warmup=100, ema=0.0)
     return dataclasses.replace(stage, steps=STEPS, evaluate_every=100, optimizer=optimizer)
 
 

@@ -34,7 +34,7 @@ UNREADABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
 
 @dataclasses.dataclass(frozen=True)
 class Among:
-    """Of many processes, where the environment does not tell (SLURM, Kubernetes, TPU pods do)."""
+    """Of many processes, where the environment does not tell (SLURM, Open MPI and TPU pods do)."""
 
     coordinator: str | None = None  # HOST:PORT of process 0
     processes: int | None = None  # how many there are

@@ -24,7 +24,7 @@ def bucket_sizes(resolution: int, aspect_ratio: float, stride: int) -> tuple[Siz
     """Heights and widths of about `resolution`² pixels, multiples of `stride`, from the tallest to
     the widest; width over height, or height over width, is at most `aspect_ratio`.
 
-    At 1024, 2.0 and 16 these are 11 sizes from 1344 × 768 to 768 × 1344. ConfigError where tokens
+    At 1024, 2.0 and 16 these are 13 sizes from 1408 × 768 to 768 × 1408. ConfigError where tokens
     do not divide the resolution.
     """
     check(

@@ -4,7 +4,8 @@ import json
 import os
 import time
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from orbax.checkpoint import checkpoint_managers
 from d2m_jax import hosts
 from d2m_jax.config import (
     ConfigError,
+    MeshConfig,
     RunConfig,
     StageConfig,
     differences,
@@ -50,8 +52,8 @@ class Checkpoints:
     Of several processes all call everything here, on one file system: each writes and reads its
     part of the arrays, in whatever mesh; what is done once, the first does.
 
-    `identity` (JSON; `stage` is the StageConfig's) is what a checkpoint must have been made with to
-    be continued here.
+    `identity` (JSON; `stage` is the StageConfig's as `stage_to_go_on` has it) is what a checkpoint
+    must have been made with to be continued here.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any], keep: int = 2):
@@ -116,7 +118,8 @@ class Checkpoints:
             return None, first_line(error)
         identity = content["identity"]
         if "stage" in identity:  # as this version has it
-            identity["stage"] = to_json(from_json(StageConfig, identity["stage"]))
+            stage = from_json(StageConfig, identity["stage"])
+            identity["stage"] = to_json(stage_to_go_on(stage))
         return content, None
 
     def _state(self, step: int, like: Any, expected: str) -> tuple[Any, str | None]:
@@ -185,6 +188,24 @@ class NoCheckpoints:
         """Nothing to wait for."""
 
 
+def stage_to_go_on(stage: StageConfig) -> StageConfig:
+    """A stage without what may change when it goes on: how a step is computed, which moves results
+    by rounding alone, and what is left on the way."""
+    optimizer = replace(stage.optimizer, accumulate=1)
+    return replace(stage, optimizer=optimizer, remat=True, checkpoint_every=0, sample_every=0)
+
+
+def _to_go_on(config: RunConfig) -> dict[str, Any]:
+    """The same of a run, as JSON."""
+
+    def plain(stages: Mapping[str, StageConfig]) -> dict[str, StageConfig]:
+        return {name: stage_to_go_on(stage) for name, stage in stages.items()}
+
+    rivals = {n: replace(r, stages=plain(r.stages)) for n, r in config.rivals.items()}
+    stages, how = plain(config.stages), {"mesh": MeshConfig(), "keep_checkpoints": 1, "wandb": None}
+    return to_json(replace(config, stages=stages, rivals=rivals, **how))
+
+
 def _checksum(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
@@ -192,8 +213,8 @@ def _checksum(content: dict[str, Any]) -> int:
 def open_run(directory: Path | str, config: RunConfig) -> Path:
     """The run directory of this config, made where it is new.
 
-    Raises ConfigError where it holds a run of another config (mesh, keep_checkpoints
-    and wandb may differ), and where not all processes see it.
+    Raises ConfigError where it holds a run of another config (mesh, keep_checkpoints and wandb may
+    differ, and of a stage what `stage_to_go_on` leaves out), and where not all processes see it.
     """
     directory = Path(hosts.by_first(lambda: str(_open_run(Path(directory), config))))
     blind = [
@@ -226,15 +247,13 @@ def _open_run(directory: Path, config: RunConfig) -> Path:
         except ValueError as error:
             raise ConfigError(f"{file}: damaged, expected JSON ({error})") from None
         try:
-            theirs = to_json(from_json(RunConfig, saved, str(file)))  # as this version has it
+            theirs = from_json(RunConfig, saved, str(file))
         except ConfigError as error:
             message = f"{error}: not the config of a run; expected a new directory, or a run's"
             raise ConfigError(message) from None
         # A run that failed before its first training left nothing that another would spoil.
         if begun:
-            free = ("mesh", "keep_checkpoints", "wandb")
-            both = ({k: v for k, v in c.items() if k not in free} for c in (theirs, mine))
-            refuse_other(file, *both)
+            refuse_other(file, _to_go_on(theirs), _to_go_on(config))
     elif others := _others(directory):
         raise ConfigError(
             f"{directory}: holds other things ({', '.join(others[:3])}), expected a new directory"

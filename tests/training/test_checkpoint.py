@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from d2m_jax import hosts
-from d2m_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, StageConfig
+from d2m_jax.config import (
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+)
 from d2m_jax.output import machine
 from d2m_jax.training.checkpoint import Checkpoints, open_run
 from tests.training import toy
@@ -143,8 +150,9 @@ def test_not_finite_is_not_saved(tmp_path):
 
 
 def run_config(**changes):
-    stages = {"dense": StageConfig(steps=changes.pop("steps", 100))}
-    return RunConfig(name="run", model=ModelConfig(), stages=stages, **changes)
+    optimizer = OptimizerConfig(accumulate=changes.pop("accumulate", 1))
+    stage = StageConfig(steps=changes.pop("steps", 100), optimizer=optimizer)
+    return RunConfig(name="run", model=ModelConfig(), stages={"dense": stage}, **changes)
 
 
 def test_run_directory_of_another_config(tmp_path):
@@ -155,7 +163,7 @@ def test_run_directory_of_another_config(tmp_path):
     before = (directory / "config.json").read_text()
     assert json.loads(before)["stages"]["dense"]["steps"] == 100
     (directory / "models").mkdir()
-    open_run(directory, run_config(mesh=MeshConfig(data=1), keep_checkpoints=5))
+    open_run(directory, run_config(mesh=MeshConfig(data=1), keep_checkpoints=5, accumulate=2))
     before = (directory / "config.json").read_text()
     with pytest.raises(ConfigError, match="stages.dense.steps is 100 there and 200 here") as error:
         open_run(directory, run_config(steps=200))
