@@ -260,10 +260,15 @@ def groups(recipe: Recipe) -> Table:
             )
             active, first = blocks // part, f"{counts[0]}_groups_{inside // part}_run"
             name = f"{count}_groups_{inside // part}_run"
-            label = f"{count} groups, {active} of {blocks} blocks run"
+            label = f"{count} group{'s' * (count > 1)}, {active} of {blocks} blocks run"
             student = recipe.blocks(made, loss=LossConfig())
             against = None if name == first else first
-            cells.append(Cell(name, label.replace("1 groups", "1 group"), student, against))
+            cells.append(Cell(name, label, student, against))
+            if name == first:
+                adjacent = replace(made, choice="adjacent")
+                student = recipe.blocks(adjacent, loss=LossConfig())
+                name = f"adjacent_{inside // part}_run"
+                cells.append(Cell(name, f"{label} that follow one another", student, first))
     note = "FFNs stay dense; every group's output is a point that is compared with the teacher's."
     return Table("groups", "Number of groups", tuple(cells), (note,))
 

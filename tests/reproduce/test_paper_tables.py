@@ -67,8 +67,10 @@ def test_equal_depth_and_equal_width():
     mlp = {cell.name: transformer(cell.student) for cell in TABLES["mlp"](RECIPE).cells}
     assert mlp["moe_2"].moe.top_k == 8 and mlp["narrow_2"].single[0].mlp_ratio == 2
     found = TABLES["groups"](RECIPE).cells
-    stacks = [transformer(cell.student).single[-1] for cell in found]
-    assert [s.groups * s.active for s in stacks] == [3, 3, 2, 2]
+    configs = [transformer(cell.student) for cell in found]
+    running = [c.single[-1].groups * c.single[-1].active for c in configs]
+    assert running == [3, 3, 3, 2, 2, 2]
+    assert [c.mob_choice for c in configs] == ["any", "adjacent", "any"] * 2
 
 
 def test_groups_stand_where_the_bases_do_with_fitted_routers():

@@ -209,7 +209,8 @@ def test_waiting_for_the_input_is_told(tmp_path):
 
     toy.run(tmp_path, toy.stage(10, log_every=5), batches=Slow())
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert 0.5 < last["input_wait"] <= 1
+    # A busy machine makes steps longer, so the share smaller; the seconds stay.
+    assert 0 < last["input_wait"] <= 1
     assert last["input_wait"] * last["seconds_per_step"] >= 0.03
 
 
