@@ -18,6 +18,7 @@ from d2m_jax.models.layers import (
     QKNorm,
     SelfAttention,
     attend,
+    broadcast,
     heads,
     layer_norm,
     modulate,
@@ -94,7 +95,7 @@ class DoubleStreamBlock(nnx.Module):
         def update(
             x: Float[Array, "b n d"], branch: Float[Array, "b n d"], mod: ModulationOut
         ) -> Float[Array, "b n d"]:
-            return x + mod.gate.astype(x.dtype) * branch
+            return x + broadcast(mod.gate, x) * branch
 
         img = update(img, self.img_attn.proj(img_attn), img_mod1)
         norm = layer_norm(img)
@@ -131,4 +132,4 @@ class SingleStreamBlock(nnx.Module):
         q, k, v = heads(self.qkv, x_mod, self.num_heads)
         attn = attend(self.norm.query_norm(q), self.norm.key_norm(k), v, context.pe)
         y, report = call_ffn(self.mlp, x_mod, norm, context, "mlp")
-        return (x + mod.gate.astype(x.dtype) * (self.attn_out(attn) + y),), {"mlp": report}
+        return (x + broadcast(mod.gate, x) * (self.attn_out(attn) + y),), {"mlp": report}

@@ -17,6 +17,7 @@ from d2m_jax.kernels.grouped_matmul import EXPERTS, choose, grouped_matmul
 from d2m_jax.kernels.quantized import QArray, cast, dot
 from d2m_jax.kernels.tiles import chosen_experts
 from d2m_jax.kernels.token_rows import collect, spread, take
+from d2m_jax.models.layers import broadcast
 from d2m_jax.sharding import PARAMETERS, on_own_part
 
 SPARSE_TOKENS = 64  # from which only the chosen experts' work is less time, on a CPU
@@ -127,11 +128,13 @@ def reference_experts(
     form."""
     masked = (jax.nn.one_hot(chosen, in_kernel.shape[0]) * weight[..., None]).sum(1)
     if isinstance(in_kernel, QArray):  # whose scales differ by expert: summed over them after
-        hidden = jax.nn.gelu(jax.vmap(dot, (None, 0), 1)(x, in_kernel) + in_bias, approximate=True)
+        hidden = jax.vmap(dot, (None, 0), 1)(x, in_kernel)
+        hidden = jax.nn.gelu(hidden + in_bias, approximate=True)
         out = jax.vmap(partial(dot, cut=cut), (1, 0), 1)(hidden, out_kernel)
         return jnp.einsum("ted,te->td", out, masked.astype(x.dtype))
-    hidden = jax.nn.gelu(jnp.einsum("td,edf->tef", x, in_kernel) + in_bias, approximate=True)
-    return jnp.einsum("tef,efd->td", hidden * masked[..., None].astype(x.dtype), out_kernel)
+    hidden = jnp.einsum("td,edf->tef", x, in_kernel)
+    hidden = jax.nn.gelu(hidden + broadcast(in_bias, hidden), approximate=True)
+    return jnp.einsum("tef,efd->td", hidden * broadcast(masked[..., None], hidden), out_kernel)
 
 
 def _expert(
@@ -142,8 +145,9 @@ def _expert(
     in_bias: Float[Array, " f"],
     out_kernel: Float[Array | QArray, "f d"],
 ):
-    hidden = jax.nn.gelu(dot(x, in_kernel) + in_bias, approximate=True)
-    return dot(hidden * weight[:, None].astype(x.dtype), out_kernel, cut)
+    hidden = dot(x, in_kernel)
+    hidden = jax.nn.gelu(hidden + broadcast(in_bias, hidden), approximate=True)
+    return dot(hidden * broadcast(weight[:, None], hidden), out_kernel, cut)
 
 
 def sorted_experts(
@@ -161,8 +165,8 @@ def sorted_experts(
     one_hot = jax.nn.one_hot(chosen.reshape(-1)[order], in_kernel.shape[0], dtype=x.dtype)
     hidden = grouped_matmul(spread(x, order, row), in_kernel, sizes, way)
     hidden += one_hot @ in_bias
-    weights = take(weight.reshape(-1), order)[:, None].astype(x.dtype)
-    hidden = jax.nn.gelu(hidden, approximate=True) * weights
+    hidden = jax.nn.gelu(hidden, approximate=True)
+    hidden *= broadcast(take(weight.reshape(-1), order)[:, None], hidden)
     return collect(grouped_matmul(hidden, out_kernel, sizes, way, cut), order, row)
 
 

@@ -13,6 +13,12 @@ from d2m_jax.kernels.quantized import cast, dot
 from d2m_jax.sharding import constrain, on_own_part
 
 
+def broadcast(a: Float[Array, "*m"], x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """One value for many of x, in its shape and type. It is cast after it was broadcast, so that
+    its gradient is summed in float32: in bfloat16 a sum over thousands of tokens stands still."""
+    return jnp.broadcast_to(a.astype(jnp.float32), x.shape).astype(x.dtype)
+
+
 class Linear(nnx.Module):
     """x W + b in the dtype of x; parameters are float32 at birth and stay in whatever dtype they
     were loaded, or quantised (kernels/quantized.py)."""
@@ -26,7 +32,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
         x = dot(x, self.kernel[...])
-        return x if self.bias is None else x + self.bias[...].astype(x.dtype)
+        return x if self.bias is None else x + broadcast(self.bias[...], x)
 
 
 class Linear32(Linear):
@@ -121,7 +127,7 @@ def modulate(
     x: Float[Array, "b n d"], shift: Float[Array, "b 1 d"], scale: Float[Array, "b 1 d"]
 ) -> Float[Array, "b n d"]:
     """x·(1 + scale) + shift."""
-    return x * (1 + scale).astype(x.dtype) + shift.astype(x.dtype)
+    return x * broadcast(1 + scale, x) + broadcast(shift, x)
 
 
 class LastLayer(nnx.Module):
@@ -178,7 +184,7 @@ def heads(
     kernel = jax.tree.map(lambda part: constrain(part, None, None, "inner"), kernel)
     qkv = dot(x, kernel)
     if linear.bias is not None:
-        qkv = qkv + linear.bias[...].astype(x.dtype).reshape(shape)
+        qkv = qkv + broadcast(linear.bias[...].reshape(shape), qkv)
     qkv = constrain(qkv, "batch", None, None, "inner")
     q, k, v = (qkv[:, :, i].reshape(*x.shape[:2], count, -1) for i in range(3))
     return q, k, v

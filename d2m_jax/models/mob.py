@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from d2m_jax.models.layers import Linear32
+from d2m_jax.models.layers import Linear32, broadcast
 from d2m_jax.models.reports import NOTHING, Context, Known, Streams
 from d2m_jax.sharding import BY_NAME, on_own_part
 
@@ -188,7 +188,7 @@ def _through(
     """y where it runs. The weight − 1 is exactly 0, so the block's output passes as it is; the
     gradient of the weight is y − x."""
     runs, weight = _like(runs, x), _like(weight, x)
-    return jnp.where(runs, y + (weight - 1).astype(x.dtype) * (y - x), x)
+    return jnp.where(runs, y + broadcast(weight - 1, x) * (y - x), x)
 
 
 def _like(a: Array, b: Array) -> Array:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from d2m_jax.config import MoEConfig
 from d2m_jax.models.experts import Experts
-from d2m_jax.models.layers import FFN, Linear32
+from d2m_jax.models.layers import FFN, Linear32, broadcast
 from d2m_jax.models.reports import Context, FFNReport, Routing, alone
 
 
@@ -63,7 +63,7 @@ class MoE(nnx.Module):
                 logits = self.logits(x, unmodulated, context.vec)
                 probability, chosen, weight = route(self.config, logits, k, each)
             with jax.named_scope("experts"):
-                routed = self.scale[...].astype(x.dtype) * self.experts(x, chosen, weight)
+                routed = broadcast(self.scale[...], x) * self.experts(x, chosen, weight)
             choices = jax.nn.one_hot(chosen, self.config.experts).sum(2)
             if counted is None:
                 load, probability = choices.sum(1), probability.mean(1)

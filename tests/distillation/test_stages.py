@@ -273,10 +273,8 @@ def _features(teacher, key):
     return np.asarray(squares(teacher))
 
 
-@pytest.mark.parametrize("router_input", ["modulated", "unmodulated"])
-def test_what_is_float32_says_so_to_the_hardware(router_input):
-    """Every product of float32 arrays in a step that computes in bfloat16, forward and backward:
-    gates, block routers, embedders, the modulations' basis."""
+def operations_of_a_step(router_input):
+    """Of one that computes in bfloat16, forward and backward, with all kinds of parts."""
     moe = replace(STUDENT.transformer.moe, router_input=router_input)
     mixed = replace(
         STUDENT.transformer,
@@ -289,9 +287,28 @@ def test_what_is_float32_says_so_to_the_hardware(router_input):
     loss = stages.distill_loss(teacher, student, StageConfig(dtype="bfloat16"))
     trees = toy.shapes(mixed), toy.shapes(teacher.transformer)
     jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(*trees, batch(), jax.random.key(0))
+    return operations(jaxpr.jaxpr)
+
+
+@pytest.mark.parametrize("way", ["reference", "tiled"])
+def test_gradients_are_summed_in_float32(way):
+    """Those of what is one value for many tokens or neurons: biases, modulations, the scale of the
+    experts, weights of experts and of blocks. In bfloat16 a sum of ones stands still at 256."""
+    with toy.computed_by(way):
+        found = operations_of_a_step("modulated")
+    sums = [eqn for eqn in found if eqn.primitive.name == "reduce_sum"]
+    assert len(sums) > 50
+    for eqn in sums:
+        (of,), (to,) = eqn.invars, eqn.outvars
+        assert of.aval.dtype != jnp.bfloat16 or of.aval.size == to.aval.size, eqn
+
+
+@pytest.mark.parametrize("router_input", ["modulated", "unmodulated"])
+def test_what_is_float32_says_so_to_the_hardware(router_input):
+    """Every product of float32 arrays: gates, block routers, embedders, the modulations' basis."""
     found = [
         eqn.params["precision"]
-        for eqn in operations(jaxpr.jaxpr)
+        for eqn in operations_of_a_step(router_input)
         if eqn.primitive.name == "dot_general"
         and all(v.aval.dtype == jnp.float32 for v in eqn.invars)
     ]
