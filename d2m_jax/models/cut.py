@@ -2,11 +2,12 @@
 
 A Cut holds, by name, for every FFN that was cut ("double.3.img_mlp", blocks counted through all
 stacks) the order of the dense model's hidden neurons, int32 [its width]: of an MoE first those of
-the shared expert, then those of every normal one; of a pruned FFN those that are left, then the
-others. Under BLOCKS, by kind, a model that lost blocks has the order of the dense model's: those
-that are left, then the others. MODULATION, float32 [rank + 1, D], is Q and below it what was lost
-of the mean: a factor is Q W and its bias b + rest · W (sparsification/modulation.py). It stays true
-in training, which moves no neuron, and whatever groups blocks are in.
+the shared expert, then those of every normal one; of a pruned FFN those that are left. Then the
+others, of an MoE where its teacher was pruned. Under BLOCKS, by kind, a model that lost blocks has
+the order of the dense model's: those that are left, then the others. MODULATION, float32
+[rank + 1, D], is Q and below it what was lost of the mean: a factor is Q W and its bias b + rest ·
+W (sparsification/modulation.py). It stays true in training, which moves no neuron, and whatever
+groups blocks are in.
 """
 
 from collections.abc import Iterator, Mapping
@@ -52,9 +53,8 @@ def check_cut(where: Any, config: FluxConfig, cut: Cut) -> None:
             continue
         check(name in mine, f"{where}: {name}, expected names of this model's FFNs")
         whole, width = array.size, config.ffn_width(mine[name])
-        enough = whole == width if mine[name].ffn == "moe" else whole >= width
         check(
-            _is_order(array) and enough,
+            _is_order(array) and whole >= width,
             f"{where}: {name} is no order of the neurons of an FFN that {width} of are left",
         )
 

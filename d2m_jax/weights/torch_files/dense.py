@@ -30,7 +30,11 @@ def dense(
         f"{where}: {len(absent)} FFNs whose neurons' order was not kept, as older versions did not;"
         " expected a model that was cut since",
     )
-    moe = {name: cut[name] for name, stack in ffns(config) if stack.ffn == "moe"}
+    moe = {
+        name: _among_themselves(cut[name][: config.ffn_width(stack)])
+        for name, stack in ffns(config)
+        if stack.ffn == "moe"
+    }
     dtype = np.result_type(*(param.dtype for param in params.values()))
     mine = {name: param.astype(dtype) for name, param in params.items()}
     if config.modulation_rank is not None:
@@ -43,6 +47,11 @@ def dense(
     theirs = torch_tensors(table, mine)
     back = flux_keys.keys("bfl", whole)
     return whole, key_table.parameters(back, theirs, sizes(abstract(whole)), dtype, where)
+
+
+def _among_themselves(neurons: np.ndarray) -> np.ndarray:
+    """The places of neurons when those that were pruned are gone."""
+    return np.argsort(np.argsort(neurons)).astype(neurons.dtype)
 
 
 def _full(basis: Parameter, factor: Parameter) -> Parameter:

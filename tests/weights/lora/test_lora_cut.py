@@ -233,6 +233,30 @@ def test_put_back_together(dense, tmp_path, name):
             np.testing.assert_array_equal(array, expected[key], str(key))
 
 
+def test_experts_of_a_pruned_teacher_are_put_back_among_what_it_had(dense, tmp_path):
+    """64 of 128 neurons: 32 are shared, 8 in each of four experts."""
+    prune = replace(CUT, method="prune", mlp_ratio=2.0)
+    pruned, params, first = make_student(
+        ModelConfig(transformer=CONFIG), dense.params, prune, batches(1), noisy, 0
+    )
+    moe = replace(CUT, moe=MoEConfig(experts=4))
+    config, made, then = make_student(pruned, params, moe, batches(1), noisy, 0)
+    cut = composed(first, then, config.transformer)
+    model_directory.save(tmp_path / "student", config, made, cut=cut)
+    kept = model_directory.load_cut(tmp_path / "student", config.transformer)
+    assert not run(tmp_path / "student", tmp_path / "dense", "--dense")
+    whole, found = model_directory.load(tmp_path / "dense")
+    assert [s.mlp_ratio for s in whole.transformer.stacks] == [2.0, 2.0]
+    found, before = (names(tree) for tree in (found, dense.params))
+    for name in ("double.0.block.img_mlp", "double.0.block.txt_mlp", "single.0.block.mlp"):
+        for block in range(2):
+            start = name.split(".")
+            order = kept[f"{start[0]}.{block}.{start[-1]}"]
+            assert order.size == 128
+            into = before[f"{name}.in_layer.kernel"][block, 0][:, np.sort(order[:64])]
+            np.testing.assert_array_equal(found[f"{name}.in_layer.kernel"][block, 0], into)
+
+
 def test_torch_exports_carry_the_cut(dense, tmp_path):
     student = dense.student("experts")
     assert not run(student.path, tmp_path / "torch", "--export", "torch")
