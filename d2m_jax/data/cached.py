@@ -57,6 +57,12 @@ class Cached:
         if config.prompts is not None:
             prompts_of(Path(config.prompts))  # what is wrong with it is told now
 
+    @property
+    def tells_padding(self) -> bool:
+        """Older caches, and those of others, do not."""
+        ours = isinstance(self.cache, Cache) and len(self.shards) > 0
+        return ours and "text_length" in self.shards[0].arrays
+
     def __len__(self) -> int:
         return len(self._bucket_of)
 

@@ -87,6 +87,11 @@ class Handed:
         return "latents" in self._first
 
     @property
+    def tells_padding(self) -> bool:
+        """Of raw batches it is found out."""
+        return not self.encoded or "text_length" in self._first
+
+    @property
     def count(self) -> int:
         """Samples in every batch, those of all processes together."""
         return hosts.count() * _count(self._first)

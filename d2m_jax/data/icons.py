@@ -98,6 +98,7 @@ class Icons:
         _grid(config, image)  # tells where the canvas is not the task's
 
     encoded = False
+    tells_padding = True
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:

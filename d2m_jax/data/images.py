@@ -40,6 +40,7 @@ class Images:
     """The data of an ImagesConfig (data/protocol.py, Data). All processes of a run must open it."""
 
     encoded = False
+    tells_padding = True
 
     def __init__(self, config: ImagesConfig, image: Canvas):
         self.config = config

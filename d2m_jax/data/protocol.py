@@ -70,6 +70,11 @@ class Data(Protocol):
         ...
 
     @property
+    def tells_padding(self) -> bool:
+        """Whether its batches, once encoded, have "text_length"."""
+        ...
+
+    @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Height and width in pixels of the images of a batch, of all kinds of batches: each is a
         program of its own."""

@@ -61,7 +61,9 @@ def health(load: Float[Array, "l b n"]) -> dict[str, Float[Array, " l"]]:
     f = f / jnp.maximum(f.sum(-1, keepdims=True), 1e-9)
     n = f.shape[-1]
     return {
-        "entropy": -(f * jnp.log(f + 1e-9)).sum(-1) / jnp.log(n),
+        "entropy": -(f * jnp.log(f + 1e-9)).sum(-1) / jnp.log(n)
+        if n > 1
+        else jnp.ones_like(f[:, 0]),
         "largest_load": n * f.max(-1),
         "dead_experts": (n * f < 0.05).sum(-1).astype(jnp.float32),
     }

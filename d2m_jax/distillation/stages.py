@@ -18,6 +18,11 @@ from d2m_jax.keys import inner_key
 from d2m_jax.models.flux import Flux, model_of
 from d2m_jax.models.reports import Context, Streams
 
+NO_LENGTHS = (
+    "StageConfig.count_padding = False: expected data that tell the length of their texts,"
+    " found none (a cache made before, or of others: make it again)"
+)
+
 
 def flow_loss(
     config: ModelConfig,
@@ -171,11 +176,7 @@ def _embed(
     if stage.random_top_k:
         asked = {"top_k": max(stage.random_top_k), "top_k_each": batch["top_k"]}
     if not stage.count_padding:
-        check(
-            "text_length" in batch,
-            "StageConfig.count_padding = False: expected data that tell the length of their texts,"
-            " found none (a cache made before, or of others: make it again)",
-        )
+        check("text_length" in batch, NO_LENGTHS)
         asked["text_lengths"] = batch["text_length"]
     return model.embed(*inputs, **asked)
 

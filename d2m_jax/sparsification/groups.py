@@ -59,8 +59,14 @@ def align(config: FluxConfig, params: dict, shapes: Shapes) -> tuple[FluxConfig,
 def grouped(config: FluxConfig, groups: GroupsConfig) -> FluxConfig:
     """The model's config with its blocks in MoB groups.
 
-    ConfigError where groups do not fit the depth or would mix kinds of FFN.
+    ConfigError where groups do not fit the depth or would mix kinds of FFN, and for a model that
+    leaves out blocks already: its routers would be lost.
     """
+    check(
+        not any(stack.mixes for stack in config.stacks),
+        "GroupsConfig: the model's blocks are in groups already, of which it leaves some out;"
+        " expected groups in one stage alone",
+    )
     stacks = {}
     for kind in KINDS:
         keep, last, blocks, active = (

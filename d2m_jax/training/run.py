@@ -21,6 +21,7 @@ from d2m_jax.config import (
 )
 from d2m_jax.data.protocol import Data
 from d2m_jax.data.source import open_data, with_vocabulary
+from d2m_jax.distillation.stages import NO_LENGTHS
 from d2m_jax.encoders import Encoders
 from d2m_jax.models.flux import initialise
 from d2m_jax.sampling.pipeline import Pipeline
@@ -59,7 +60,10 @@ def _open(config: RunConfig, mesh: Mesh, model: ModelConfig, tracker: Tracker | 
             " memory; a cache of what they make of the data saves it: python -m d2m_jax.data.cache"
         )
     students = [config, *config.rivals.values()]
-    if any(stage.sample_every for one in students for stage in one.stages.values()):
+    stages = [stage for one in students for stage in one.stages.values()]
+    counted = all(stage.count_padding for stage in stages)
+    check(counted or (data.tells_padding and validation.tells_padding), NO_LENGTHS)
+    if any(stage.sample_every for stage in stages):
         there = model.encoders is not None and Path(model.encoders).is_dir()
         found = f"ModelConfig.encoders = {model.encoders}"
         check(

@@ -98,6 +98,7 @@ def test_batches_are_what_the_encoders_give(folder, tmp_path):
         grid = batch["latents"].shape[1:3]
         assert grid in {(8, 8), (7, 9)} and batch["latents"].dtype == np.float32
         seen += [batch]
+    assert data.tells_padding
     encoders = Encoders(MODEL)
     for i in range(44):
         record = data.shards[i]

@@ -84,6 +84,7 @@ def test_health():
     np.testing.assert_allclose(result["entropy"], [1, 0, np.log(4) / np.log(8)], atol=1e-5)
     np.testing.assert_allclose(result["largest_load"], [1, 8, 2], rtol=1e-5)
     np.testing.assert_allclose(result["dead_experts"], [0, 7, 4])
+    assert losses.health(jnp.ones((2, 3, 1)))["entropy"].tolist() == [1, 1]  # a single expert
 
 
 def test_health_sees_the_batch_not_the_sample():

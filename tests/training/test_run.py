@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -295,6 +296,12 @@ def test_refuses_the_directory_of_another_run(teacher, finished):
             GroupsConfig(single_blocks=2, single_active=1),
             r"stages\.mob: GroupsConfig\.single_blocks = 2: expected a divisor of 3",
         ),
+        (
+            "moe",
+            "groups",
+            GroupsConfig(single_blocks=3, single_active=1),
+            r"stages\.mob: GroupsConfig: the model's blocks are in groups already",
+        ),
         ("mob", "batch_size", 7, r"stages\.mob\.batch_size = 7: expected a multiple"),
     ],
 )
@@ -313,6 +320,17 @@ def test_what_no_stage_can_do_is_told_before_any_trains(
         run(replace(config, rivals={"other": rival}), tmp_path / "run")
     assert field == "groups" or str(told.value).startswith(f"rivals.other.stages.{where}")
     # Nothing stands in the way of the config that is right.
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_data_that_tell_no_padding_are_told_before_anything_trains(teacher, tmp_path):
+    config = student(teacher)
+    good = config.stages
+    last = {"mob": replace(good["mob"], count_padding=False)}
+    said = "count_padding = False: expected data that tell"
+    tells_none = mock.patch.object(icons.Icons, "tells_padding", False)
+    with tells_none, pytest.raises(ConfigError, match=said):
+        run(replace(config, stages=good | last), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
