@@ -11,6 +11,7 @@ from jaxtyping import Float
 from d2m_jax.config import (
     AutoencoderConfig,
     CacheConfig,
+    ConfigError,
     ModelConfig,
     PixelsConfig,
     check,
@@ -104,6 +105,8 @@ class Cached:
     def _read(self, entry: int, bucket: int) -> Record:
         try:
             return self.shards[entry]
+        except ConfigError:  # of no record's
+            raise
         except (ValueError, OSError, RuntimeError) as error:
             raise BadSample(f"{self.config.path}, record {entry}: {error}") from None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import UInt8
 
+from d2m_jax.config import ConfigError
 from d2m_jax.data.sources import captions
 from d2m_jax.data.sources.any_source import Sample
 from d2m_jax.data.sources.image_size import image_size
@@ -72,6 +73,8 @@ def scan(file: Found) -> Scanned:
             headers = headers_of(file, window, problems)
             checked = headers.checksum
             rows = _rows(file, window, headers, problems)
+    except ConfigError:  # of no tar's
+        raise
     except (Changed, OSError, ValueError) as error:
         problems.add(f"{file.path}: cannot be read to its end: {error}")
     kept = [name for name, row in rows.items() if row[3]]
