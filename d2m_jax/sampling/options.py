@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from d2m_jax.config import ConfigError, WordsConfig, check, suggestion
+from d2m_jax.texts import half_letter
 
 # The least and the most that any model takes, both included.
 WHOLE = {
@@ -115,8 +116,7 @@ def captions_of(prompts: Any, name: str = "prompts") -> list[str]:
     for i, caption in enumerate(captions):
         found = type(caption).__name__
         check(isinstance(caption, str), f"{name}[{i}]: found {found}, expected a string")
-        # What a terminal could not decode.
-        damaged = re.search("[\ud800-\udfff]", str(caption))
+        damaged = half_letter(str(caption))
         check(not damaged, f"{name}[{i}] = {caption!r}: expected text, found a byte that is none")
     return [str(caption) for caption in captions]
 

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from d2m_jax.data.sources.any_source import BadSample
+from d2m_jax.texts import half_letter
 
 FIELDS = ("caption", "captions", "text", "txt")  # where JSON and tables have it, the first found
 LONGEST = 65_536  # bytes of all captions of an image: a page of text has about 3,000
@@ -43,10 +44,12 @@ def from_fields(key: str, fields: dict[str, Any]) -> tuple[str, ...]:
 
 def clean(key: str, captions: Any) -> tuple[str, ...]:
     """Texts without blanks around them, and without blank ones. BadSample for what is no list of
-    texts, or too long."""
+    texts, holds half a letter, or is too long."""
     if not isinstance(captions, list | tuple) or not all(isinstance(c, str) for c in captions):
         raise BadSample(f"{key}: its caption is {str(captions)[:40]!r}, expected text")
     found = tuple(text for caption in captions if (text := caption.strip()))
+    if half := half_letter("\n".join(found)):
+        raise BadSample(f"{key}: its caption holds {half}, half a letter; expected text")
     check_length(key, sum(len(text.encode()) for text in found))
     return found
 

@@ -117,11 +117,13 @@ def test_what_is_bad_is_counted_and_named(tmp_path, capsys):
             "long.txt": "x" * 70_000,
             "broken.jpg": image,
             "broken.json": "{",
+            "half.jpg": image,
+            "half.json": '{"caption": "a cat \\ud83d"}',
             "header.jpg": b"\xff\xd8\xff\xe0 no more",
         },
     )
-    with pytest.raises(ConfigError, match="5 samples cannot be used, more than max_bad = 4: "):
-        open_source(str(tmp_path), max_bad=4)
+    with pytest.raises(ConfigError, match="6 samples cannot be used, more than max_bad = 5: "):
+        open_source(str(tmp_path), max_bad=5)
     source = open_source(str(tmp_path))
     assert set(captions(source)) == {"good.jpg", "header.jpg"}
     told = source.index.parts[0].problems
@@ -132,12 +134,13 @@ def test_what_is_bad_is_counted_and_named(tmp_path, capsys):
         "empty.jpg: is empty",
         "latin.txt: its caption is no UTF-8",
         "long.txt: its caption has 70000 bytes, expected at most 65536",
+        "half.json: its caption holds '\\ud83d', half a letter; expected text",
         "broken.json: its .json is no JSON",
     ):
         assert any(f"{tmp_path}/{message}" in line for line in told), (message, told)
     header = [source.key(i) for i in range(2)].index("header.jpg")
     assert source.sizes()[header].tolist() == [0, 0]
-    assert f"{tmp_path}: 2 samples, 5 left out: " in capsys.readouterr().err
+    assert f"{tmp_path}: 2 samples, 6 left out: " in capsys.readouterr().err
 
 
 def test_only_folders_that_changed_are_read_again(tmp_path, monkeypatch):

@@ -114,6 +114,7 @@ def test_members_that_lie_far_apart(tmp_path, monkeypatch):
         (("json", b"{"), "its .json is no JSON"),
         (("json", b"[" * 99_999), "its .json is no JSON"),
         (("json", b"[1]"), "its .json is a list, expected an object"),
+        (("json", b'{"caption": "a cat \\ud83d"}'), r"its caption holds '\\ud83d', half a letter"),
         (("json", b'{"caption": 3}'), "its caption is '3', expected text"),
         (("json", b'{"caption": "' + b"x" * LONGEST + b'x"}'), "has 65537 bytes"),
         (("json", b"{" + b" " * 2**20 + b"}"), "has 1048578 bytes, expected at most 1048576"),
