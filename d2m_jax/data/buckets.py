@@ -5,7 +5,7 @@ batch, all agree without asking each other, and the state of an iterator is one 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -109,6 +109,19 @@ class Schedule:
         positions = np.arange(self.size)[rows] + batch * self.size
         return Rows(bucket, self._stream(bucket, within), positions)
 
+    def instead(self, batch: int, rows: slice = slice(None)) -> Iterator[Rows]:
+        """What can take the place of a batch in whose bucket no sample can be used: one of every
+        other bucket, in an order that follows from seed and number as all else does."""
+        own, of_pass = self(batch, slice(0)).bucket, self._passes()
+        of_pass[own] = 0
+        generator = named_generator(self.seed, f"{self.name}/instead of batch/{batch}")
+        positions = np.arange(self.size)[rows] + batch * self.size
+        while of_pass.sum() > 0:
+            bucket = int(generator.choice(len(of_pass), p=of_pass / of_pass.sum()))
+            of_pass[bucket] = 0
+            entries = np.array([self.any(bucket, generator) for _ in range(self.size)])
+            yield Rows(bucket, entries[rows], positions)
+
     def any(self, bucket: int, generator: np.random.Generator) -> int:
         """One of the samples of a bucket."""
         part = self.buckets[bucket][int(generator.integers(len(self.buckets[bucket])))]
@@ -117,10 +130,13 @@ class Schedule:
     def _of_pass(self, bucket: int) -> Float[np.ndarray, " parts"]:
         return np.array([part.weight * len(part.entries) for part in self.buckets[bucket]])
 
+    def _passes(self) -> Float[np.ndarray, " buckets"]:
+        """Entries that a pass takes of each bucket."""
+        return np.array([self._of_pass(bucket).sum() for bucket in range(len(self.buckets))])
+
     def _given(self, rounds: int) -> Int[np.ndarray, " buckets"]:
         """How many batches each bucket gave in so many rounds."""
-        of_pass = np.array([self._of_pass(bucket).sum() for bucket in range(len(self.buckets))])
-        return np.floor(rounds * of_pass / self.size).astype(np.int64)
+        return np.floor(rounds * self._passes() / self.size).astype(np.int64)
 
     def _round_of(self, batch: int) -> int:
         """The round that a batch is in."""

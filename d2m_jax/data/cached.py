@@ -92,7 +92,8 @@ class Cached:
         )
         empty = self.cache.empty if train and self.config.caption_dropout else None
         make = functools.partial(_encoded, self.config, self.model, empty, seed)
-        source = Batches(Schedule(parts, size, seed, split), rows, self._read, make, self.bad)
+        schedule = Schedule(parts, size, seed, split)
+        source = Batches(schedule, rows, self._read, make, self.bad, self.buckets)
         return endless(source, self.config.workers, self.fingerprint())
 
     def prompts(self, count: int, held_out: bool = False) -> Sequence[Asked]:

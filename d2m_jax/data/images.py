@@ -148,7 +148,8 @@ class Images:
             entries > 0, f"ImagesConfig.validation = {entries}: expected at least 1 to validate on"
         )
         make = functools.partial(_raw, self.config, tokenizer, seed, train)
-        source = Batches(Schedule(parts, size, seed, split), rows, self._read, make, self.bad)
+        schedule = Schedule(parts, size, seed, split)
+        source = Batches(schedule, rows, self._read, make, self.bad, self.buckets)
         return endless(source, self.config.workers, self.fingerprint())
 
     def prompts(self, count: int, held_out: bool = False) -> Sequence[Asked]:

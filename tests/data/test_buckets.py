@@ -105,6 +105,13 @@ def test_any_process_makes_any_batch(drawn, batch):
         np.testing.assert_array_equal(
             mine.positions, batch * schedule.size + np.arange(schedule.size)[rows]
         )
+        instead = list(schedule.instead(batch))
+        assert {r.bucket for r in instead} | {whole.bucket} == {
+            bucket for bucket, parts in enumerate(schedule.buckets) if parts
+        }
+        for one, all_rows in zip(other.instead(batch, rows), instead, strict=True):
+            assert one.bucket == all_rows.bucket != whole.bucket
+            np.testing.assert_array_equal(one.entries, all_rows.entries[rows])
 
 
 def test_one_pass_takes_every_sample_once_in_another_order_each_time():
