@@ -41,22 +41,29 @@ def bucket_sizes(resolution: int, aspect_ratio: float, stride: int) -> tuple[Siz
     return tuple(sorted(found, key=lambda size: size[1] / size[0]))
 
 
-def assign(sizes: Int32[np.ndarray, "n 2"], buckets: Sequence[Size]) -> Int[np.ndarray, " n"]:
-    """The bucket of every image: nearest in aspect ratio, and of several resolutions the largest
-    that does not enlarge the image, or the smallest; −1 for images without a size."""
+def all_of(resolutions: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
+    """The buckets of several resolutions, each once: near ones may share some."""
+    return tuple(dict.fromkeys(size for of_one in resolutions for size in of_one))
+
+
+def assign(
+    sizes: Int32[np.ndarray, "n 2"], resolutions: Sequence[Sequence[Size]]
+) -> Int[np.ndarray, " n"]:
+    """The bucket of every image, as a number in `all_of(resolutions)`: nearest in aspect ratio, and
+    of several resolutions, the smallest first, the largest that does not enlarge the image, or the
+    smallest; −1 for images without a size."""
+    buckets = all_of(resolutions)
     bucket = np.array(buckets, np.float32)
     aspect, area = np.log(bucket[:, 1] / bucket[:, 0]), bucket.prod(1)
-    # Of each resolution the bucket of nearest aspect: resolutions differ by more than roundings do.
-    by_area = np.argsort(area, kind="stable")
-    resolutions = np.split(
-        by_area, np.flatnonzero(np.diff(area[by_area]) > area[by_area][1:] / 4) + 1
-    )
+    numbers = [np.array([buckets.index(size) for size in of_one]) for of_one in resolutions]
+    # Of equally near ones the smaller.
+    by_area = [members[np.argsort(area[members], kind="stable")] for members in numbers]
     result = np.empty(len(sizes), np.int16)
     for start in range(0, len(sizes), CHUNK):
         image = np.maximum(sizes[start : start + CHUNK], 1).astype(np.float32)
         wanted = np.log(image[:, 1] / image[:, 0])[:, None]
         chosen = np.full(len(image), -1)
-        for members in resolutions:  # from the smallest
+        for members in by_area:
             nearest = members[np.abs(wanted - aspect[members]).argmin(1)]
             fits = (image >= bucket[nearest]).all(1)
             chosen = np.where(fits | (chosen < 0), nearest, chosen)
