@@ -1,4 +1,4 @@
-"""Texts as people have them: what of one is none."""
+"""Texts and names as people have them: what of one is none."""
 
 import re
 
@@ -10,3 +10,8 @@ def half_letter(text: str) -> str | None:
     can hold one, and it stands for what a terminal could not decode; no encoding can write it."""
     found = HALVES.search(text)
     return ascii(found[0]) if found else None
+
+
+def printable(path: str) -> str:
+    """A path for messages and keys: of a name that is no UTF-8 the odd bytes by their numbers."""
+    return path.encode(errors="surrogateescape").decode(errors="backslashreplace")

@@ -17,6 +17,7 @@ from d2m_jax.data.sources.image_size import image_size
 from d2m_jax.data.sources.index import Index, Problems, Scanned
 from d2m_jax.data.sources.indexed import Indexed
 from d2m_jax.data.sources.stores import Found, Kept, Opened, is_remote, look
+from d2m_jax.texts import printable
 
 IMAGES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "img")  # names of the feature
 AT_ONCE = 64  # records that are read at once while a file is indexed
@@ -38,7 +39,7 @@ class ArrayRecords(Indexed):
         file = self.files[part]
         try:
             if look(file.path).stamp != file.stamp:
-                raise BadSample(f"{key}: {file.path} has changed since it was indexed")
+                raise BadSample(f"{key}: {printable(file.path)} has changed since it was indexed")
             (record,) = self._kept(file.path).read([int(self.index.columns["record"][index])])
             found = features(record)
         except ConfigError:  # of no sample's

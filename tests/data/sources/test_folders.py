@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import pickle
 
 import fsspec
@@ -10,7 +11,7 @@ from d2m_jax.config import ConfigError
 from d2m_jax.data.sources import folders
 from d2m_jax.data.sources.any_source import BadSample, Source
 from d2m_jax.data.sources.open import open_source
-from tests.data.sources.making import encoded
+from tests.data.sources.making import encoded, members, tar
 
 
 def write(root, files):
@@ -209,3 +210,28 @@ def test_folders_of_img2dataset(tmp_path):
         },
     )
     assert captions(open_source(str(tmp_path))) == {"00000/000000000.jpg": ("a cat",)}
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    """As Latin-1 has them: of files, of their folder, of tars."""
+    place = tmp_path / os.fsdecode(b"sch\xf6n")
+    names = [os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8"), "café"]
+    try:
+        write(place, {f"{n}.jpg": encoded(i) for i, n in enumerate(names)})
+    except OSError:
+        pytest.skip("a disk on which all names are Unicode")
+    write(place, {f"{n}.txt": f"caption {i}" for i, n in enumerate(names)})
+    source = open_source(str(tmp_path), str(tmp_path / "index"), max_bad=0)
+    keys = ["sch\\xf6n/caf\\xe8.jpg", "sch\\xf6n/caf\\xe9.jpg", "sch\\xf6n/café.jpg"]
+    assert sorted(source.key(i) for i in range(3)) == keys
+    for i in range(3):
+        number = [1, 0, 2][keys.index(source.key(i))]
+        assert source[i].image == encoded(number) and source[i].captions == (f"caption {number}",)
+    (place / f"{names[0]}.jpg").unlink()
+    source = pickle.loads(pickle.dumps(source))  # which has no file open
+    with pytest.raises(BadSample) as error:
+        source[[source.key(i) for i in range(3)].index(keys[1])]
+    assert str(error.value).startswith(keys[1]) and str(error.value).encode()
+    tar(place / f"{names[0]}.tar", members(["1"]))
+    source = open_source(f"{place}/*.tar", str(tmp_path / "index"), max_bad=0)
+    assert source[0].key == "caf\\xe9.tar: 1"
