@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from d2m_jax.data.sources.any_source import BadSample
-from d2m_jax.texts import half_letter
+from d2m_jax.texts import half_letter, lines_of
 
 FIELDS = ("caption", "captions", "text", "txt")  # where JSON and tables have it, the first found
 LONGEST = 65_536  # bytes of all captions of an image: a page of text has about 3,000
@@ -14,7 +14,7 @@ LONGEST_JSON = 2**20  # bytes, for there is other metadata too
 def from_text(key: str, data: bytes) -> tuple[str, ...]:
     """One caption per line that is not blank. BadSample for what is no text."""
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        lines = lines_of(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadSample(f"{key}: its caption is no UTF-8: {error.reason}") from None
     return clean(key, lines)

@@ -32,7 +32,7 @@ def lines(*rows):
 def test_captions_beside_images(tmp_path):
     files = {
         "a.jpg": encoded(1),
-        "a.txt": "one\n\ntwo\n",
+        "a.txt": "one\n\ntwo \u2028and\x85a half\r\n",
         "photo.v2.png": encoded(kind="PNG"),
         "photo.v2.txt": "of a name with dots",
         "deep/er/b.webp": encoded(kind="WEBP", size=(50, 40)),
@@ -50,7 +50,7 @@ def test_captions_beside_images(tmp_path):
     source = open_source(str(tmp_path))
     assert isinstance(source, Source)
     assert captions(source) == {
-        "a.jpg": ("one", "two"),
+        "a.jpg": ("one", "two \u2028and\x85a half"),
         "photo.v2.png": ("of a name with dots",),
         "deep/c.GIF": (),
         "deep/d.tif": ("where the text is blank",),
