@@ -103,6 +103,7 @@ def _rows(
     """Name of a sample → block of image, text, JSON; bytes of them; height, width."""
     rows: dict[bytes, list[int]] = {}
     broken = set()  # names whose image is there, and is no use
+    twice = set()  # names whose image came again: what follows may be of that one
     for path, start, size, head in headers.files():
         dot = path.find(b".", path.rfind(b"/") + 1)
         role = ROLES.get(path[dot + 1 :].lower())
@@ -115,6 +116,10 @@ def _rows(
             row = rows[name] = [0] * 8
         if row[3 + role]:
             wrong = "comes a second time; the first is used"
+            if role == IMAGE:
+                twice.add(name)
+        elif name in twice:
+            wrong = "follows a second image of its name, and is not used"
         elif start + size > file.size or size >= 2**32:
             wrong = f"is cut off: its {size} bytes go on after the file"
         elif size == 0 and role == IMAGE:

@@ -210,6 +210,31 @@ def test_samples_without_image_and_duplicates(tmp_path):
     assert len(source) == 1 and source[0].image == first and source[0].captions == ("first",)
 
 
+def test_a_second_image_lends_the_first_no_caption(tmp_path):
+    """Keys that begin anew after an image: what follows is the second's."""
+    first, second = encoded(1), encoded(2)
+    tar(
+        tmp_path / "a.tar",
+        [
+            ("0.png", first),
+            ("0.json", b'{"caption": null}'),
+            ("0.png", second),
+            ("0.txt", b"the second image"),
+            ("0.png", second),
+            ("1.txt", b"a caption"),
+            ("1.json", b'{"width": 3}'),
+            ("1.png", first),
+        ],
+    )
+    _, source = refused(tmp_path, 2)
+    assert {key: (s.image, s.captions) for key, s in samples(source).items()} == {
+        "a.tar: 0": (first, ()),
+        "a.tar: 1": (first, ("a caption",)),
+    }
+    problems = " ".join(source.index.parts[0].problems)
+    assert "0.txt: follows a second image of its name, and is not used" in problems
+
+
 @pytest.mark.parametrize(
     "content, message",
     [(b"", "is empty"), (b"\x1f\x8b" + b"gz" * 999, "is no tar"), (b"PK" * 99, "is no tar")],
