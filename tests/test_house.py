@@ -30,6 +30,7 @@ FLOORS = {
     "measured_on": 1,
     "output": 1,
     "sharding": 1,
+    "texts": 1,
     "tokenizers": 1,
     "grid": 2,
     "models": 2,

@@ -3,7 +3,7 @@
 import sys
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import grain.python as grain
@@ -13,13 +13,13 @@ from jaxtyping import Int
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError, check
-from d2m_jax.data.buckets import Rows, Schedule
+from d2m_jax.data.buckets import Rows, Schedule, Size
 from d2m_jax.data.sources.any_source import BadSample
 from d2m_jax.keys import named_generator
 
 T = TypeVar("T")
 
-TRIES = 100  # other samples that are asked for in the place of a bad one
+TRIES = 100  # samples that are drawn for a place, until one is not bad
 TOLD = 10  # bad samples that are named; the others are counted
 ENDLESS = 2**40  # batches
 READ_AHEAD = 8  # batches
@@ -67,11 +67,20 @@ class Bad:
         self.__init__(**state)
 
 
+class _NoneUsable(Exception):
+    """No sample of a bucket can be used, as far as was tried; the message is for people."""
+
+
 class Batches(Generic[T]):
     """A grain source whose elements are the batches of a schedule, of which `rows` are made.
 
     `read(entry, bucket)` gives a sample or raises BadSample; another of its bucket takes its place,
-    which follows from seed and place alone. `make(samples, rows)` makes the batch.
+    which follows from seed and place alone. `make(samples, rows)` makes the batch; `sizes` are
+    those of the buckets.
+
+    Where no sample of a bucket can be used, a batch of another takes its place. Of many processes
+    each reads rows of its own, so that one may find a sample where another finds none: there it is
+    a ConfigError, as batches of two sizes would wait for each other for ever.
     """
 
     def __init__(
@@ -81,29 +90,48 @@ class Batches(Generic[T]):
         read: Callable[[int, int], T],
         make: Callable[[list[T], Rows], dict[str, Any]],
         bad: Bad,
+        sizes: Sequence[Size],
     ):
         self.schedule, self.rows, self.read, self.make, self.bad = schedule, rows, read, make, bad
+        self.sizes, self.alone = sizes, hosts.count() == 1
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, batch: int) -> dict[str, Any]:
-        rows = self.schedule(batch, self.rows)
-        samples = [
-            self._sample(int(entry), rows.bucket, int(position))
-            for entry, position in zip(rows.entries, rows.positions, strict=True)
-        ]
-        return self.make(samples, rows)
+        rows, others = self.schedule(batch, self.rows), self.schedule.instead(batch, self.rows)
+        while True:
+            try:
+                samples = [
+                    self._sample(int(entry), rows.bucket, int(position))
+                    for entry, position in zip(rows.entries, rows.positions, strict=True)
+                ]
+                return self.make(samples, rows)
+            except _NoneUsable as error:
+                another = next(others, None) if self.alone else None
+                if another is None:
+                    raise ConfigError(str(error)) from None
+                rows = another
 
     def _sample(self, entry: int, bucket: int, position: int) -> T:
         other = named_generator(self.schedule.seed, f"{self.schedule.name}/instead/{position}")
+        count = sum(len(part.entries) for part in self.schedule.buckets[bucket])
+        bad: dict[int, BadSample] = {}
         for _ in range(TRIES):
-            try:
-                return self.read(entry, bucket)
-            except BadSample as error:
-                self.bad.add(error)
-                entry = self.schedule.any(bucket, other)
-        raise ConfigError(f"a sample cannot be used, nor can any of {TRIES} others in its place")
+            if entry not in bad:
+                try:
+                    return self.read(entry, bucket)
+                except BadSample as error:
+                    self.bad.add(error)
+                    bad[entry] = error
+            if len(bad) == count:
+                break
+            entry = self.schedule.any(bucket, other)
+        (height, width), (first, *_) = self.sizes[bucket], bad.values()
+        raise _NoneUsable(
+            f"{first}; of {count} samples of {height} × {width} pixels {len(bad)} were tried, and"
+            " none can be used; expected one that can: mend them, or take them out of the data"
+        )
 
 
 class Endless:

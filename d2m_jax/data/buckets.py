@@ -5,7 +5,7 @@ batch, all agree without asking each other, and the state of an iterator is one 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,22 +41,29 @@ def bucket_sizes(resolution: int, aspect_ratio: float, stride: int) -> tuple[Siz
     return tuple(sorted(found, key=lambda size: size[1] / size[0]))
 
 
-def assign(sizes: Int32[np.ndarray, "n 2"], buckets: Sequence[Size]) -> Int[np.ndarray, " n"]:
-    """The bucket of every image: nearest in aspect ratio, and of several resolutions the largest
-    that does not enlarge the image, or the smallest; −1 for images without a size."""
+def all_of(resolutions: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
+    """The buckets of several resolutions, each once: near ones may share some."""
+    return tuple(dict.fromkeys(size for of_one in resolutions for size in of_one))
+
+
+def assign(
+    sizes: Int32[np.ndarray, "n 2"], resolutions: Sequence[Sequence[Size]]
+) -> Int[np.ndarray, " n"]:
+    """The bucket of every image, as a number in `all_of(resolutions)`: nearest in aspect ratio, and
+    of several resolutions, the smallest first, the largest that does not enlarge the image, or the
+    smallest; −1 for images without a size."""
+    buckets = all_of(resolutions)
     bucket = np.array(buckets, np.float32)
     aspect, area = np.log(bucket[:, 1] / bucket[:, 0]), bucket.prod(1)
-    # Of each resolution the bucket of nearest aspect: resolutions differ by more than roundings do.
-    by_area = np.argsort(area, kind="stable")
-    resolutions = np.split(
-        by_area, np.flatnonzero(np.diff(area[by_area]) > area[by_area][1:] / 4) + 1
-    )
+    numbers = [np.array([buckets.index(size) for size in of_one]) for of_one in resolutions]
+    # Of equally near ones the smaller.
+    by_area = [members[np.argsort(area[members], kind="stable")] for members in numbers]
     result = np.empty(len(sizes), np.int16)
     for start in range(0, len(sizes), CHUNK):
         image = np.maximum(sizes[start : start + CHUNK], 1).astype(np.float32)
         wanted = np.log(image[:, 1] / image[:, 0])[:, None]
         chosen = np.full(len(image), -1)
-        for members in resolutions:  # from the smallest
+        for members in by_area:
             nearest = members[np.abs(wanted - aspect[members]).argmin(1)]
             fits = (image >= bucket[nearest]).all(1)
             chosen = np.where(fits | (chosen < 0), nearest, chosen)
@@ -109,6 +116,19 @@ class Schedule:
         positions = np.arange(self.size)[rows] + batch * self.size
         return Rows(bucket, self._stream(bucket, within), positions)
 
+    def instead(self, batch: int, rows: slice = slice(None)) -> Iterator[Rows]:
+        """What can take the place of a batch in whose bucket no sample can be used: one of every
+        other bucket, in an order that follows from seed and number as all else does."""
+        own, of_pass = self(batch, slice(0)).bucket, self._passes()
+        of_pass[own] = 0
+        generator = named_generator(self.seed, f"{self.name}/instead of batch/{batch}")
+        positions = np.arange(self.size)[rows] + batch * self.size
+        while of_pass.sum() > 0:
+            bucket = int(generator.choice(len(of_pass), p=of_pass / of_pass.sum()))
+            of_pass[bucket] = 0
+            entries = np.array([self.any(bucket, generator) for _ in range(self.size)])
+            yield Rows(bucket, entries[rows], positions)
+
     def any(self, bucket: int, generator: np.random.Generator) -> int:
         """One of the samples of a bucket."""
         part = self.buckets[bucket][int(generator.integers(len(self.buckets[bucket])))]
@@ -117,10 +137,13 @@ class Schedule:
     def _of_pass(self, bucket: int) -> Float[np.ndarray, " parts"]:
         return np.array([part.weight * len(part.entries) for part in self.buckets[bucket]])
 
+    def _passes(self) -> Float[np.ndarray, " buckets"]:
+        """Entries that a pass takes of each bucket."""
+        return np.array([self._of_pass(bucket).sum() for bucket in range(len(self.buckets))])
+
     def _given(self, rounds: int) -> Int[np.ndarray, " buckets"]:
         """How many batches each bucket gave in so many rounds."""
-        of_pass = np.array([self._of_pass(bucket).sum() for bucket in range(len(self.buckets))])
-        return np.floor(rounds * of_pass / self.size).astype(np.int64)
+        return np.floor(rounds * self._passes() / self.size).astype(np.int64)
 
     def _round_of(self, batch: int) -> int:
         """The round that a batch is in."""

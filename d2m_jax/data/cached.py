@@ -11,6 +11,7 @@ from jaxtyping import Float
 from d2m_jax.config import (
     AutoencoderConfig,
     CacheConfig,
+    ConfigError,
     ModelConfig,
     PixelsConfig,
     check,
@@ -97,7 +98,8 @@ class Cached:
         )
         empty = self.cache.empty if train and self.config.caption_dropout else None
         make = functools.partial(_encoded, self.config, self.model, empty, seed)
-        source = Batches(Schedule(parts, size, seed, split), rows, self._read, make, self.bad)
+        schedule = Schedule(parts, size, seed, split)
+        source = Batches(schedule, rows, self._read, make, self.bad, self.buckets)
         return endless(source, self.config.workers, self.fingerprint())
 
     def prompts(self, count: int, held_out: bool = False) -> Sequence[Asked]:
@@ -110,6 +112,8 @@ class Cached:
     def _read(self, entry: int, bucket: int) -> Record:
         try:
             return self.shards[entry]
+        except ConfigError:  # of no record's
+            raise
         except (ValueError, OSError, RuntimeError) as error:
             raise BadSample(f"{self.config.path}, record {entry}: {error}") from None
 

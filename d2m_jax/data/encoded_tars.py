@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from d2m_jax.config import ConfigError
 from d2m_jax.data.sources.build import indexed, place
 from d2m_jax.data.sources.index import Problems, Scanned, pack
 from d2m_jax.data.sources.open import first_then_all, tell_left_out
@@ -85,6 +86,8 @@ def scan(file: Found) -> Scanned:
                     problems.add(f"{told(file, path)}: is cut off", 0)
                 else:
                     row[role], row[len(ROLES) + role] = start // BLOCK, size
+    except ConfigError:  # of no tar's
+        raise
     except (Changed, OSError, ValueError) as error:
         problems.add(f"{file.path}: cannot be read to its end: {error}")
     kept = []

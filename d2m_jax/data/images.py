@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt8
 from d2m_jax import hosts
 from d2m_jax.config import ImagesConfig, check, listed
 from d2m_jax.data.batches import Bad, Batches, Endless, endless, held_out
-from d2m_jax.data.buckets import Part, Rows, Schedule, Size, assign, bucket_sizes
+from d2m_jax.data.buckets import Part, Rows, Schedule, Size, all_of, assign, bucket_sizes
 from d2m_jax.data.decode import Crop, Undecodable, decode
 from d2m_jax.data.prompt_files import prompts_of
 from d2m_jax.data.protocol import Asked, Canvas, Split, Tokenizer
@@ -49,13 +49,13 @@ class Images:
             open_source(path, config.index, config.max_bad) for path in config.sources
         ]
         self._starts = np.cumsum([0, *map(len, self.sources)])
-        self.buckets = tuple(
-            size
+        resolutions = [
+            bucket_sizes(resolution, config.aspect_ratio, image.stride)
             for resolution in sorted(set(config.resolutions))
-            for size in bucket_sizes(resolution, config.aspect_ratio, image.stride)
-        )
+        ]
+        self.buckets = all_of(resolutions)
         sizes = np.concatenate([s.sizes() for s in self.sources])
-        self._bucket_of = assign(sizes, self.buckets)
+        self._bucket_of = assign(sizes, resolutions)
         usable = np.flatnonzero(self._bucket_of >= 0)
         found = f"{', '.join(config.sources)}: found {len(usable):,} images"
         self._held_out = held_out(self.key, usable, config.validation, found, "ImagesConfig")
@@ -149,7 +149,8 @@ class Images:
             entries > 0, f"ImagesConfig.validation = {entries}: expected at least 1 to validate on"
         )
         make = functools.partial(_raw, self.config, tokenizer, seed, train)
-        source = Batches(Schedule(parts, size, seed, split), rows, self._read, make, self.bad)
+        schedule = Schedule(parts, size, seed, split)
+        source = Batches(schedule, rows, self._read, make, self.bad, self.buckets)
         return endless(source, self.config.workers, self.fingerprint())
 
     def prompts(self, count: int, held_out: bool = False) -> Sequence[Asked]:

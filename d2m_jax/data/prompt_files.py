@@ -1,13 +1,16 @@
 """Prompts in files as people have them: text, JSON lines, CSV, parquet."""
 
 import csv
+import io
 import json
 from pathlib import Path
 
 from d2m_jax.config import ConfigError, check
 from d2m_jax.sampling.options import read_prompts
+from d2m_jax.texts import half_letter, lines_of, text_of
 
 NAMES = ("prompt", "caption", "text", "Prompt", "Caption", "TEXT")  # of a field or a column
+PROMPTS = "expected a file of prompts"
 
 
 def prompts_of(file: Path, column: str | None = None) -> list[str]:
@@ -23,7 +26,7 @@ def grouped_prompts_of(
     file: Path, column: str | None = None, group: str | None = None
 ) -> list[tuple[str, str]]:
     """The same, each with what its field or column `group` says; without one that is empty."""
-    check(file.is_file(), f"{file}: no such file, expected a file of prompts")
+    check(file.is_file(), f"{file}: no such file, {PROMPTS}")
     found = _column_of(file, column)
     groups = [""] * len(found) if group is None else _column_of(file, group)
     pairs = [
@@ -31,6 +34,9 @@ def grouped_prompts_of(
         for prompt, of in zip(found, groups, strict=True)
         if prompt.strip()
     ]
+    for prompt, _ in pairs:
+        half = half_letter(prompt)
+        check(half is None, f"{file}: {prompt[:40]!r} holds {half}, half a letter; expected text")
     check(len(pairs) > 0, f"{file}: expected at least one prompt, found none")
     return pairs
 
@@ -53,7 +59,7 @@ def _column_of(file: Path, column: str | None) -> list[str]:
 
 def _lines(file: Path, column: str | None) -> list[str]:
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(lines_of(text_of(file, PROMPTS)), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
@@ -74,10 +80,12 @@ def _lines(file: Path, column: str | None) -> list[str]:
 
 
 def _table(file: Path, column: str | None, delimiter: str) -> list[str]:
-    with file.open(newline="", encoding="utf-8-sig") as opened:
-        reader = csv.DictReader(opened, delimiter=delimiter)
+    reader = csv.DictReader(io.StringIO(text_of(file, PROMPTS), newline=""), delimiter=delimiter)
+    try:
         name = _column(f"{file}, line 1", list(reader.fieldnames or []), column)
         return [row[name] or "" for row in reader]
+    except csv.Error as error:
+        raise ConfigError(f"{file}: cannot be read as a table ({error})") from None
 
 
 def _parquet(file: Path, column: str | None) -> list[str]:

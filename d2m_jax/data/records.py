@@ -6,11 +6,14 @@ samples of one height and width. A shard appears whole: what was half-written wh
 killed is made anew.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +24,13 @@ import numpy as np
 
 from d2m_jax.config import ConfigError, ModelConfig, PromptsConfig, check, check_same, to_json
 from d2m_jax.data.buckets import Size
+from d2m_jax.data.sources.array_records import open_records
+from d2m_jax.data.sources.stores import Kept
 from d2m_jax.output import new_file, write_json
 
 FILE, EMPTY, SUFFIX = "cache.json", "empty.array_record", ".array_record"
 FORMAT = 1  # of this layout
+THREADS = 16  # shards that are opened at once
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -89,25 +95,39 @@ def write_shard(file: Path, records: Iterable[Record]) -> int:
 class Shards:
     """The records of many shards, by number; for threads, and for worker processes."""
 
-    def __init__(self, files: list[Path]):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
+    def __init__(self, files: list[Path], starts: list[int] | None = None):
+        """`starts`: the first record of each shard, and the number of all; None: they are read.
+        ConfigError for a file that is no shard."""
         self.files = files
-        self._records = ArrayRecordDataSource([str(file) for file in files])
+        self._kept: Kept[str, Any] = Kept(open_records)
+        if starts is None:
+            with ThreadPoolExecutor(THREADS) as pool:
+                starts = list(itertools.accumulate(pool.map(_count, files), initial=0))
+        self.starts = starts
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self.starts[-1]
 
     def __getitem__(self, index: int) -> Record:
-        """ValueError where it is damaged."""
-        (data,) = self._records.__getitems__([index])
+        """ValueError or RuntimeError where it is damaged; ConfigError where too many files are
+        open."""
+        if not 0 <= index < len(self):
+            raise ValueError(f"record {index} of {len(self)}")
+        shard = bisect.bisect_right(self.starts, index) - 1
+        (data,) = self._kept(str(self.files[shard])).read([index - self.starts[shard]])
         return Record.from_bytes(data)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"files": self.files}
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Shards, (self.files, self.starts)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["files"])
+
+def _count(file: Path) -> int:
+    try:
+        return open_records(str(file)).num_records()
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{file}: {error}; expected a shard of a cache") from None
 
 
 @dataclass(frozen=True)

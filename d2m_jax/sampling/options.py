@@ -1,8 +1,6 @@
 """What a user asks of a pipeline, checked before any work: numbers, lists of prompts, files."""
 
-import codecs
 import math
-import re
 from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from d2m_jax.config import ConfigError, WordsConfig, check, suggestion
+from d2m_jax.texts import half_letter, lines_of, text_of
 
 # The least and the most that any model takes, both included.
 WHOLE = {
@@ -37,14 +36,6 @@ DIFFUSERS = {
 }
 EXAMPLES = ("red anchor left of blue earth", "red anchor")
 NEEDED = ("seed", "reuse", "true_cfg")  # the others are the model's own where they are None
-# Byte-order marks; UTF-32's begins with UTF-16's.
-MARKS = {
-    codecs.BOM_UTF8: "UTF-8",
-    codecs.BOM_UTF32_LE: "UTF-32-LE",
-    codecs.BOM_UTF32_BE: "UTF-32-BE",
-    codecs.BOM_UTF16_LE: "UTF-16-LE",
-    codecs.BOM_UTF16_BE: "UTF-16-BE",
-}
 
 
 def check_options(**options: Any) -> None:
@@ -115,46 +106,20 @@ def captions_of(prompts: Any, name: str = "prompts") -> list[str]:
     for i, caption in enumerate(captions):
         found = type(caption).__name__
         check(isinstance(caption, str), f"{name}[{i}]: found {found}, expected a string")
-        # What a terminal could not decode.
-        damaged = re.search("[\ud800-\udfff]", str(caption))
+        damaged = half_letter(str(caption))
         check(not damaged, f"{name}[{i}] = {caption!r}: expected text, found a byte that is none")
     return [str(caption) for caption in captions]
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The prompts of a text file, one a line; what is blank is no prompt.
-
-    UTF-8, with a byte-order mark or without; UTF-16 and UTF-32 with one. ConfigError names the line
-    that is something else: to guess at its encoding would change words without a word.
-    """
-    try:
-        data = file.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file, expected one prompt a line") from None
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
-    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
-    encoding, data = MARKS.get(mark, "UTF-8"), data[len(mark) :]
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        before = data[: error.start].decode(encoding)
-        byte = f"byte 0x{data[error.start]:02x}"
-        raise ConfigError(
-            f"{file}, line {len(_lines(before))}: {byte} is not {encoding}; save the file as UTF-8"
-        ) from None
-    lines = _lines(text)
-    for i, line in enumerate(lines, 1):
-        what = "a NUL byte, as in UTF-16 without its byte-order mark"
-        check("\0" not in line, f"{file}, line {i}: {what}; save the file as UTF-8")
+    """The prompts of a text file, one a line; what is blank is no prompt. ConfigError as `text_of`
+    has it."""
     # Files that were joined have marks within.
-    lines = [line.replace("\ufeff", "").strip() for line in lines]
+    lines = [
+        line.replace("\ufeff", "").strip()
+        for line in lines_of(text_of(file, "expected one prompt a line"))
+    ]
     return [line for line in lines if line]
-
-
-def _lines(text: str) -> list[str]:
-    # Not str.splitlines, to which U+2028 and others within a prompt are ends of lines too.
-    return re.split("\r\n|\r|\n", text)
 
 
 def example(text: WordsConfig) -> str:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2m_jax.config import ConfigError
-from d2m_jax.data.buckets import Part, Schedule, assign, bucket_sizes
+from d2m_jax.data.buckets import Part, Schedule, all_of, assign, bucket_sizes
 
 
 @pytest.mark.parametrize(
@@ -32,9 +32,10 @@ def test_squares_alone_and_sizes_that_tokens_do_not_divide():
 
 
 def test_images_go_to_the_nearest_bucket():
-    buckets = bucket_sizes(512, 2.0, 16) + bucket_sizes(1024, 2.0, 16)
+    resolutions = [bucket_sizes(512, 2.0, 16), bucket_sizes(1024, 2.0, 16)]
+    buckets = all_of(resolutions)
     sizes = [(3000, 4000), (1023, 1500), (600, 600), (100, 90), (4000, 100), (0, 0), (2000, 1000)]
-    found = assign(np.array(sizes, np.int32), buckets)
+    found = assign(np.array(sizes, np.int32), resolutions)
     nearest = {i: buckets[b] for i, b in enumerate(found) if b >= 0}
     assert found[5] == -1
     for i, (height, width) in nearest.items():
@@ -44,6 +45,18 @@ def test_images_go_to_the_nearest_bucket():
         assert abs(math.log(width / height) - wanted) == pytest.approx(least, abs=1e-6)
     large = {i for i, (height, width) in nearest.items() if height * width > 700**2}
     assert large == {0, 1, 6}  # the others would be enlarged
+
+
+@pytest.mark.parametrize("near", [(896, 1024), (960, 1024), (448, 512), (1008, 1024)])
+@pytest.mark.parametrize("ratio", [1.0, 2.0])
+def test_of_near_resolutions_each_is_one(near, ratio):
+    resolutions = [bucket_sizes(resolution, ratio, 16) for resolution in near]
+    buckets = all_of(resolutions)
+    assert len(set(buckets)) == len(buckets)
+    small, large = near
+    sides = [(2000, 2000), (large, large), (large - 1, large), (small, small), (100, 100)]
+    found = [buckets[i] for i in assign(np.array(sides, np.int32), resolutions)]
+    assert found == [(large, large)] * 2 + [(small, small)] * 3
 
 
 def schedules():
@@ -105,6 +118,13 @@ def test_any_process_makes_any_batch(drawn, batch):
         np.testing.assert_array_equal(
             mine.positions, batch * schedule.size + np.arange(schedule.size)[rows]
         )
+        instead = list(schedule.instead(batch))
+        assert {r.bucket for r in instead} | {whole.bucket} == {
+            bucket for bucket, parts in enumerate(schedule.buckets) if parts
+        }
+        for one, all_rows in zip(other.instead(batch, rows), instead, strict=True):
+            assert one.bucket == all_rows.bucket != whole.bucket
+            np.testing.assert_array_equal(one.entries, all_rows.entries[rows])
 
 
 def test_one_pass_takes_every_sample_once_in_another_order_each_time():

@@ -156,13 +156,18 @@ def test_the_command(pipe, tmp_path, monkeypatch):
 
 def test_prompt_files(tmp_path):
     def file(name, text):
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         return tmp_path / name
 
     assert prompts_of(file("a.txt", "one\n\ntwo\n")) == ["one", "two"]
     assert prompts_of(file("a.jsonl", '{"id": 1, "caption": "one"}\n"two"\n')) == ["one", "two"]
     assert prompts_of(file("a.csv", 'id,Prompt\n1,"one, or"\n2,two\n')) == ["one, or", "two"]
     assert prompts_of(file("a.tsv", "words\tid\none\t1\n"), "words") == ["one"]
+    # Neither U+2028 nor U+0085 ends a line; tables of spreadsheets may be UTF-16.
+    odd = "one \u2028of two\x85lines"
+    assert prompts_of(file("a.jsonl", f'"{odd}"\r\n"two"')) == [odd, "two"]
+    assert prompts_of(file("a.csv", f"text\r\n{odd}\r\ntwo\r\n")) == [odd, "two"]
+    assert prompts_of(file("a.tsv", "text\tid\nzwei\t1\n".encode("utf-16"))) == ["zwei"]
     arrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
     parquet.write_table(arrow.table({"TEXT": ["one", None, "two"]}), tmp_path / "a.parquet")
     assert prompts_of(tmp_path / "a.parquet") == ["one", "two"]
@@ -172,6 +177,10 @@ def test_prompt_files(tmp_path):
         ("b.jsonl", "{\n", "line 1: expected JSON"),
         ("b.jsonl", '{"text": 1}\n', "line 1: text = 1, expected a string"),
         ("b.csv", "a,b\n", "line 1: found 'a', 'b', expected one called prompt"),
+        ("b.csv", b"text\na\ncaf\xe9\n", "b.csv, line 3: byte 0xe9 is not UTF-8; save the file"),
+        ("b.jsonl", b'"a"\n"caf\xe9"\n', "b.jsonl, line 2: byte 0xe9 is not UTF-8; save"),
+        ("b.jsonl", '"a cat \\ud83d"', r"b.jsonl: 'a cat \\ud83d' holds '\\ud83d', half a letter"),
+        ("b.csv", "text\n" + "x" * 140_000, "b.csv: cannot be read as a table .field larger"),
         ("b.parquet", "x", "cannot be read as parquet"),
     ]:
         with pytest.raises(ConfigError, match=message):

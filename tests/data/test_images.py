@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from d2m_jax.config import ConfigError, ImagesConfig, ModelConfig, PixelsConfig, WordsConfig
-from d2m_jax.data import images
+from d2m_jax.data import batches, images
 from d2m_jax.data.batches import Bad
 from d2m_jax.data.images import Images
 from d2m_jax.data.source import open_data
@@ -205,6 +205,41 @@ def test_another_of_its_size_takes_the_place_of_a_bad_one(spoilt, capsys):
     again = [b["image"] for b in taken(opened(spoilt, validation=1, max_bad=2), 14)]
     for batch, expected in zip(found, again, strict=True):
         np.testing.assert_array_equal(batch["image"], expected)
+
+
+@pytest.fixture
+def alone(folder):
+    """The only image of its size is damaged."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 160, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(folder / "wide.png")
+    (folder / "wide.png").write_bytes((folder / "wide.png").read_bytes()[:9000])
+    (folder / "wide.txt").write_text("alone")
+    return folder
+
+
+def test_another_size_takes_the_place_of_one_without_a_sample_that_can_be_used(alone):
+    data = opened(alone, aspect_ratio=4.0, validation=1, max_bad=1)
+    assert (16, 64) in data.sizes
+    found, again = taken(data, 60, size=2), opened(alone, aspect_ratio=4.0, validation=1, max_bad=1)
+    assert all(batch["image"].shape != (2, 16, 64, 3) for batch in found) and len(data.bad) == 1
+    for batch, expected in zip(taken(again, 60, size=2), found, strict=True):
+        np.testing.assert_array_equal(batch["image"], expected["image"])
+        assert batch["text"].tolist() == expected["text"].tolist()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_size_without_a_sample_that_can_be_used_is_named(alone, monkeypatch, processes):
+    """Where processes could not agree on another size, and where there is none."""
+    if processes == 1:
+        for file in alone.glob("0*.png"):
+            file.write_bytes(file.read_bytes()[:60])
+    data = opened(alone, aspect_ratio=4.0, validation=1, max_bad=50)
+    monkeypatch.setattr(batches.hosts, "count", lambda: processes)
+    message = "^wide.png: no image .*; of 1 samples of 16 × 64 pixels 1 were tried, and none can"
+    if processes == 1:
+        message = "png: no image .* samples of .* pixels .* were tried, and none can be used; expec"
+    with pytest.raises(ConfigError, match=message):
+        taken(data, 60, size=2)
 
 
 def test_too_many_bad_ones_stop_the_training(spoilt):

@@ -5,8 +5,6 @@ levels of lists with length and tag, which are read here.
 """
 
 import hashlib
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +16,8 @@ from d2m_jax.data.sources.any_source import BadSample, Sample
 from d2m_jax.data.sources.image_size import image_size
 from d2m_jax.data.sources.index import Index, Problems, Scanned
 from d2m_jax.data.sources.indexed import Indexed
-from d2m_jax.data.sources.stores import OPEN, Found, is_remote, look
+from d2m_jax.data.sources.stores import Found, Kept, Opened, is_remote, look
+from d2m_jax.texts import printable
 
 IMAGES = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "img")  # names of the feature
 AT_ONCE = 64  # records that are read at once while a file is indexed
@@ -29,8 +28,7 @@ class ArrayRecords(Indexed):
 
     def __init__(self, index: Index, base: str):
         super().__init__(index, base)
-        self._opened: OrderedDict[int, Any] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: Kept[str, Any] = Kept(open_records)
 
     def name(self, part: int, index: int) -> str:
         """The record's number."""
@@ -41,21 +39,14 @@ class ArrayRecords(Indexed):
         file = self.files[part]
         try:
             if look(file.path).stamp != file.stamp:
-                raise BadSample(f"{key}: {file.path} has changed since it was indexed")
-            (record,) = self._reader(part).read([int(self.index.columns["record"][index])])
+                raise BadSample(f"{key}: {printable(file.path)} has changed since it was indexed")
+            (record,) = self._kept(file.path).read([int(self.index.columns["record"][index])])
             found = features(record)
+        except ConfigError:  # of no sample's
+            raise
         except (OSError, ValueError, RuntimeError, IndexError) as error:
             raise BadSample(f"{key}: {_line(error)}") from None
         return Sample(key, _image(found), _captions(key, found))
-
-    def _reader(self, part: int) -> Any:
-        with self._lock:
-            if part not in self._opened:
-                self._opened[part] = _open(self.files[part])
-                if len(self._opened) > OPEN:
-                    self._opened.popitem(last=False)
-            self._opened.move_to_end(part)
-            return self._opened[part]
 
 
 def scan(file: Found) -> Scanned:
@@ -63,7 +54,7 @@ def scan(file: Found) -> Scanned:
     problems, contents = Problems(), hashlib.sha256()
     sizes, records = list[tuple[int, int]](), list[int]()
     try:
-        reader = _open(file)
+        reader = open_records(file.path)
         for number, record in _records(reader):
             try:
                 if isinstance(record, Exception):
@@ -75,6 +66,8 @@ def scan(file: Found) -> Scanned:
                 continue
             sizes.append(image_size(image, lambda start, size, of=image: of[start : start + size]))
             records.append(number)
+    except ConfigError:
+        raise
     except (OSError, ValueError, RuntimeError, IndexError) as error:
         problems.add(f"{file.path}: {_line(error)}")
     columns = {
@@ -84,17 +77,20 @@ def scan(file: Found) -> Scanned:
     return Scanned(columns, {}, problems, contents.digest())
 
 
-def _open(file: Found) -> Any:
+def open_records(path: str) -> Any:
+    """A reader of an ArrayRecord file, for many threads at once, which closes it when nobody holds
+    it any more. ValueError for what is none, ConfigError where too many files are open."""
     import array_record.python.array_record_module as module
 
-    if is_remote(file.path):
+    if is_remote(path):
         raise ConfigError(
-            f"{file.path}: ArrayRecord files are read from a disk only, expected a local path"
+            f"{path}: ArrayRecord files are read from a disk only, expected a local path"
         )
     # What is best for reading here and there.
     options = "readahead_buffer_size:0,max_parallelism:0"
-    reader = module.ArrayRecordReader(file.path, options=options)
+    reader = module.ArrayRecordReader(path, options=options)
     if not reader.ok():
+        Opened(path)  # says what the reader does not: that it is not there, that too many are open
         raise ValueError("is no ArrayRecord file, or is cut off")
     return reader
 

@@ -43,7 +43,7 @@ def place(pattern: str, base: str, folder: str | None, kind: str) -> str:
     where = folder or base
     named = os.path.abspath(pattern) if folder and not is_remote(pattern) else pattern
     own = named if folder else named.removeprefix(base).strip("/")
-    return posixpath.join(where, f"{kind}-{zlib.crc32(own.encode()):08x}{SUFFIX}")
+    return posixpath.join(where, f"{kind}-{zlib.crc32(os.fsencode(own)):08x}{SUFFIX}")
 
 
 def indexed(kind: str, files: list[Found], base: str, path: str, scan: Scan, pure: bool) -> Index:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from d2m_jax.data.sources.index import Problems, Scanned, name_below, pack
 from d2m_jax.data.sources.indexed import Indexed
 from d2m_jax.data.sources.stores import Changed, Found, Reader, Window, listed, walk
 from d2m_jax.data.sources.tars import SUFFIXES
+from d2m_jax.texts import printable
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 START = 2**13  # bytes of an image that are read at once for its size
@@ -34,14 +36,17 @@ class Folder(Indexed):
 
     def key(self, index: int) -> str:
         """The path of an image below the folder."""
+        return printable(self._path(index))
+
+    def _path(self, index: int) -> str:
         part = self.index.parts[self.index.part(index)].name
-        return posixpath.normpath(f"{part}/{self.index.text('name', index).decode()}")
+        return posixpath.normpath(f"{part}/{os.fsdecode(self.index.text('name', index))}")
 
     def __getitem__(self, index: int) -> Sample:
         key = self.key(index)
         size = int(self.index.columns["bytes"][index])
         stamp = self.index.text("stamp", index).decode()
-        image = self.read(key, Found(f"{self.base}/{key}", size, stamp), 0, size)
+        image = self.read(key, Found(f"{self.base}/{self._path(index)}", size, stamp), 0, size)
         return Sample(key, image, tuple(json.loads(self.index.text("captions", index))))
 
 
@@ -65,7 +70,7 @@ def survey(root: str, shards: tuple[str, ...]) -> Survey:
         if any(_suffix(file.path) in SUFFIXES for file in own):
             digest = hashlib.sha256()
             for file in own:
-                digest.update(f"{posixpath.basename(file.path)} {file.stamp}\n".encode())
+                digest.update(os.fsencode(f"{posixpath.basename(file.path)} {file.stamp}\n"))
             for above in _from(root, folder):
                 digest.update(json.dumps(metadata[above]).encode())
             size = sum(file.size for file in own)
@@ -99,7 +104,7 @@ def scan(root: str, folder: Found) -> Scanned:
         "bytes": np.array([row.file.size for row in rows], np.int64),
     }
     packed = {
-        "name": [posixpath.basename(row.file.path).encode() for row in rows],
+        "name": [os.fsencode(posixpath.basename(row.file.path)) for row in rows],
         "stamp": [row.file.stamp.encode() for row in rows],
         "captions": [json.dumps(row.captions).encode() for row in rows],
     }

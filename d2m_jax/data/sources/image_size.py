@@ -93,21 +93,16 @@ def _webp(peek: Peek) -> tuple[int, int]:
 def _other(peek: Peek) -> tuple[int, int]:
     from PIL import Image
 
+    content = peek(0, LONGEST)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images, of odd metadata
-            image = Image.open(io.BytesIO(peek(0, LONGEST)))
+            image = Image.open(io.BytesIO(content))
             width, height = image.size
             if image.format == "TIFF":  # of which some versions tell the size as displayed
                 width, height = (vars(image)["tag_v2"][tag] for tag in (256, 257))
             turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    except (
-        Image.DecompressionBombError,
-        OSError,
-        ValueError,
-        SyntaxError,
-        KeyError,
-    ):
+    except Exception:  # each format of PIL's has its own
         return NONE
     return _displayed(height, width, turned)
 

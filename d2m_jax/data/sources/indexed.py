@@ -9,6 +9,7 @@ from jaxtyping import Int32
 from d2m_jax.data.sources.any_source import BadSample, Sample
 from d2m_jax.data.sources.index import Index
 from d2m_jax.data.sources.stores import Changed, Found, Reader
+from d2m_jax.texts import printable
 
 
 class Indexed:
@@ -34,7 +35,7 @@ class Indexed:
     def key(self, index: int) -> str:
         """The part's name and the sample's in it."""
         part = self.index.part(index)
-        return f"{self.index.parts[part].name}: {self.name(part, index)}"
+        return f"{printable(self.index.parts[part].name)}: {self.name(part, index)}"
 
     def name(self, part: int, index: int) -> str:
         """What a sample is called in its part: its number there where nothing else is known."""
@@ -60,9 +61,9 @@ class Indexed:
         try:
             data = self.reader.read(file, start, size)
         except (Changed, OSError) as error:
-            raise BadSample(f"{key}: {file.path} {_said(error)}") from None
+            raise BadSample(f"{key}: {printable(file.path)} {_said(error)}") from None
         if len(data) < size:
-            raise BadSample(f"{key}: {file.path} ends within it")
+            raise BadSample(f"{key}: {printable(file.path)} ends within it")
         return data
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from d2m_jax.config import ConfigError
 from d2m_jax.data.sources import captions
 from d2m_jax.data.sources.any_source import BadSample, Sample
 from d2m_jax.data.sources.image_size import image_size
@@ -41,6 +42,8 @@ class Parquet(Indexed):
         group, row = (int(self.index.columns[column][index]) for column in ("group", "row"))
         try:
             fields = self._group(part, group).row(row)
+        except ConfigError:  # of no file's
+            raise
         except (Changed, OSError, ValueError) as error:  # Arrow's are ValueErrors
             raise BadSample(f"{key}: {' '.join(str(error).split())}") from None
         if not fields["bytes"]:
@@ -160,6 +163,8 @@ def has_images(file: Found) -> bool:
     """Whether a parquet file has a column of images; those that img2dataset writes have none."""
     try:
         _Table(Reader(), file)
+    except ConfigError:  # of no file's
+        raise
     except (ValueError, OSError, Changed):
         return False
     return True
@@ -173,6 +178,8 @@ def scan(file: Found) -> Scanned:
         contents.update(str(table.file.metadata.to_dict()).encode())
         for number in range(table.file.num_row_groups):
             _scan_group(table, number, file, problems, found)
+    except ConfigError:  # of no file's
+        raise
     except (ValueError, OSError, Changed) as error:
         problems.add(f"{file.path}: {' '.join(str(error).split())}")
     known = np.array(found, np.int64).reshape(-1, 4)
@@ -195,6 +202,8 @@ def _scan_group(table: _Table, number: int, file: Found, problems: Problems, fou
         )
     try:
         sizes = list(_sizes(table, number))
+    except ConfigError:  # of no file's
+        raise
     except (ValueError, OSError) as error:
         said = " ".join(str(error).split())
         problems.add(f"{key}: its {metadata.num_rows} rows: {said}", metadata.num_rows)

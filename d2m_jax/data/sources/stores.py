@@ -1,6 +1,7 @@
 """Files where they lie, read by ranges: on disk or, through fsspec, in an object store."""
 
 import contextlib
+import errno
 import functools
 import os
 import random
@@ -14,11 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from d2m_jax.config import ConfigError
 
-OPEN = 256  # files that a process keeps open: many systems allow 1,024
+OPEN = 256  # files that a source keeps open, where a process may have four times as many
 PATIENCE = 300.0  # seconds for which a store is asked again
 LONGEST_WAIT = 30.0  # seconds between two times
 # What a store says of what will not change when it is asked again.
@@ -27,7 +28,7 @@ LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryE
 VERSIONS = ("etag", "ETag", "generation", "md5Hash", "content_md5", "crc32c", "blob_id")
 VERSIONS += ("mtime", "updated", "last_modified", "LastModified", "created")
 
-T = TypeVar("T")
+K, T = TypeVar("K"), TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,45 @@ def listed(folder: str) -> tuple[list[str], list[Found]]:
         raise ConfigError(f"{folder}: cannot be read ({error.strerror})") from None
 
 
+class Kept(Generic[K, T]):
+    """What `open_it` made of the keys that were asked for last, for many threads at once. One that
+    is dropped here is closed when no thread uses it any more."""
+
+    def __init__(self, open_it: Callable[[K], T]):
+        self._open_it, self._most = open_it, _most_open()
+        self._opened: OrderedDict[K, T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, key: K) -> T:
+        with self._lock:
+            if key in self._opened:
+                self._opened.move_to_end(key)
+                return self._opened[key]
+        new = self._open_it(key)
+        with self._lock:
+            self._opened[key] = new
+            if len(self._opened) > self._most:
+                self._opened.popitem(last=False)
+        return new
+
+
+def _most_open() -> int:
+    """OPEN, or a quarter of what the system allows this process."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return OPEN
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if allowed < 0:  # as many as it wants
+        return OPEN
+    return max(1, min(OPEN, allowed // 4))
+
+
 class Reader:
     """Reads ranges of files, for many threads at once; a copy in another process opens its own."""
 
     def __init__(self):
-        self._opened: OrderedDict[str, Any] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: Kept[str, Any] = Kept(lambda p: look(p) if is_remote(p) else Opened(p))
 
     def __reduce__(self) -> tuple[type, tuple]:
         return Reader, ()
@@ -172,7 +206,7 @@ class Reader:
         for too long."""
         if is_remote(file.path):
             return self._remote(file, start, size)
-        opened = self._open(file.path, lambda: _Opened(file.path))
+        opened = self._kept(file.path)
         data = os.pread(opened.number, size, start)
         now = _of_status(file.path, os.fstat(opened.number))
         if now.stamp != file.stamp:
@@ -180,7 +214,7 @@ class Reader:
         return data
 
     def _remote(self, file: Found, start: int, size: int) -> bytes:
-        now: Found = self._open(file.path, lambda: look(file.path))
+        now: Found = self._kept(file.path)
         if now.stamp != file.stamp:
             raise Changed(_difference(file, now))
         files, end = store(file.path), min(start + size, file.size)
@@ -191,26 +225,21 @@ class Reader:
             raise Changed(f"has {len(data)} bytes from {start} on, expected {end - start}")
         return data
 
-    def _open(self, path: str, open_it: Callable[[], Any]) -> Any:
-        """What is kept of a path. A file is closed when it was dropped here and no other thread
-        reads from it any more."""
-        with self._lock:
-            if path in self._opened:
-                self._opened.move_to_end(path)
-                return self._opened[path]
-        new = open_it()
-        with self._lock:
-            self._opened[path] = new
-            if len(self._opened) > OPEN:
-                self._opened.popitem(last=False)
-        return new
 
-
-class _Opened:
-    """A file that is closed when nobody holds it any more."""
+class Opened:
+    """A file that is closed when nobody holds it any more. ConfigError where too many are open,
+    which is no fault of this one."""
 
     def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise ConfigError(
+                f"{path}: cannot be opened ({error.strerror}); expected a higher limit: ulimit -n"
+                " 65536 before the command"
+            ) from None
         weakref.finalize(self, os.close, self.number)
 
 
@@ -221,7 +250,7 @@ def reading(file: Found) -> Iterator[Callable[[int, int], bytes]]:
     if is_remote(file.path):
         yield functools.partial(Reader().read, file)
         return
-    opened = _Opened(file.path)
+    opened = Opened(file.path)
     yield lambda start, size: os.pread(opened.number, size, start)
     now = _of_status(file.path, os.fstat(opened.number))
     if now.stamp != file.stamp:

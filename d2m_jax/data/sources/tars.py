@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import UInt8
 
+from d2m_jax.config import ConfigError
 from d2m_jax.data.sources import captions
 from d2m_jax.data.sources.any_source import Sample
 from d2m_jax.data.sources.image_size import image_size
@@ -72,6 +73,8 @@ def scan(file: Found) -> Scanned:
             headers = headers_of(file, window, problems)
             checked = headers.checksum
             rows = _rows(file, window, headers, problems)
+    except ConfigError:  # of no tar's
+        raise
     except (Changed, OSError, ValueError) as error:
         problems.add(f"{file.path}: cannot be read to its end: {error}")
     kept = [name for name, row in rows.items() if row[3]]
@@ -100,6 +103,7 @@ def _rows(
     """Name of a sample → block of image, text, JSON; bytes of them; height, width."""
     rows: dict[bytes, list[int]] = {}
     broken = set()  # names whose image is there, and is no use
+    twice = set()  # names whose image came again: what follows may be of that one
     for path, start, size, head in headers.files():
         dot = path.find(b".", path.rfind(b"/") + 1)
         role = ROLES.get(path[dot + 1 :].lower())
@@ -112,6 +116,10 @@ def _rows(
             row = rows[name] = [0] * 8
         if row[3 + role]:
             wrong = "comes a second time; the first is used"
+            if role == IMAGE:
+                twice.add(name)
+        elif name in twice:
+            wrong = "follows a second image of its name, and is not used"
         elif start + size > file.size or size >= 2**32:
             wrong = f"is cut off: its {size} bytes go on after the file"
         elif size == 0 and role == IMAGE:

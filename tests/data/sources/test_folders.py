@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import pickle
 
 import fsspec
@@ -10,7 +11,7 @@ from d2m_jax.config import ConfigError
 from d2m_jax.data.sources import folders
 from d2m_jax.data.sources.any_source import BadSample, Source
 from d2m_jax.data.sources.open import open_source
-from tests.data.sources.making import encoded
+from tests.data.sources.making import encoded, members, tar
 
 
 def write(root, files):
@@ -31,7 +32,7 @@ def lines(*rows):
 def test_captions_beside_images(tmp_path):
     files = {
         "a.jpg": encoded(1),
-        "a.txt": "one\n\ntwo\n",
+        "a.txt": "one\n\ntwo \u2028and\x85a half\r\n",
         "photo.v2.png": encoded(kind="PNG"),
         "photo.v2.txt": "of a name with dots",
         "deep/er/b.webp": encoded(kind="WEBP", size=(50, 40)),
@@ -49,7 +50,7 @@ def test_captions_beside_images(tmp_path):
     source = open_source(str(tmp_path))
     assert isinstance(source, Source)
     assert captions(source) == {
-        "a.jpg": ("one", "two"),
+        "a.jpg": ("one", "two \u2028and\x85a half"),
         "photo.v2.png": ("of a name with dots",),
         "deep/c.GIF": (),
         "deep/d.tif": ("where the text is blank",),
@@ -117,11 +118,13 @@ def test_what_is_bad_is_counted_and_named(tmp_path, capsys):
             "long.txt": "x" * 70_000,
             "broken.jpg": image,
             "broken.json": "{",
+            "half.jpg": image,
+            "half.json": '{"caption": "a cat \\ud83d"}',
             "header.jpg": b"\xff\xd8\xff\xe0 no more",
         },
     )
-    with pytest.raises(ConfigError, match="5 samples cannot be used, more than max_bad = 4: "):
-        open_source(str(tmp_path), max_bad=4)
+    with pytest.raises(ConfigError, match="6 samples cannot be used, more than max_bad = 5: "):
+        open_source(str(tmp_path), max_bad=5)
     source = open_source(str(tmp_path))
     assert set(captions(source)) == {"good.jpg", "header.jpg"}
     told = source.index.parts[0].problems
@@ -132,12 +135,13 @@ def test_what_is_bad_is_counted_and_named(tmp_path, capsys):
         "empty.jpg: is empty",
         "latin.txt: its caption is no UTF-8",
         "long.txt: its caption has 70000 bytes, expected at most 65536",
+        "half.json: its caption holds '\\ud83d', half a letter; expected text",
         "broken.json: its .json is no JSON",
     ):
         assert any(f"{tmp_path}/{message}" in line for line in told), (message, told)
     header = [source.key(i) for i in range(2)].index("header.jpg")
     assert source.sizes()[header].tolist() == [0, 0]
-    assert f"{tmp_path}: 2 samples, 5 left out: " in capsys.readouterr().err
+    assert f"{tmp_path}: 2 samples, 6 left out: " in capsys.readouterr().err
 
 
 def test_only_folders_that_changed_are_read_again(tmp_path, monkeypatch):
@@ -206,3 +210,28 @@ def test_folders_of_img2dataset(tmp_path):
         },
     )
     assert captions(open_source(str(tmp_path))) == {"00000/000000000.jpg": ("a cat",)}
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    """As Latin-1 has them: of files, of their folder, of tars."""
+    place = tmp_path / os.fsdecode(b"sch\xf6n")
+    names = [os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8"), "café"]
+    try:
+        write(place, {f"{n}.jpg": encoded(i) for i, n in enumerate(names)})
+    except OSError:
+        pytest.skip("a disk on which all names are Unicode")
+    write(place, {f"{n}.txt": f"caption {i}" for i, n in enumerate(names)})
+    source = open_source(str(tmp_path), str(tmp_path / "index"), max_bad=0)
+    keys = ["sch\\xf6n/caf\\xe8.jpg", "sch\\xf6n/caf\\xe9.jpg", "sch\\xf6n/café.jpg"]
+    assert sorted(source.key(i) for i in range(3)) == keys
+    for i in range(3):
+        number = [1, 0, 2][keys.index(source.key(i))]
+        assert source[i].image == encoded(number) and source[i].captions == (f"caption {number}",)
+    (place / f"{names[0]}.jpg").unlink()
+    source = pickle.loads(pickle.dumps(source))  # which has no file open
+    with pytest.raises(BadSample) as error:
+        source[[source.key(i) for i in range(3)].index(keys[1])]
+    assert str(error.value).startswith(keys[1]) and str(error.value).encode()
+    tar(place / f"{names[0]}.tar", members(["1"]))
+    source = open_source(f"{place}/*.tar", str(tmp_path / "index"), max_bad=0)
+    assert source[0].key == "caf\\xe9.tar: 1"

@@ -88,3 +88,22 @@ def test_a_table_of_huffman_codes_is_no_frame():
     at = data.index(b"\xff\xc4")
     table = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]
     assert size_of(data[:2] + table + data[2:]) == (20, 30)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, TypeError])
+def test_whatever_pillow_says_of_an_odd_file_it_has_no_size(monkeypatch, error):
+    """Its decoder of AVIF raises RuntimeError for one of some bytes."""
+
+    def refuse(file):
+        raise error
+
+    monkeypatch.setattr(Image, "open", refuse)
+    assert size_of(b"\0\0\0\x20ftypavif" + b"\xff" * 300) == (0, 0)
+
+
+def test_what_reading_says_is_not_taken_for_the_image_s():
+    def peek(start, size):
+        raise OSError
+
+    with pytest.raises(OSError):
+        image_size(b"GIF89a" + b"\0" * 40, peek)

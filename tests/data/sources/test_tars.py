@@ -114,6 +114,7 @@ def test_members_that_lie_far_apart(tmp_path, monkeypatch):
         (("json", b"{"), "its .json is no JSON"),
         (("json", b"[" * 99_999), "its .json is no JSON"),
         (("json", b"[1]"), "its .json is a list, expected an object"),
+        (("json", b'{"caption": "a cat \\ud83d"}'), r"its caption holds '\\ud83d', half a letter"),
         (("json", b'{"caption": 3}'), "its caption is '3', expected text"),
         (("json", b'{"caption": "' + b"x" * LONGEST + b'x"}'), "has 65537 bytes"),
         (("json", b"{" + b" " * 2**20 + b"}"), "has 1048578 bytes, expected at most 1048576"),
@@ -207,6 +208,31 @@ def test_samples_without_image_and_duplicates(tmp_path):
         assert f"{path}: {said}" in problems
     assert "3: has no image" not in problems  # it was told
     assert len(source) == 1 and source[0].image == first and source[0].captions == ("first",)
+
+
+def test_a_second_image_lends_the_first_no_caption(tmp_path):
+    """Keys that begin anew after an image: what follows is the second's."""
+    first, second = encoded(1), encoded(2)
+    tar(
+        tmp_path / "a.tar",
+        [
+            ("0.png", first),
+            ("0.json", b'{"caption": null}'),
+            ("0.png", second),
+            ("0.txt", b"the second image"),
+            ("0.png", second),
+            ("1.txt", b"a caption"),
+            ("1.json", b'{"width": 3}'),
+            ("1.png", first),
+        ],
+    )
+    _, source = refused(tmp_path, 2)
+    assert {key: (s.image, s.captions) for key, s in samples(source).items()} == {
+        "a.tar: 0": (first, ()),
+        "a.tar: 1": (first, ("a caption",)),
+    }
+    problems = " ".join(source.index.parts[0].problems)
+    assert "0.txt: follows a second image of its name, and is not used" in problems
 
 
 @pytest.mark.parametrize(
