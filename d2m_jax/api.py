@@ -83,6 +83,7 @@ def sparsify(
     """
     given = type(config).__name__
     check(isinstance(config, SparsifyConfig), f"config: found {given}, expected a SparsifyConfig")
+    check_options(seed=seed)
     found = opened(data, teacher)
     if isinstance(found, Handed):
         config = replace(config, batch_size=found.count)
@@ -126,6 +127,7 @@ def distill(
     """
     given = type(stage).__name__
     check(isinstance(stage, StageConfig), f"stage: found {given}, expected a StageConfig")
+    check_options(seed=seed)
     found = opened(data, teacher)
     stage = replace(stage, steps=stage.steps if steps is None else steps)
     stage = replace(stage, evaluate_every=stage.evaluate_every if every is None else every)

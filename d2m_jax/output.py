@@ -93,13 +93,16 @@ def new_directory(
     """A new folder beside `path`, which is `path` in the end, or gone on errors.
 
     Where `path` exists it is replaced, then and only then, with `overwrite` and if replaces(path);
-    else, and where the disk is full, ConfigError. `kind` names in the message what is written.
+    else, and where the disk is full, ConfigError. `kind` names in the message what is written. Of a
+    link what it points to is replaced; the link stays.
     """
-    path = Path(os.path.abspath(path))
+    named = Path(os.path.abspath(path))
+    _clear_left_over(named)
+    path = Path(os.path.realpath(named)) if named.is_symlink() else named
     _clear_left_over(path)
-    check_free(path, overwrite)
+    check_free(named, overwrite)
     if path.exists() and not replaces(path):
-        raise ConfigError(f"{path}: exists and is no {kind}; expected a free name")
+        raise ConfigError(f"{named}: exists and is no {kind}; expected a free name")
     new, old = _beside(path, "new"), _beside(path, "old")
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -142,7 +145,7 @@ def _clear_left_over(path: Path) -> None:
             continue
         if kind == "old" and not path.exists():
             left.rename(path)
-        elif left.is_dir():
+        elif left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
         else:
             left.unlink()

@@ -232,6 +232,17 @@ def test_what_no_stage_can_do_is_told_before_it_trains(teacher, cache, student):
         d2m_jax.sparsify(quantised, cache, CUT)
 
 
+def test_a_seed_that_is_none_is_told_before_the_teacher_samples(teacher, student, monkeypatch):
+    monkeypatch.setattr(given, "generate", None)
+    for call in (
+        lambda seed: d2m_jax.sparsify(teacher, ["red star"], CUT, seed=seed),
+        lambda seed: d2m_jax.distill(student, teacher, ["red star"], STAGE, seed=seed),
+    ):
+        for seed in (-1, 2**32):
+            with pytest.raises(ConfigError, match=f"^seed = {seed}: expected a whole number from"):
+                call(seed)
+
+
 def test_from_hub_asks_for_a_repository():
     with pytest.raises(ConfigError, match=r"models/a/b: expected OWNER/NAME of Hugging Face"):
         d2m_jax.from_hub("models/a/b")

@@ -111,6 +111,18 @@ def test_lists_are_taken_as_tuples_and_whole_numbers_as_numbers():
     assert isinstance(OptimizerConfig(learning_rate=1).learning_rate, float)
 
 
+def test_a_seed_is_none_that_jax_takes_for_another():
+    def seeded(seed):
+        return RunConfig("x", teacher="t", stages={"moe": StageConfig()}, seed=seed)
+
+    most = 2**32 - 1
+    assert seeded(most).seed == most
+    for seed in (-1, most + 1, 2**64):
+        message = f"^RunConfig.seed = {seed}: expected a whole number from 0 to {most}$"
+        with pytest.raises(ConfigError, match=message):
+            seeded(seed)
+
+
 def test_names_of_stages():
     stage = StageConfig()
 

@@ -104,6 +104,39 @@ def test_killed_between_two_renamings_the_earlier_folder_comes_back(tmp_path, de
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_of_a_link_what_it_points_to_is_replaced(tmp_path, dead):
+    link, model = tmp_path / "model", tmp_path / "large" / "model"
+    model.mkdir(parents=True)
+    (model / "a").write_text("old")
+    link.symlink_to(model)
+
+    def refused():
+        refusal = output.new_directory(link, lambda path: True, "folder")
+        with pytest.raises(ConfigError, match=f"^{link}: exists; expected a free name"), refusal:
+            pass
+
+    refused()
+    for text in ("new", "newer"):
+        with output.new_directory(link, lambda path: True, "folder", overwrite=True) as new:
+            (new / "a").write_text(text)
+        assert link.is_symlink() and (model / "a").read_text() == text
+        assert [p.name for p in model.parent.iterdir()] == ["model"]
+    model.rename(model.with_name(f".model.{output.machine()}.{dead}.old"))  # killed between the two
+    refused()
+    assert (model / "a").read_text() == "newer"
+
+
+def test_a_link_that_was_left_over_is_removed_and_not_followed(tmp_path, dead):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "a").touch()
+    (tmp_path / "model").mkdir()
+    left = tmp_path / f".model.{output.machine()}.{dead}.old"
+    left.symlink_to(tmp_path / "large")
+    with output.new_directory(tmp_path / "model", lambda path: True, "folder"):
+        pass
+    assert not left.is_symlink() and (tmp_path / "large" / "a").exists()
+
+
 @pytest.mark.parametrize(
     "error",
     [

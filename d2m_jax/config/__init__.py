@@ -1,7 +1,17 @@
 """Everything a run needs, as frozen dataclasses: their checks and their JSON form."""
 
 from d2m_jax.config.data import CacheConfig, DataConfig, IconsConfig, ImagesConfig
-from d2m_jax.config.errors import SHOWN, ConfigError, at_path, check, first_line, listed, suggestion
+from d2m_jax.config.errors import (
+    MOST_SEED,
+    SHOWN,
+    ConfigError,
+    at_path,
+    check,
+    check_seed,
+    first_line,
+    listed,
+    suggestion,
+)
 from d2m_jax.config.json_form import check_same, differences, from_json, to_json
 from d2m_jax.config.models import (
     KINDS,
@@ -34,6 +44,7 @@ from d2m_jax.config.runs import (
 
 __all__ = [
     "KINDS",
+    "MOST_SEED",
     "ROOT",
     "SHIPPED",
     "SHOWN",
@@ -67,6 +78,7 @@ __all__ = [
     "at_path",
     "check",
     "check_same",
+    "check_seed",
     "differences",
     "first_line",
     "from_json",

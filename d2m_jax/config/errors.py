@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 SHOWN = 8  # names that `listed` tells
+MOST_SEED = 2**32 - 1  # JAX would cut a larger one to its last 32 bits
 
 
 class ConfigError(ValueError):
@@ -28,6 +29,14 @@ def check_whole(config: Any, least: int, *fields: str) -> None:
             f"{type(config).__name__}.{field} = {value!r}: expected a whole number, at least"
             f" {least}",
         )
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise ConfigError for a seed that JAX does not take, or takes for another."""
+    check(
+        0 <= seed <= MOST_SEED,
+        f"{name} = {seed}: expected a whole number from 0 to {MOST_SEED}",
+    )
 
 
 def check_number(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from d2m_jax.config.data import DataConfig, IconsConfig
-from d2m_jax.config.errors import check, check_number, check_whole
+from d2m_jax.config.errors import check, check_number, check_seed, check_whole
 from d2m_jax.config.fields import Config
 from d2m_jax.config.models import ModelConfig, MoEConfig
 
@@ -185,7 +185,7 @@ class RunConfig(Config):
     """One run directory: a student distilled from `teacher`, or `model` trained from scratch."""
 
     name: str  # of the run and its student; without --run_dir also of its directory in runs/
-    seed: int = 0  # of all that is drawn
+    seed: int = 0  # of all that is drawn; at most 2**32 - 1
     teacher: str | None = None  # a model directory, found from the shell's folder or the repository
     model: ModelConfig | None = None
     start: str | None = None  # a model directory, the weights that `model` starts with
@@ -227,7 +227,7 @@ class RunConfig(Config):
             " from",
         )
         check(len(self.stages) > 0, "RunConfig.stages: expected at least one stage, found none")
-        check_whole(self, 0, "seed")
+        check_seed("RunConfig.seed", self.seed)
         check_whole(self, 1, "keep_checkpoints", "evaluate_prompts", "sampled_prompts")
         check_whole(self, 0, "held_out_batches")
         check(

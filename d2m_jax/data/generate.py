@@ -34,6 +34,7 @@ from d2m_jax.keys import named_generator
 from d2m_jax.named_arrays import fingerprint
 from d2m_jax.output import check_writable
 from d2m_jax.sampling.noise import noise_of
+from d2m_jax.sampling.options import check_options
 from d2m_jax.sampling.pipeline import Pipeline, denoise_steps, load_pipeline
 from d2m_jax.sharding import batch_shards, local_mesh
 from d2m_jax.weights.files.hub import check_folder_name
@@ -81,25 +82,23 @@ def main(arguments: Sequence[str]) -> None:
     prompts = prompts_of(parsed.prompts, parsed.column)
     check_folder_name(parsed.output)
     check_writable(parsed.output / records.FILE)
+    options = {
+        "images_per_prompt": parsed.images_per_prompt,
+        "sizes": [_size(size) for size in parsed.sizes],
+        "steps": parsed.steps,
+        "guidance": parsed.guidance,
+        "seed": parsed.seed,
+        "trajectory": parsed.trajectory,
+        "batch_size": parsed.batch_size,
+    }
+    _check(**options)
     use_cores()
     with hosts.joined(*parsed.among.who):
         hosts.agree({"teacher": parsed.teacher, "prompts": len(prompts)})
         pipe = load_pipeline(
             parsed.teacher, mesh=local_mesh(), quantize=parsed.quantize, encoders=parsed.encoders
         )
-        counts = generate(
-            pipe,
-            prompts,
-            parsed.output,
-            images_per_prompt=parsed.images_per_prompt,
-            sizes=[_size(size) for size in parsed.sizes],
-            steps=parsed.steps,
-            guidance=parsed.guidance,
-            seed=parsed.seed,
-            trajectory=parsed.trajectory,
-            padding=parsed.padding,
-            batch_size=parsed.batch_size,
-        )
+        counts = generate(pipe, prompts, parsed.output, padding=parsed.padding, **options)
         path = f"path={str(parsed.output)!r}"
         hosts.say(f"{sum(counts.values())} samples; to train on them: data=CacheConfig({path})")
 
@@ -111,6 +110,32 @@ def _size(text: str) -> Size:
         f"--sizes {text}: expected HEIGHTxWIDTH in pixels, such as 1024x1024",
     )
     return int(parts[0]), int(parts[1])
+
+
+def _check(
+    images_per_prompt: int,
+    sizes: Sequence[Size],
+    steps: int | None,
+    guidance: Sequence[float],
+    seed: int,
+    trajectory: int,
+    batch_size: int | None,
+) -> None:
+    """Raise ConfigError for what no model takes."""
+    check_options(seed=seed, steps=steps, batch_size=batch_size)
+    for height, width in sizes:
+        check_options(height=height, width=width)
+    for strength in guidance:
+        check_options(guidance=strength)
+    check(images_per_prompt >= 1, f"images_per_prompt = {images_per_prompt}: expected at least 1")
+    most = "steps" if steps is None else f"steps = {steps}"
+    fits = trajectory >= 0 and (steps is None or trajectory <= steps)
+    check(fits, f"trajectory = {trajectory}: expected 0 to {most}")
+    check(
+        not guidance or (len(guidance) <= 2 and guidance[0] <= guidance[-1]),
+        f"guidance = {' '.join(map(str, guidance))}: expected one number, or the least and the"
+        " most",
+    )
 
 
 def generate(
@@ -135,17 +160,10 @@ def generate(
     """
     config = pipe.config
     steps = config.sample_steps if steps is None else steps
+    _check(images_per_prompt, sizes, steps, guidance, seed, trajectory, batch_size)
     pipe.tell({}, max(guidance, default=None))
     guidance = list(guidance) or [config.guidance]
     sizes = list(dict.fromkeys(sizes)) or [(config.image.height, config.image.width)]
-    for name, value in {"images_per_prompt": images_per_prompt, "steps": steps}.items():
-        check(value >= 1, f"{name} = {value}: expected at least 1")
-    check(0 <= trajectory <= steps, f"trajectory = {trajectory}: expected 0 to steps = {steps}")
-    check(
-        len(guidance) <= 2 and guidance[0] <= guidance[-1],
-        f"guidance = {' '.join(map(str, guidance))}: expected one number, or the least and the"
-        " most",
-    )
     for size in sizes:
         config.grid(*size)
     text = TextFeatures(pipe.encoders, padding)

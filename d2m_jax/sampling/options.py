@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from d2m_jax.config import ConfigError, WordsConfig, check, suggestion
+from d2m_jax.config import MOST_SEED, ConfigError, WordsConfig, check, suggestion
 from d2m_jax.texts import half_letter, lines_of, text_of
 
 # The least and the most that any model takes, both included.
@@ -16,7 +16,7 @@ WHOLE = {
     "height": (1, 16_384),  # pixels
     "width": (1, 16_384),
     "steps": (1, 1000),  # as many as diffusers' schedulers have times
-    "seed": (0, 2**32 - 1),  # JAX would cut a larger one to its last 32 bits
+    "seed": (0, MOST_SEED),
     "reuse": (1, None),
     "max_sequence_length": (1, 512),  # tokens of T5: FLUX.1 saw no more, and diffusers takes none
     "batch_size": (1, None),

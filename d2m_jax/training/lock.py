@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from d2m_jax import hosts
 from d2m_jax.config import ConfigError
-from d2m_jax.output import check_writable, lives, machine
+from d2m_jax.output import check_writable, full_disk, lives, machine
 
 try:
     import fcntl
@@ -34,14 +34,20 @@ SETTLING = 1.0  # seconds after which, where there is no flock, the last who wro
 def held(directory: Path | str) -> Iterator[None]:
     """Have a run directory for the time of the block; the first process does it for all.
 
-    Raises ConfigError that names host and process where another run has it. A process that died on
-    this machine does not count. One of another host does for PATIENCE seconds after its last
-    heartbeat: that long the start waits, and says so. A process that finds at a heartbeat that
-    another run has its directory (it was suspended for longer than that) exits with code 2.
+    Raises ConfigError where the disk is full, and where another run has it one that names host and
+    process. A process that died on this machine does not count. One of another host does for
+    PATIENCE seconds after its last heartbeat: that long the start waits, and says so. A process
+    that finds at a heartbeat that another run has its directory (it was suspended for longer than
+    that) exits with code 2.
     """
     directory = Path(os.path.abspath(directory))
     opened: list[TextIO] = []
-    hosts.by_first(lambda: opened.append(_take(directory)))
+
+    def take() -> None:
+        with full_disk(directory):
+            opened.append(_take(directory))
+
+    hosts.by_first(take)
     done = threading.Event()
     beats = threading.Thread(target=_beat, args=(directory / FILE, done), daemon=True)
     if opened:
@@ -94,21 +100,39 @@ def _take(directory: Path) -> TextIO:
                 continue
             if before and not _died_here(before, local):
                 _wait(directory, before)
-            if local:
-                file.truncate(0)
-                json.dump(_me(), file)
-                file.flush()
-            else:  # of several that write now, each whole, the last has it
-                mine = _own_name(directory)
-                mine.write_text(json.dumps(_me()))
-                mine.replace(path)
+            _write(directory, file if local else None)
+            if not local:  # of several that write now, each whole, the last has it
                 time.sleep(SETTLING)
                 if (now := _read(path)) != _me():
                     raise ConfigError(_in_use(directory, now))
         except BaseException:
-            file.close()
+            with contextlib.suppress(OSError):  # it tries again to write what had no room
+                file.close()
             raise
         return file
+
+
+def _write(directory: Path, file: TextIO | None) -> None:
+    """Write who has the directory into its locked file, or without one in the place of the file.
+
+    What failed leaves no empty lock, nor a directory for it.
+    """
+    path, mine = directory / FILE, _own_name(directory)
+    try:
+        if file is not None:
+            file.truncate(0)
+            json.dump(_me(), file)
+            file.flush()
+        else:
+            mine.write_text(json.dumps(_me()))
+            mine.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            mine.unlink(missing_ok=True)
+            if not _read(path):
+                path.unlink()
+                directory.rmdir()
+        raise
 
 
 def _flock(file: TextIO) -> bool | None:

@@ -132,6 +132,10 @@ def test_goes_on_with_the_same(pipe, tmp_path, monkeypatch):
         ({"guidance": (5.0, 1.0)}, "guidance = 5.0 1.0: expected one number, or the least"),
         ({"sizes": [(15, 16)]}, "image size 15 × 16: expected multiples of 4"),
         ({"images_per_prompt": 0}, "images_per_prompt = 0: expected at least 1"),
+        ({"seed": -1}, "seed = -1: expected a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed = 4294967296: expected a whole number from 0 to 4294967295"),
+        ({"batch_size": -2}, "batch_size = -2: expected a whole number of at least 1"),
+        ({"guidance": (1.0, np.inf)}, "guidance = inf: expected a number of at least 0"),
     ],
 )
 def test_what_cannot_be_is_told_first(pipe, tmp_path, options, message):
@@ -150,8 +154,23 @@ def test_the_command(pipe, tmp_path, monkeypatch):
     generate.main([*command, "--output", str(tmp_path / "made"), "--sizes", "16x16", "12x20",
                    "--guidance", "2", "4"])  # fmt: skip
     assert len(open_data(CacheConfig(path=str(tmp_path / "made"), validation=1), MODEL)) == 5
-    with pytest.raises(ConfigError, match="--sizes 16: expected HEIGHTxWIDTH"):
-        generate.main([*command, "--output", str(tmp_path / "other"), "--sizes", "16"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--seed", "4294967296"), "seed = 4294967296: expected a whole number from 0 to"),
+        (("--batch_size", "-2"), "batch_size = -2: expected a whole number of at least 1"),
+        (("--trajectory", "-1"), "trajectory = -1: expected 0 to steps"),
+        (("--sizes", "16"), "--sizes 16: expected HEIGHTxWIDTH"),
+    ],
+)
+def test_the_command_tells_before_it_loads(tmp_path, monkeypatch, option, message):
+    (tmp_path / "prompts.txt").write_text("red anchor\n")
+    monkeypatch.setattr(generate, "load_pipeline", None)
+    command = ["teacher", "--prompts", str(tmp_path / "prompts.txt"), *option]
+    with pytest.raises(ConfigError, match=message):
+        generate.main([*command, "--output", str(tmp_path / "made")])
 
 
 def test_prompt_files(tmp_path):

@@ -1,5 +1,6 @@
 """One run at a time in a run directory, whatever becomes of the one that has it."""
 
+import errno
 import json
 import os
 import signal
@@ -118,6 +119,45 @@ def no_flock(monkeypatch):
 
     monkeypatch.setattr(lock.fcntl, "flock", none)
     monkeypatch.setattr(lock, "SETTLING", 0.1)
+
+
+def fill_up(monkeypatch):
+    """No byte more fits on the disk."""
+    dump = json.dump
+
+    def full(value, file):
+        with Path("/dev/full").open("w") as device:
+            os.dup2(device.fileno(), file.fileno())
+        dump(value, file)
+
+    def write(path, _):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(lock.json, "dump", full)
+    monkeypatch.setattr(Path, "write_text", write)
+
+
+def refused_for_room(directory):
+    told = "run: the disk is full; nothing was written$"
+    with pytest.raises(ConfigError, match=told), lock.held(directory):
+        pass
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_empty_lock(tmp_path, monkeypatch):
+    fill_up(monkeypatch)
+    refused_for_room(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()  # of a run that goes on
+    refused_for_room(tmp_path / "run")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_without_flock(tmp_path, no_flock, monkeypatch):
+    fill_up(monkeypatch)
+    refused_for_room(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def here(file, process):

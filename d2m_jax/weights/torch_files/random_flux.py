@@ -25,6 +25,7 @@ from d2m_jax.config import (
     FluxConfig,
     StackConfig,
     T5Config,
+    check_seed,
 )
 from d2m_jax.keys import named_generator
 from d2m_jax.models import autoencoder, clip, flux, t5
@@ -111,6 +112,7 @@ def random_flux(folder: Path | str, seed: int = 0) -> Path:
     from the seed. So are its pictures. Prompts are read letter by letter. ConfigError where
     `folder` exists.
     """
+    check_seed("seed", seed)
     with output.new_directory(folder, is_pipeline, "FluxPipeline") as new:
         index = {"_class_name": "FluxPipeline"} | {name: list(part) for name, part in PARTS.items()}
         output.write_json(new / INDEX, index)

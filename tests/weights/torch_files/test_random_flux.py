@@ -41,6 +41,9 @@ def test_a_seed_gives_its_own_weights_and_nothing_is_replaced(tmp_path):
     assert (first / file).read_bytes() != (other / file).read_bytes()
     with pytest.raises(ConfigError, match="0: exists"):
         random_flux(first)
+    with pytest.raises(ConfigError, match="^seed = -1: expected a whole number from 0 to"):
+        random_flux(tmp_path / "none", seed=-1)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_file_that_does_not_tell_the_axes_says_what_was_assumed(tmp_path, capfd):
