@@ -86,7 +86,7 @@ def test_the_samples_are_of_captions_that_never_trained(make_run, tmp_path):
 class Sizes:
     """Data of images of these sizes."""
 
-    encoded = True
+    encoded = tells_padding = True
 
     def __init__(self, *sizes):
         self.sizes = sizes
