@@ -34,6 +34,7 @@ class Pictures:
 
     caption: str
     encoded: bool = True
+    tells_padding: bool = True
     sizes: tuple[tuple[int, int], ...] = ((48, 48), (48, 96))
 
     def fingerprint(self):
