@@ -96,10 +96,11 @@ def new_directory(
     else, and where the disk is full, ConfigError. `kind` names in the message what is written. Of a
     link what it points to is replaced; the link stays.
     """
-    named = Path(os.path.abspath(path))
+    named = path = Path(os.path.abspath(path))
     _clear_left_over(named)
-    path = Path(os.path.realpath(named)) if named.is_symlink() else named
-    _clear_left_over(path)
+    if named.is_symlink():
+        path = Path(os.path.realpath(named))
+        _clear_left_over(path)
     check_free(named, overwrite)
     if path.exists() and not replaces(path):
         raise ConfigError(f"{named}: exists and is no {kind}; expected a free name")

@@ -22,12 +22,7 @@ from d2m_jax.distillation.objective import Objective
 from d2m_jax.keys import named_key
 from d2m_jax.named_arrays import fingerprint, shapes
 from d2m_jax.sharding import batch_shards, make_mesh, put_batch, put_parameters, put_whole
-from d2m_jax.training.checkpoint import (
-    Checkpoints,
-    NoCheckpoints,
-    Restored,
-    stage_to_go_on,
-)
+from d2m_jax.training.checkpoint import Checkpoints, NoCheckpoints, Restored, stage_to_go_on
 from d2m_jax.training.metrics import Board, Metrics, Window, matmul_peak
 from d2m_jax.training.signals import caught_signals
 from d2m_jax.training.step import Step, trained

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -53,18 +53,13 @@ def test_more_shards_than_open_files(files, monkeypatch):
     with descriptors(free=30):
         shards = Shards(files)
         assert [shards[i].facts["at"] for i in range(len(shards))] == expected
-        found = []
 
         def read(seed):
             order = np.random.default_rng(seed).integers(0, len(shards), 200).tolist()
-            found.append(all(shards[i].facts["at"] == expected[i] for i in order))
+            return all(shards[i].facts["at"] == expected[i] for i in order)
 
-        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert found == [True] * 8
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(read, range(8))) == [True] * 8
     other = pickle.loads(pickle.dumps(shards))
     assert len(other) == len(expected) and other[7].facts["at"] == expected[7]
 

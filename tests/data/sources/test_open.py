@@ -1,4 +1,4 @@
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
@@ -109,18 +109,13 @@ def test_many_threads_read_one_source(shards, monkeypatch):
     monkeypatch.setattr(stores, "OPEN", 1)
     source = open_source(str(shards))
     expected = [source[i] for i in range(len(source))]
-    found = []
 
     def read(seed):
         order = np.random.default_rng(seed).integers(0, len(source), 200)
-        found.append(all(source[int(i)] == expected[i] for i in order))
+        return all(source[int(i)] == expected[i] for i in order)
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [True] * 8
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, range(8))) == [True] * 8
 
 
 class Failing:

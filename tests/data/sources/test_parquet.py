@@ -1,6 +1,6 @@
 import os
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
@@ -111,18 +111,14 @@ def test_row_groups_are_read_once_and_few_are_kept(tmp_path, monkeypatch):
 def test_many_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "KEPT", 3000)
     write(tmp_path / "a.parquet", image=nested(), text=TEXTS, rows=2)
-    source, good = open_source(str(tmp_path)), []
+    source = open_source(str(tmp_path))
 
     def read(seed):
         order = np.random.default_rng(seed).integers(0, 7, 50)
-        good.append(all(source[int(i)].image == IMAGES[i] for i in order))
+        return all(source[int(i)].image == IMAGES[i] for i in order)
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert good == [True] * 6
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(read, range(6))) == [True] * 6
 
 
 @pytest.mark.parametrize(
